@@ -1,0 +1,6 @@
+"""The door: `python cli.py --help`."""
+
+from lowmem_wanda.main import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

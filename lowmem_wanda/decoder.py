@@ -1,0 +1,282 @@
+"""A causal language model run one decoder block at a time, with the blocks' weights brought as needed.
+
+The model's own forward runs on stubs in the blocks' places: it computes the embeddings, masks, rotary tables
+and every argument that it would pass to each block, and the stubs keep those. Each real block is then called
+with exactly what the model would have passed.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lowmem_wanda.checkpoint import Tensor
+from lowmem_wanda.errors import ModelError
+from lowmem_wanda.hollow import LINEARS, Hollow
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Stop(Exception):
+    """Ends a forward early, once what it was run for is known."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a block does, seen on `meta`: its linears in the order they are called, and for each the first
+    one that is given the same input (itself, or the one it shares a statistic with)."""
+
+    order: tuple[str, ...]
+    leaders: dict[str, str]
+    returns_tuple: bool
+
+
+UNSEEN = Trace((), {}, False)  # of a block that is loaded without anything having been embedded
+
+
+class Block:
+    """One decoder block with its weights.
+
+    `stored` holds its file tensors by name, in their stored dtype, on the device; the module computes on
+    those very tensors where the dtypes agree, and on casts of them otherwise.
+    """
+
+    def __init__(self, index: int, module: nn.Module, stored: dict[str, torch.Tensor], linears: dict[str, str], trace: Trace, calls: Any):
+        self.index, self.module, self.stored, self.linears, self.trace = index, module, stored, linears, trace
+        self._calls = calls
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output (sequences, length, width) for hidden states of that shape."""
+        args, kwargs = self._calls[len(hidden)][self.index]
+        output = self.module(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    def weight(self, path: str) -> torch.Tensor:
+        """The stored weight of a linear as (outputs, inputs), a view: GPT-2's Conv1D holds it transposed."""
+        weight = self.stored[self.linears[path]]
+        return weight if isinstance(self.module.get_submodule(path), nn.Linear) else weight.t()
+
+    def update(self, path: str) -> None:
+        """Brings a change of the stored weight to the module, where that computes on a cast of it."""
+        module = self.module.get_submodule(path)
+        stored = self.stored[self.linears[path]]
+        if module.weight.data_ptr() != stored.data_ptr():  # type: ignore[operator, union-attr]
+            module.weight.data.copy_(stored)  # type: ignore[union-attr]
+
+
+class Decoder:
+    """Embeds token ids, gives blocks their weights, and applies the head.
+
+    Memory: one block at a time (see `load`), the embeddings only while embedding. Hidden states are
+    (sequences, length, width) in the computing dtype on the device.
+    """
+
+    def __init__(self, hollow: Hollow, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        self.hollow, self.tensors, self.device, self.dtype = hollow, tensors, device, dtype
+        self.traces: dict[int, Trace] = {}
+        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # sequences -> of each block
+        self._final: torch.Tensor | None = None
+        self._embedded: torch.Tensor | None = None
+        self._filled: dict[str, torch.Tensor] = {}
+        for index, block in enumerate(hollow.blocks):
+            hollow.model.get_submodule(hollow.path)[index] = _Stub(block, partial(self._arrive, index))  # type: ignore[index, operator]
+        self._fill_on_demand()
+
+    @property
+    def depth(self) -> int:
+        return len(self.hollow.blocks)
+
+    def embed(self, tokens: np.ndarray, batch: int) -> torch.Tensor:
+        """Hidden states before the first block, for token ids (sequences, length), `batch` sequences at a time.
+
+        Notes what each block will be called with. Raises ModelError where that depends on the tokens.
+        """
+        first = self._run(tokens[:batch])
+        hidden = first.new_empty((len(tokens), *first.shape[1:]))
+        hidden[:batch] = first
+        for start in range(batch, len(tokens), batch):
+            hidden[start : start + batch] = self._run(tokens[start : start + batch])
+        self._empty()
+        return hidden
+
+    def logits(self, tokens: np.ndarray, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's logits (sequences, length, vocabulary) for the hidden states after the last block."""
+        self._final = hidden
+        try:
+            output = self.hollow.model(input_ids=self._ids(tokens), use_cache=False)
+        finally:
+            self._final = None
+            self._empty()
+        return output.logits  # type: ignore[no-any-return]
+
+    def load(self, index: int, tensors: dict[str, Tensor]) -> Block:
+        """Block `index` with its weights read from `tensors` (the source's, or a finished shard's)."""
+        module = self.hollow.blocks[index]
+        names = self.hollow.block_tensors(index)
+        stored = {name: read_tensor(tensors[name]).to(self.device) for name in sorted(set(names.values()))}
+        for name, tensor in names.items():
+            _put(module, name, self._computing(stored[tensor]))
+        for name, buffer in module.named_buffers():
+            if name not in names:
+                _put(module, name, buffer.to(self.device))
+        return Block(index, module, stored, self.hollow.linears(index), self.traces.get(index, UNSEEN), self._calls)
+
+    def release(self, block: Block) -> None:
+        """Takes a block's weights away again."""
+        for name in self.hollow.block_tensors(block.index):
+            _put(block.module, name, self._get(block.module, name).to("meta"))
+        block.stored.clear()
+
+    def _run(self, tokens: np.ndarray) -> torch.Tensor:
+        """The model's own forward up to the last block, on stubs; gives the first block's hidden states."""
+        try:
+            self.hollow.model(input_ids=self._ids(tokens), use_cache=False)
+        except Stop:
+            pass
+        embedded, self._embedded = self._embedded, None
+        if embedded is None or embedded.ndim != 3:
+            raise ModelError(
+                f"{type(self.hollow.model).__name__}: its blocks do not pass (sequences, length, width) states on; it is not supported yet"
+            )
+        return embedded
+
+    def _arrive(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a stub does when the model calls it: keep the call, hand the hidden states through."""
+        kwargs = dict(kwargs)
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+        if index == 0:
+            self._embedded = hidden
+        if index not in self.traces:
+            self.traces[index] = trace(self.hollow.blocks[index], hidden, args, kwargs)
+        calls = self._calls.setdefault(len(hidden), [])
+        if index == len(calls):
+            calls.append((args, kwargs))
+        elif not _same(calls[index], (args, kwargs)):
+            raise ModelError(f"{self.hollow.path}.{index}: what it is called with depends on the tokens, which is not supported yet")
+        if index == self.depth - 1:
+            if self._final is None:
+                raise Stop
+            hidden = self._final
+        return (hidden,) if self.traces[index].returns_tuple else hidden
+
+    def _ids(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self.device)
+
+    def _computing(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def _fill_on_demand(self) -> None:
+        """Modules outside the blocks load their parameters when they are called; the head's never are for pruning."""
+        outside = self.hollow.outside()
+        for path, module in self.hollow.model.named_modules():
+            prefix = f"{path}." if path else ""
+            own = {name: outside[prefix + name] for name in [*module._parameters, *module._buffers] if prefix + name in outside}
+            if own:
+                module.register_forward_pre_hook(partial(self._fill, own, prefix))
+        for name, buffer in self.hollow.model.named_buffers():
+            if name not in outside and not name.startswith(f"{self.hollow.path}."):
+                _put(self.hollow.model, name, buffer.to(self.device))
+
+    def _fill(self, own: dict[str, str], prefix: str, module: nn.Module, args: Any) -> None:
+        for name, tensor in own.items():
+            if tensor not in self._filled:
+                self._filled[tensor] = self._computing(read_tensor(self.tensors[tensor])).to(self.device)
+            _put(module, name, self._filled[tensor])
+
+    def _empty(self) -> None:
+        for name, tensor in self.hollow.outside().items():
+            if tensor in self._filled:
+                _put(self.hollow.model, name, self._get(self.hollow.model, name).to("meta"))
+        self._filled.clear()
+
+    @staticmethod
+    def _get(module: nn.Module, name: str) -> torch.Tensor:
+        owner, _, last = name.rpartition(".")
+        return getattr(module.get_submodule(owner), last)  # type: ignore[no-any-return]
+
+
+class _Stub(nn.Module):
+    """Stands in a block's place; whatever the model reads from a block it still reads from that."""
+
+    def __init__(self, block: nn.Module, arrive: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.__dict__["_block"], self.__dict__["_arrive"] = block, arrive
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._arrive(args, kwargs)
+
+
+def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Runs a block without weights or data. Raises ModelError for a linear that it never calls."""
+    block = copy.deepcopy(block).to("meta")
+    order: list[str] = []
+    leaders: dict[str, str] = {}
+    inputs: dict[str, torch.Tensor] = {}  # kept, so that no two of them share an identity
+
+    def note(path: str, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        order.append(path)
+        leaders[path] = next((leader for leader, tensor in inputs.items() if tensor is given[0]), path)
+        inputs.setdefault(leaders[path], given[0])
+
+    linears = {path: module for path, module in block.named_modules() if isinstance(module, LINEARS)}
+    for path, module in linears.items():
+        module.register_forward_pre_hook(partial(note, path))
+    args, kwargs = _on_meta((args, kwargs))
+    output = block(hidden.to("meta"), *args, **kwargs)
+    if len(order) != len(linears) or set(order) != set(linears):
+        missed = sorted(set(linears) - set(order)) or sorted(order)
+        raise ModelError(f"{type(block).__name__}: linear {missed[0]} is not called once in a forward, so it cannot be measured")
+    return Trace(tuple(order), leaders, isinstance(output, tuple))
+
+
+def micro_batches(hidden: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
+    """Views of `batch` sequences of hidden states (sequences, length, width)."""
+    for start in range(0, len(hidden), batch):
+        yield hidden[start : start + batch]
+
+
+def read_tensor(tensor: Tensor) -> torch.Tensor:
+    """A tensor in its stored dtype and shape, in memory of its own."""
+    out = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+    tensor.read_into(out.reshape(-1).view(torch.uint8).numpy())
+    return out
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    module = module.get_submodule(owner)
+    setattr(module, last, nn.Parameter(tensor, requires_grad=False) if last in module._parameters else tensor)
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, (tuple, list)):
+        return type(value)(_on_meta(item) for item in value)
+    return {key: _on_meta(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two calls' arguments are equal, tensors by value."""
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(one == other)

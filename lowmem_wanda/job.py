@@ -1,0 +1,124 @@
+"""The output directory as the state of a job: what it was asked to do, and which shards are done.
+
+`job.json` is written once, before anything else. Each finished shard adds a line to `.progress.jsonl`;
+a shard is done when it stands under its final name with the checksum of its line (a valid header and
+the right size prove nothing: a kill inside a save leaves both).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lowmem_wanda.checkpoint import CONFIG, Checkpoint, read_json
+from lowmem_wanda.errors import OutputError
+from lowmem_wanda.writer import PARTIAL, sha256_of, sync_directory, write_json
+
+JOB, REPORT, PROGRESS = "job.json", "report.json", ".progress.jsonl"
+WHOLE = 4 << 30  # bytes; a larger source is fingerprinted by samples
+
+
+class Job:
+    """One pruning, begun or taken up again in `path`.
+
+    `arguments` is all that can change a bit of the result, as {flag or property: value}. Raises OutputError
+    for a directory that holds something else, or the same job with other arguments.
+    """
+
+    def __init__(self, path: Path, source: Path, arguments: dict[str, Any]) -> None:
+        self.path = path
+        self.refuse_overlap(path, source)
+        found = path / JOB
+        if found.exists():
+            self._compare(read_json(found), arguments)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"{path}: exists and is not a job of this program; give a new or empty directory")
+        self.resumed = found.exists()
+        self.arguments = arguments
+        self.finished: dict[str, dict[str, Any]] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do: config.json is the last file to be written."""
+        return (self.path / CONFIG).exists()
+
+    @staticmethod
+    def refuse_overlap(path: Path, source: Path) -> None:
+        """Raises OutputError if the target is the source or lies within it."""
+        target, source = path.resolve(), source.resolve()
+        if target == source or source in target.parents:
+            raise OutputError(f"{path}: is or lies in the source {source}, which is never written to; give another directory")
+
+    def begin(self, needed: int) -> None:
+        """Creates the directory and job.json, or takes up what is done; `needed` bytes must fit on the disk."""
+        existing = next(parent for parent in (self.path, *self.path.resolve().parents) if parent.exists())
+        self._take_up()
+        needed -= sum(record["nbytes"] for record in self.finished.values())
+        if (free := shutil.disk_usage(existing).free) < needed:
+            raise OutputError(f"{self.path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; free some or give another disk")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be created ({error.strerror}); give another directory") from None
+        if not self.resumed:
+            write_json(self.path / JOB, self.arguments)
+
+    def record(self, shard: str, entry: dict[str, Any]) -> None:
+        """Notes a finished shard; `entry` holds its nbytes and sha256 and goes into the report."""
+        with open(self.path / PROGRESS, "a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({"shard": shard, **entry}) + "\n")  # a kill may have cut the line before
+            file.flush()
+            os.fsync(file.fileno())
+        if not self.finished:
+            sync_directory(self.path)
+        self.finished[shard] = entry
+
+    def end(self) -> None:
+        """Removes what only an unfinished job needs."""
+        (self.path / PROGRESS).unlink(missing_ok=True)
+
+    def _take_up(self) -> None:
+        """Finds the finished shards of an interrupted run and clears away its half-written files."""
+        if not self.resumed:
+            return
+        for partial in self.path.rglob(f".*{PARTIAL}"):
+            partial.unlink()
+        progress = self.path / PROGRESS
+        for line in progress.read_text(encoding="utf-8").splitlines() if progress.exists() else ():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # an empty line, or one that a kill cut short
+                continue
+            shard = self.path / entry.pop("shard")
+            if shard.exists() and sha256_of(shard) == entry["sha256"]:
+                self.finished[shard.name] = entry
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        now = json.loads(json.dumps(now))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise OutputError(
+                    f"{self.path}: holds a job with {key} = {_brief(before.get(key))}, this one has {_brief(now.get(key))}; "
+                    "repeat the first command or give another directory"
+                )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 in hex over config.json and the shards: all bytes up to 4 GiB in sum, of more the first 64 KiB of every 4 MiB."""
+    digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
+    sizes = {file: file.stat().st_size for file in checkpoint.files}
+    step, length = (4 << 20, 4 << 20) if sum(sizes.values()) <= WHOLE else (4 << 20, 64 << 10)
+    for file, size in sizes.items():
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb", buffering=0) as handle:
+            for start in range(0, size, step):
+                handle.seek(start)
+                digest.update(handle.read(length))
+    return digest.hexdigest()
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,157 @@
+"""The main job: measure, score and mask each block, write it out, carry the hidden states on."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowmem_wanda.checkpoint import CONFIG, INDEX, Tensor, read_header, read_json
+from lowmem_wanda.decoder import Block, Decoder
+from lowmem_wanda.errors import ModelError, NumberError, OutputError
+from lowmem_wanda.job import REPORT, Job
+from lowmem_wanda.memory import Peak, anonymous
+from lowmem_wanda.patterns import survey
+from lowmem_wanda.plan import predict
+from lowmem_wanda.report import build
+from lowmem_wanda.task import Task
+from lowmem_wanda.walk import advance, observe, walk
+from lowmem_wanda.writer import sha256_of, write_bytes, write_json, write_shard
+
+Notify = Callable[[dict[str, Any]], None]  # called with each block's record when its shard is done
+
+
+def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) -> dict[str, Any]:
+    """Prunes into `target`, taking up what is done there already, and gives the report (see `report`).
+
+    Shards come first, then the small files, the index, the report, and config.json last: until then the
+    directory loads as nothing. Raises OutputError, NumberError or CheckpointError; what is written stays.
+    """
+    job = Job(Path(target), task.checkpoint.path, task.arguments())
+    if job.complete:
+        return _verified(job)
+    plan = predict(task)
+    with torch.no_grad(), Peak(task.device) as peak:
+        job.begin(plan.disk)
+        run = _Run(task, job, notify)
+        run.write_rest()
+        run.prune_blocks()
+    report = build(task, plan, peak, job.finished, job.arguments)
+    _finish(task, job, report)
+    return report
+
+
+class _Run:
+    """One walk over the blocks: those that are done are replayed from the output, the others pruned."""
+
+    def __init__(self, task: Task, job: Job, notify: Notify) -> None:
+        self.task, self.job, self.notify = task, job, notify
+        depth = len(task.selected)
+        self.shards = [shard_name(index + 1, depth + 1) for index in range(depth)]
+        self.open = [index for index in range(depth) if self.shards[index] not in job.finished]
+
+    def write_rest(self) -> None:
+        """The first shard: everything outside the blocks, copied through."""
+        name = shard_name(0, len(self.shards) + 1)
+        if name not in self.job.finished:
+            inside = {tensor.name for index in range(len(self.shards)) for tensor in self.task.block_tensors(index)}
+            rest = [tensor for tensor in self.task.checkpoint.tensors.values() if tensor.name not in inside]
+            shard = write_shard(self.job.path / name, [(tensor, tensor.pieces()) for tensor in rest])
+            self.job.record(name, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": [tensor.name for tensor in rest]})
+
+    def prune_blocks(self) -> None:
+        if not self.open:
+            return
+        decoder = Decoder(self.task.hollow, self.task.checkpoint.tensors, self.task.device, self.task.dtype)
+        calibration = self.task.calibration
+        hidden = decoder.embed(calibration.tokens, self.task.batch) if calibration else None
+        # without hidden states to carry, finished blocks need not be seen again
+        walk(decoder, hidden, self.source, self.step, self.open if hidden is None else range(self.open[-1] + 1))
+
+    def source(self, index: int) -> dict[str, Tensor]:
+        """Where a block is read: a finished one as it stands in the output."""
+        return self.task.checkpoint.tensors if index in self.open else read_header(self.job.path / self.shards[index])
+
+    def step(self, block: Block, hidden: torch.Tensor | None) -> None:
+        start = time.perf_counter()
+        if block.index in self.open:
+            record: dict[str, Any] = {"index": block.index, "linears": self.prune_block(block, hidden)}
+            tensors = [(tensor, [_bytes_of(block.stored[tensor.name])]) for tensor in self.task.block_tensors(block.index)]
+            shard = write_shard(self.job.path / self.shards[block.index], tensors)
+            record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}
+        if hidden is not None and block.index < self.open[-1]:
+            advance(block, hidden, self.task.batch)
+        if block.index in self.open:
+            record["seconds"] = time.perf_counter() - start
+            self.job.record(self.shards[block.index], record)
+            self.notify(record)
+
+    def prune_block(self, block: Block, hidden: torch.Tensor | None) -> dict[str, Any]:
+        """Measures the dense block, then prunes each selected linear; gives {tensor: what came of it}."""
+        paths = self.task.selected[block.index]
+        statistics: dict[str, Any] = dict.fromkeys(paths)
+        if hidden is not None and self.task.rule.statistic is not None and paths:
+            statistics = observe(block, hidden, self.task.rule.statistic, paths, self.task.batch)
+        return {name: self.prune_linear(block, path, name, statistics[path]) for path, name in paths.items()}
+
+    def prune_linear(self, block: Block, path: str, name: str, inputs: Any) -> dict[str, Any]:
+        start = time.perf_counter()
+        weight = block.weight(path)
+        try:
+            pruned = self.task.rule.prune(weight, inputs, self.task.pattern)
+        except NumberError as error:
+            raise NumberError(f"tensor {name}: {error}") from None
+        if pruned is not weight:
+            weight.copy_(pruned)
+        block.update(path)
+        zeros, holds = survey(weight, self.task.pattern)
+        if not holds:
+            raise ModelError(f"tensor {name}: does not hold {self.task.pattern} after pruning ({zeros} zeros of {weight.numel()}); report this bug")
+        return {
+            "shape": list(weight.shape),
+            "pattern": str(self.task.pattern),
+            "holds": holds,
+            "zeros": zeros,
+            "sparsity": zeros / weight.numel(),
+            "seconds": time.perf_counter() - start,
+        }
+
+
+def shard_name(index: int, count: int) -> str:
+    """The Hugging Face name of shard `index` (from 0); other names convert to an empty GGUF without an error."""
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
+    """Small files byte for byte, the index, the report, config.json."""
+    weight_map = {name: shard.name for shard in sorted(job.path.glob("model-*.safetensors")) for name in read_header(shard)}
+    if weight_map.keys() != task.checkpoint.tensors.keys():
+        missing = sorted(weight_map.keys() ^ task.checkpoint.tensors.keys())
+        raise OutputError(f"{job.path}: tensor {missing[0]} is not in both source and output; report this bug")
+    for file in task.files:
+        if file.name != CONFIG:
+            (job.path / file).parent.mkdir(exist_ok=True)
+            write_bytes(job.path / file, (task.checkpoint.path / file).read_bytes())
+    write_json(job.path / INDEX, {"metadata": {"total_size": task.checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(job.path / REPORT, report)
+    write_bytes(job.path / CONFIG, (task.checkpoint.path / CONFIG).read_bytes())
+    job.end()
+
+
+def _verified(job: Job) -> dict[str, Any]:
+    """The report of a finished job, once its shards are found to be what it says. Raises OutputError."""
+    report = read_json(job.path / REPORT)
+    for shard in report["shards"]:
+        file = job.path / shard["name"]
+        if not file.exists() or sha256_of(file) != shard["sha256"]:
+            raise OutputError(f"{file}: is not the shard that was written; delete {job.path} and prune again")
+    job.end()
+    return report
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, without a copy where it lies on the host."""
+    array: np.ndarray = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+    return memoryview(array)

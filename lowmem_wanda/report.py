@@ -1,0 +1,69 @@
+"""report.json: what was asked, what was done to every linear, what it cost."""
+
+import platform
+import sys
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+import transformers
+
+from lowmem_wanda import __version__
+from lowmem_wanda.memory import Peak
+from lowmem_wanda.plan import Plan
+from lowmem_wanda.task import Task
+
+GIVES = (
+    "A checkpoint of the same names, shapes and size in which the pruned weights are exactly zero: it loads and converts wherever the source does."
+)
+GIVES_NOT = "Zeros are stored like other numbers: files, a GGUF made of them and memory in use stay as large, and no program runs faster that does not use the zeros."
+
+
+def build(task: Task, plan: Plan, peak: Peak, finished: dict[str, dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The report of a finished job, as JSON. Memory in bytes, times in seconds."""
+    shards = dict(sorted(finished.items()))
+    blocks = [{"shard": name, **record} for name, record in shards.items() if "index" in record]
+    linears = [linear for block in blocks for linear in block["linears"].values()]
+    weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
+    zeros = sum(linear["zeros"] for linear in linears)
+    return {
+        "source": str(task.checkpoint.path),
+        "arguments": arguments,
+        "versions": {
+            "lowmem-wanda": __version__,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "numpy": np.__version__,
+            "platform": platform.platform(),
+        },
+        "summary": {
+            "parameters": plan.parameters,
+            "linears": len(linears),
+            "weights": weights,
+            "zeros": zeros,
+            "sparsity": zeros / weights,
+            "bytes": sum(record["nbytes"] for record in shards.values()),
+            "seconds": sum(block["seconds"] for block in blocks),
+            "gives": GIVES,
+            "gives_not": GIVES_NOT,
+        },
+        "calibration": {
+            "text": arguments["--text"],
+            "sequences": plan.sequences,
+            "length": plan.length,
+            "tokens": plan.tokens,
+        },
+        "peak_memory": {
+            "host_predicted": plan.host_peak,
+            "host_measured": peak.host,
+            "device_predicted": plan.device_peak,
+            "device_measured": peak.device,
+        },
+        "copied_tensors": next(record["tensors"] for record in shards.values() if "tensors" in record),
+        "copied_files": [str(file) for file in task.files],
+        "shards": [{"name": name, "nbytes": record["nbytes"], "sha256": record["sha256"]} for name, record in shards.items()],
+        "blocks": blocks,
+    }

@@ -1,0 +1,32 @@
+"""What is remembered of a linear's inputs while the calibration sequences pass it."""
+
+import torch
+
+from lowmem_wanda.errors import NumberError
+
+
+class SquaredNorm:
+    """Sum of squares per input channel, and how many tokens it is the sum of.
+
+    Its root is ||X_j||_2 of Wanda (arXiv 2306.11695, eq. 1). The paper's code keeps a running mean over
+    *sequences* instead; the two differ by one constant per linear, so they rank weights alike.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        # float64: the sum does not depend on how the sequences are batched (MPS has no float64)
+        precision = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(columns, dtype=precision, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Adds inputs (..., columns) of any float dtype."""
+        inputs = inputs.reshape(-1, inputs.shape[-1])
+        self.sums += torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).to(self.sums.dtype).square_()
+        self.tokens += len(inputs)
+
+    def norms(self) -> torch.Tensor:
+        """||X_j||_2 per input channel, float32 (columns,). Raises NumberError if one is NaN or infinite."""
+        norms = self.sums.sqrt().float()
+        if not bool(torch.isfinite(norms).all()):
+            raise NumberError("the inputs measured for it hold NaN or infinity: try --dtype float32 or other calibration text")
+        return norms

@@ -1,0 +1,188 @@
+"""A pruning ready to start: everything that is checked and chosen before a weight is read."""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lowmem_wanda import __version__
+from lowmem_wanda.checkpoint import FLOATS, Checkpoint, Tensor, refuse_unprunable
+from lowmem_wanda.decoder import DTYPES
+from lowmem_wanda.errors import ModelError, PatternError
+from lowmem_wanda.hollow import Hollow, hollow, tokenizer
+from lowmem_wanda.job import fingerprint
+from lowmem_wanda.methods import METHODS, Method
+from lowmem_wanda.patterns import NM, Pattern, parse
+from lowmem_wanda.text import DATASETS, Calibration, calibrate
+from lowmem_wanda.writer import small_files
+
+BATCH_TOKENS = 2048  # of a micro-batch, where the user does not say
+
+
+@dataclass(frozen=True)
+class Task:
+    """One pruning, ready to start: the model without weights, the calibration tokens, and what is selected.
+
+    `selected` has for each block {path of a linear in it: file tensor of its weight}.
+    """
+
+    checkpoint: Checkpoint
+    hollow: Hollow
+    method: str
+    pattern: Pattern
+    calibration: Calibration | None
+    selected: tuple[dict[str, str], ...]
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+    @property
+    def rule(self) -> Method:
+        return METHODS[self.method]
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The small files that go along, config.json among them."""
+        return small_files(self.checkpoint.path, code=self.trust_remote_code)
+
+    def block_tensors(self, index: int) -> list[Tensor]:
+        """The file tensors of one block."""
+        return [self.checkpoint.tensors[name] for name in sorted(set(self.hollow.block_tensors(index).values()))]
+
+    def arguments(self) -> dict[str, Any]:
+        """All that can change a bit of the result, as it stands in job.json."""
+        measured = self.calibration is not None
+        calibration = self.calibration
+        return {
+            "source fingerprint": fingerprint(self.checkpoint),
+            "--method": self.method,
+            "--pattern": str(self.pattern),
+            "--group": self.pattern.group,
+            "--include": list(self.include),
+            "--exclude": list(self.exclude),
+            "--text": list(calibration.sources) if calibration else [],
+            "calibration shape": list(calibration.tokens.shape) if calibration else [],
+            "calibration sha256": calibration.sha256 if calibration else "",
+            "--device": describe_device(self.device),
+            "--dtype": str(self.dtype).removeprefix("torch.") if measured else "",
+            "--batch": self.batch if measured else 0,
+            "threads (OMP_NUM_THREADS)": torch.get_num_threads() if measured and self.device.type == "cpu" else 0,
+            "--trust-remote-code": self.trust_remote_code,
+            "lowmem-wanda": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+def prepare(
+    source: str | Path,
+    *,
+    method: str = "wanda",
+    pattern: str = "2:4",
+    group: str | None = None,
+    text: Sequence[str] = (),
+    sequences: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> Task:
+    """Checks everything that can be checked before work begins. Raises a LowmemError that says what is wrong.
+
+    `sequences` of `length` tokens are calibrated on, `batch` of them at a time (default: as many as make
+    2048 tokens); `include` and `exclude` are globs on tensor names, with or without ".weight".
+    """
+    rule = METHODS[method]
+    kind = parse(pattern, group or "row")
+    if group is None and not isinstance(kind, NM):
+        kind = parse(pattern, rule.group)
+    checkpoint = Checkpoint(source)
+    refuse_unprunable(checkpoint, trust_remote_code)
+    where = find_device(device)
+    computing = find_dtype(dtype, where, checkpoint)
+    model = hollow(checkpoint, computing, trust_remote_code)
+    selected = _select(model, checkpoint, include, exclude)
+    for name in (name for names in selected for name in names.values()):
+        kind.check_shape(name, *model.matrix_shape(checkpoint.tensors[name]))
+    calibration = None
+    if rule.statistic is not None:
+        encode = tokenizer(checkpoint, trust_remote_code) if not _token_ids(text) else lambda _: []
+        config = model.model.config.get_text_config()  # type: ignore[operator, union-attr]
+        length = min(length, _positions(config) or length)
+        calibration = calibrate(text, encode, sequences=sequences, length=length, vocabulary=config.vocab_size, seed=seed)
+    rows = calibration.tokens.shape if calibration else (1, 1)
+    batch = min(batch or max(1, BATCH_TOKENS // rows[1]), rows[0])
+    return Task(checkpoint, model, method, kind, calibration, selected, where, computing, batch, tuple(include), tuple(exclude), trust_remote_code)
+
+
+def _select(model: Hollow, checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> tuple[dict[str, str], ...]:
+    """The linears to prune, block by block. Raises PatternError for a glob that matches none."""
+    linears = [model.linears(index) for index in range(len(model.blocks))]
+    names = {name for block in linears for name in block.values()}
+
+    def matches(name: str, globs: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.removesuffix(".weight"), glob) for glob in globs)
+
+    for flag, globs in (("--include", include), ("--exclude", exclude)):
+        for glob in globs:
+            if not any(matches(name, [glob]) for name in names):
+                raise PatternError(f"{flag} {glob!r} matches no prunable tensor; they are named as {min(names)}")
+    selected = tuple(
+        {path: name for path, name in block.items() if (not include or matches(name, include)) and not matches(name, exclude)} for block in linears
+    )
+    if not any(selected):
+        raise PatternError("--include and --exclude leave nothing to prune; widen them")
+    return selected
+
+
+def _token_ids(text: Sequence[str]) -> bool:
+    return bool(text) and all(name.endswith((".npy", ".safetensors")) for name in text if name not in DATASETS)
+
+
+def _positions(config: Any) -> int | None:
+    """How many positions the model has, by the names that configurations use; None where it has no limit."""
+    return next((value for name in ("max_position_embeddings", "max_seq_len") if (value := getattr(config, name, None))), None)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of "auto", "cpu", "cuda", "cuda:N" or "mps". Raises ModelError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(kind, False)
+    if not available or (number and not (number.isdigit() and kind == "cuda" and int(number) < torch.cuda.device_count())):
+        raise ModelError(f"--device {name} is not to be had here (torch {torch.__version__}); give cpu or auto")
+    return torch.device("cuda", int(number or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def find_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """The computing dtype. "auto": float32 on a CPU (without bf16 units it is 60 times as fast), elsewhere what most weights are stored in."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if device.type == "cpu":
+        return torch.float32
+    sizes = dict.fromkeys(FLOATS, 0)
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += tensor.numel
+    stored = DTYPES[max(sizes, key=lambda kind: sizes[kind])]
+    return torch.float32 if stored == torch.float64 else stored
+
+
+def describe_device(device: torch.device) -> str:
+    """The device and its kind: another kind may round otherwise."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type

@@ -1,0 +1,134 @@
+"""Files that are whole or not there: a temporary name, fsync, rename.
+
+`os.open` with mode 0666 gives what the umask allows; safetensors' own `save_file` leaves 0600.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_wanda.checkpoint import ITEMSIZE, Tensor
+from lowmem_wanda.errors import OutputError
+
+PARTIAL = ".partial"  # what no finished file ends in
+
+COPIED = (".json", ".jinja", ".model", ".txt", ".md", ".tiktoken")
+COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README", "USE_POLICY")
+OURS = ("job.json", "report.json")  # of an earlier pruning of the source
+WEIGHT_INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard as it was written: sizes in bytes, SHA-256 in hex."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+def write_shard(path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | memoryview]]]) -> ShardFile:
+    """Writes tensors, each with the pieces of its bytes, as one safetensors file.
+
+    The header is known before the first byte and keeps each tensor's name, dtype and shape. Larger items
+    come first, so that every tensor is aligned to its own dtype. Raises OutputError.
+    """
+    ordered = sorted(tensors, key=lambda pair: -ITEMSIZE[pair[0].dtype])
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor, _ in ordered:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (end, end + tensor.nbytes)}
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    with replacing(path) as write:
+        for piece in _chain([len(text).to_bytes(8, "little"), text], ordered):
+            write(piece)
+            digest.update(piece)
+            size += len(piece)
+    if size != 8 + len(text) + end:
+        raise OutputError(f"{path.name}: {size} bytes were written where its header promises {8 + len(text) + end}; report this bug")
+    return ShardFile(path.name, size, digest.hexdigest())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a small file whole. Raises OutputError."""
+    with replacing(path) as write:
+        write(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, two spaces deep, with a last newline. Raises OutputError."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """Gives a `write(bytes)`; the file is at `path` when all went well, and not there at all otherwise."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            yield lambda content: _write_all(handle, content)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(partial, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"{path.name}: the disk is full; free some space and run the same command again to continue") from None
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); make the directory writable and run again") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames in a directory last (a no-op where directories cannot be opened)."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex, read 16 MiB at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(16 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def small_files(source: Path, code: bool = False) -> list[Path]:
+    """Configuration, tokenizer, licence and model card of a checkpoint; Python files only with `code`. Relative paths."""
+    found = [path for path in source.iterdir() if path.is_file()] + list(source.glob("additional_chat_templates/*.jinja"))
+    return sorted(path.relative_to(source) for path in found if _is_copied(path, code))
+
+
+def _is_copied(path: Path, code: bool) -> bool:
+    if path.name in OURS or path.name.endswith(WEIGHT_INDEX) or path.name.startswith("."):
+        return False
+    return path.name.endswith((*COPIED, ".py") if code else COPIED) or path.name.split(".")[0].upper().startswith(COPIED_NAMES)
+
+
+def _chain(head: list[bytes], ordered: list[tuple[Tensor, Iterable[bytes | memoryview]]]) -> Iterator[bytes | memoryview]:
+    yield from head
+    for _, pieces in ordered:
+        yield from pieces
+
+
+def _write_all(handle: int, content: bytes | memoryview) -> None:
+    """Writes all of it: on a full disk a plain write goes short once, then raises ENOSPC."""
+    rest = memoryview(content).cast("B")
+    while rest:
+        rest = rest[os.write(handle, rest) :]
