@@ -12,9 +12,8 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -52,19 +51,21 @@ class Tensor:
         skip = self.offset - start
         with _opened(self.file) as file:
             if os.fstat(file.fileno()).st_size < self.offset + self.nbytes:  # a map past the end kills with SIGBUS
-                raise CheckpointError(f"{self.file.name}: shrank while tensor {self.name} was to be read; restore it and run again")
+                raise CheckpointError(
+                    f"{self.file.name}: shrank while tensor {self.name} was to be read; restore it and run again"
+                )
             with mmap.mmap(file.fileno(), skip + self.nbytes, offset=start, access=mmap.ACCESS_READ) as mapped:
                 out[:] = np.frombuffer(mapped, np.uint8, self.nbytes, skip)
 
-    def pieces(self) -> Iterator[bytes]:
-        """The tensor's bytes, 16 MiB at a time. Raises CheckpointError where the file has become shorter."""
+    def pieces(self, size: int = PIECE) -> Iterator[bytes]:
+        """The tensor's bytes, `size` (16 MiB) at a time. Raises CheckpointError where the file has become shorter."""
         with _opened(self.file) as file:
             file.seek(self.offset)
             left = self.nbytes
             while left:
-                piece = file.read(min(left, PIECE))
-                if not piece:
-                    raise CheckpointError(f"{self.file.name}: ends within tensor {self.name}; restore the file and run again")
+                piece = file.read(min(left, size))
+                if len(piece) < min(left, size):
+                    raise CheckpointError(f"{self.file.name}: ends within tensor {self.name}; restore it and run again")
                 left -= len(piece)
                 yield piece
 
@@ -91,7 +92,9 @@ class Checkpoint:
                 self.tensors[name] = tensor
         for name, shard in weight_map.items():
             if name not in self.tensors:
-                raise CheckpointError(f"{INDEX}: lists tensor {name} in {shard}, which does not hold it; download both again")
+                raise CheckpointError(
+                    f"{INDEX}: lists tensor {name} in {shard}, which does not hold it; download both again"
+                )
         if not self.tensors:
             raise CheckpointError(f"{self.path}: its safetensors hold no tensor; download the checkpoint again")
 
@@ -114,18 +117,27 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{INDEX}: has no weight_map; download it again")
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-                raise CheckpointError(f"{INDEX}: puts tensor {name} in {shard!r}, which is no safetensors file of this directory")
+            if (
+                not isinstance(shard, str)
+                or Path(shard).name != shard
+                or "\\" in shard
+                or not shard.endswith(".safetensors")
+            ):
+                raise CheckpointError(
+                    f"{INDEX}: puts tensor {name} in {shard!r}, which is no safetensors file of this directory"
+                )
         if single.exists() and SINGLE not in weight_map.values():
-            raise CheckpointError(f"{self.path}: holds both {SINGLE} and {INDEX}, so which counts is unclear; remove one")
+            raise CheckpointError(
+                f"{self.path}: holds both {SINGLE} and {INDEX}, so which counts is unclear; remove one"
+            )
         return weight_map
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[FileIO]:
-    """The file, unbuffered; whatever the system says against reading it becomes a CheckpointError."""
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """The file; whatever the system says against reading it becomes a CheckpointError."""
     try:
-        with open(file, "rb", buffering=0) as handle:
+        with open(file, "rb") as handle:
             yield handle
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); restore it and run again") from None
@@ -138,7 +150,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
         with open(file, "rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
             if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise CheckpointError(f"{file.name}: no safetensors header ({length} bytes of {size}); the file is truncated or no safetensors")
+                raise CheckpointError(
+                    f"{file.name}: no safetensors header ({length} bytes of {size}); the file is truncated or no safetensors"
+                )
             header = json.loads(handle.read(length), object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise CheckpointError(f"{file.name}: cannot be read ({error.strerror}); download it to {file.parent}") from None
@@ -151,11 +165,15 @@ def read_header(file: Path) -> dict[str, Tensor]:
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset != end:
-            raise CheckpointError(f"{file.name}: tensor {tensor.name} starts at byte {tensor.offset} instead of {end}; download it again")
+            raise CheckpointError(
+                f"{file.name}: tensor {tensor.name} starts at byte {tensor.offset} instead of {end}; download it again"
+            )
         end += tensor.nbytes
     if end != size:
         kind = "truncated" if size < end else "too long"
-        raise CheckpointError(f"{file.name}: is {kind}, {size} bytes where its header promises {end}; download it again")
+        raise CheckpointError(
+            f"{file.name}: is {kind}, {size} bytes where its header promises {end}; download it again"
+        )
     return tensors
 
 
@@ -164,7 +182,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{file.name}: cannot be read in {file.parent} ({error.strerror}); download it too") from None
+        raise CheckpointError(
+            f"{file.name}: cannot be read in {file.parent} ({error.strerror}); download it too"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.name}: no valid JSON ({error}); download it again") from None
     if not isinstance(content, dict):
@@ -178,11 +198,15 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
     def naturals(value: Any) -> bool:
         return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(entry, dict) else (None,) * 3
+    dtype, shape, offsets = (
+        (entry.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(entry, dict) else (None,) * 3
+    )
     if not naturals(shape) or not naturals(offsets) or len(offsets) != 2 or not isinstance(dtype, str):
         raise CheckpointError(f"{file.name}: the header entry of tensor {name} is malformed; download it again")
     if dtype not in ITEMSIZE:
-        raise CheckpointError(f"{file.name}: tensor {name} has dtype {dtype}, which is not read; get the unquantized (bf16, fp16, fp32) checkpoint")
+        raise CheckpointError(
+            f"{file.name}: tensor {name} has dtype {dtype}, which is not read; get the unquantized (bf16, fp16, fp32) checkpoint"
+        )
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(
@@ -216,9 +240,13 @@ def refuse_unprunable(checkpoint: Checkpoint, trust_remote_code: bool = False) -
     if "quantization_config" in config:
         kind = config["quantization_config"]
         kind = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
-        raise CheckpointError(f"{CONFIG}: quantization_config says {kind}; prune the unquantized checkpoint and quantize after")
+        raise CheckpointError(
+            f"{CONFIG}: quantization_config says {kind}; prune the unquantized checkpoint and quantize after"
+        )
     if "auto_map" in config and not trust_remote_code:
-        raise CheckpointError(f"{CONFIG}: auto_map names Python code of the checkpoint's own; read it, then give --trust-remote-code")
+        raise CheckpointError(
+            f"{CONFIG}: auto_map names Python code of the checkpoint's own; read it, then give --trust-remote-code"
+        )
     for tensor in checkpoint.tensors.values():
         packed = tensor.dtype not in FLOATS and len(tensor.shape) == 2 and "weight" in tensor.name.rsplit(".", 1)[-1]
         if tensor.dtype in QUANTIZED or packed:

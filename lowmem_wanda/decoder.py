@@ -49,7 +49,15 @@ class Block:
     those very tensors where the dtypes agree, and on casts of them otherwise.
     """
 
-    def __init__(self, index: int, module: nn.Module, stored: dict[str, torch.Tensor], linears: dict[str, str], trace: Trace, calls: Any):
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        stored: dict[str, torch.Tensor],
+        linears: dict[str, str],
+        trace: Trace,
+        calls: Any,
+    ):
         self.index, self.module, self.stored, self.linears, self.trace = index, module, stored, linears, trace
         self._calls = calls
 
@@ -160,7 +168,9 @@ class Decoder:
         if index == len(calls):
             calls.append((args, kwargs))
         elif not _same(calls[index], (args, kwargs)):
-            raise ModelError(f"{self.hollow.path}.{index}: what it is called with depends on the tokens, which is not supported yet")
+            raise ModelError(
+                f"{self.hollow.path}.{index}: what it is called with depends on the tokens, which is not supported yet"
+            )
         if index == self.depth - 1:
             if self._final is None:
                 raise Stop
@@ -178,7 +188,11 @@ class Decoder:
         outside = self.hollow.outside()
         for path, module in self.hollow.model.named_modules():
             prefix = f"{path}." if path else ""
-            own = {name: outside[prefix + name] for name in [*module._parameters, *module._buffers] if prefix + name in outside}
+            own = {
+                name: outside[prefix + name]
+                for name in [*module._parameters, *module._buffers]
+                if prefix + name in outside
+            }
             if own:
                 module.register_forward_pre_hook(partial(self._fill, own, prefix))
         for name, buffer in self.hollow.model.named_buffers():
@@ -236,7 +250,9 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs:
     output = block(hidden.to("meta"), *args, **kwargs)
     if len(order) != len(linears) or set(order) != set(linears):
         missed = sorted(set(linears) - set(order)) or sorted(order)
-        raise ModelError(f"{type(block).__name__}: linear {missed[0]} is not called once in a forward, so it cannot be measured")
+        raise ModelError(
+            f"{type(block).__name__}: linear {missed[0]} is not called once in a forward, so it cannot be measured"
+        )
     return Trace(tuple(order), leaders, isinstance(output, tuple))
 
 

@@ -50,14 +50,21 @@ class Hollow:
     def linears(self, index: int) -> dict[str, str]:
         """{path of a linear, relative to the block: file tensor of its weight} of one block."""
         tensors = self.block_tensors(index)
-        return {path: tensors[f"{path}.weight"] for path, module in self.blocks[index].named_modules() if isinstance(module, LINEARS)}
+        return {
+            path: tensors[f"{path}.weight"]
+            for path, module in self.blocks[index].named_modules()
+            if isinstance(module, LINEARS)
+        }
 
     @cached_property
     def transposed(self) -> frozenset[str]:
         """File tensors that hold (inputs, outputs): the weights of GPT-2's Conv1D."""
         blocks = range(len(self.blocks))
         return frozenset(
-            name for index in blocks for path, name in self.linears(index).items() if isinstance(self.blocks[index].get_submodule(path), Conv1D)
+            name
+            for index in blocks
+            for path, name in self.linears(index).items()
+            if isinstance(self.blocks[index].get_submodule(path), Conv1D)
         )
 
     def matrix_shape(self, tensor: Tensor) -> tuple[int, int]:
@@ -92,7 +99,9 @@ def hollow(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool =
 def tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Encode:
     """The checkpoint's own tokenizer as text -> ids, special tokens as it adds them. Raises CalibrationError."""
     try:
-        loaded = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code)
+        loaded = AutoTokenizer.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CalibrationError(
             f"{checkpoint.path}: its tokenizer cannot be loaded ({_first_line(error)}); add tokenizer.json, or give token ids (.npy) to --text"
@@ -109,7 +118,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"config.json: transformers cannot build a causal language model of it ({_first_line(error)})") from None
+        raise ModelError(
+            f"config.json: transformers cannot build a causal language model of it ({_first_line(error)})"
+        ) from None
     model.eval().requires_grad_(False)
     return model
 
@@ -128,11 +139,15 @@ def _match(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str
             name, converted = tensor, None
         if converted is not None and name in state:
             kind = "experts are" if "expert" in tensor else "it is"
-            raise ModelError(f"tensor {tensor}: {kind} stored in another form than {type(model).__name__} computes with, which is not supported yet")
+            raise ModelError(
+                f"tensor {tensor}: {kind} stored in another form than {type(model).__name__} computes with, which is not supported yet"
+            )
         if name not in state:
             unexpected.append(tensor)
         elif name in names:
-            raise CheckpointError(f"tensors {names[name]} and {tensor} are both {name} of {type(model).__name__}; remove one")
+            raise CheckpointError(
+                f"tensors {names[name]} and {tensor} are both {name} of {type(model).__name__}; remove one"
+            )
         else:
             names[name] = tensor
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # transformers ties either way round
@@ -144,7 +159,9 @@ def _match(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str
 
 def _find_blocks(model: nn.Module) -> str:
     """Path of the list that holds most parameters and lies in no other list."""
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     if not outer:
         raise ModelError(f"{type(model).__name__}: no list of decoder blocks is found in it, so it cannot be streamed")
@@ -156,10 +173,14 @@ def _refuse_experts(model: nn.Module, blocks: str) -> None:
     for path, module in model.get_submodule(blocks).named_modules():
         experts = isinstance(module, nn.ModuleList) and any(isinstance(part, LINEARS) for part in module.modules())
         known = isinstance(module, (*LINEARS, nn.Embedding))
-        matrices = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1 and not known]
+        matrices = [
+            name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1 and not known
+        ]
         if (experts and path) or matrices:
             name = ".".join([blocks, path, *matrices[:1]])
-            raise ModelError(f"{name}: mixture-of-experts and other blocks with matrices outside linear layers are not supported yet")
+            raise ModelError(
+                f"{name}: mixture-of-experts and other blocks with matrices outside linear layers are not supported yet"
+            )
 
 
 def _account(model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpected: list[str]) -> tuple[str, ...]:
@@ -175,7 +196,9 @@ def _account(model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpect
                 f"{tensor.file.name}: tensor {tensor.name} is {list(tensor.shape)}, config.json makes it {list(parameter.shape)}; download both again"
             )
         if tensor.dtype not in FLOATS and parameter.is_floating_point():
-            raise CheckpointError(f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, not floating point; get the unquantized checkpoint")
+            raise CheckpointError(
+                f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, not floating point; get the unquantized checkpoint"
+            )
     # these two are old buffers that transformers, too, ignores for every family
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     for name in unexpected:

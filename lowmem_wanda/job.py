@@ -29,12 +29,10 @@ class Job:
 
     def __init__(self, path: Path, source: Path, arguments: dict[str, Any]) -> None:
         self.path = path
-        self.refuse_overlap(path, source)
+        self.refuse(path, source)
         found = path / JOB
         if found.exists():
             self._compare(read_json(found), arguments)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise OutputError(f"{path}: exists and is not a job of this program; give a new or empty directory")
         self.resumed = found.exists()
         self.arguments = arguments
         self.finished: dict[str, dict[str, Any]] = {}
@@ -45,11 +43,16 @@ class Job:
         return (self.path / CONFIG).exists()
 
     @staticmethod
-    def refuse_overlap(path: Path, source: Path) -> None:
-        """Raises OutputError if the target is the source or lies within it."""
-        target, source = path.resolve(), source.resolve()
-        if target == source or source in target.parents:
-            raise OutputError(f"{path}: is or lies in the source {source}, which is never written to; give another directory")
+    def refuse(path: str | Path, source: str | Path) -> None:
+        """Raises OutputError if the target is the source, lies within it, or holds something else."""
+        target, inside = Path(path).resolve(), Path(source).resolve()
+        if target == inside or inside in target.parents:
+            raise OutputError(f"{path}: is or lies in the source {source}, which is never written to; give another one")
+        if (target / JOB).exists() or not target.exists():
+            return
+        begun = f".{JOB}{PARTIAL}"  # all that a kill in the first moment leaves
+        if not target.is_dir() or any(entry.name != begun for entry in target.iterdir()):
+            raise OutputError(f"{path}: exists and is not a job of this program; give a new or empty directory")
 
     def begin(self, needed: int) -> None:
         """Creates the directory and job.json, or takes up what is done; `needed` bytes must fit on the disk."""
@@ -57,7 +60,9 @@ class Job:
         self._take_up()
         needed -= sum(record["nbytes"] for record in self.finished.values())
         if (free := shutil.disk_usage(existing).free) < needed:
-            raise OutputError(f"{self.path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; free some or give another disk")
+            raise OutputError(
+                f"{self.path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; free some or give another disk"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,9 +86,7 @@ class Job:
 
     def _take_up(self) -> None:
         """Finds the finished shards of an interrupted run and clears away its half-written files."""
-        if not self.resumed:
-            return
-        for partial in self.path.rglob(f".*{PARTIAL}"):
+        for partial in list(self.path.rglob(f".*{PARTIAL}")):
             partial.unlink()
         progress = self.path / PROGRESS
         for line in progress.read_text(encoding="utf-8").splitlines() if progress.exists() else ():
@@ -97,7 +100,7 @@ class Job:
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         now = json.loads(json.dumps(now))
-        for key in sorted(before.keys() | now.keys()):
+        for key in [*now, *before]:
             if before.get(key) != now.get(key):
                 raise OutputError(
                     f"{self.path}: holds a job with {key} = {_brief(before.get(key))}, this one has {_brief(now.get(key))}; "

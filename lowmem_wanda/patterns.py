@@ -38,7 +38,9 @@ class Ratio:
     def check_shape(self, name: str, rows: int, columns: int) -> None:
         """Raises PatternError if nothing of a (rows, columns) matrix would be pruned."""
         if int(columns * self.sparsity) == 0:
-            raise PatternError(f"tensor {name} has {columns} inputs, of which {self} is less than one weight: use a larger sparsity")
+            raise PatternError(
+                f"tensor {name} has {columns} inputs, of which {self} is less than one weight: use a larger sparsity"
+            )
 
     def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields (rows, bool mask of what is pruned), a chunk of rows at a time."""
@@ -47,7 +49,9 @@ class Ratio:
                 yield part, lowest_of_rows(finite(score(part)), int(columns * self.sparsity))
         else:
             parts = row_chunks(rows, columns, chunk)
-            threshold = kth_smallest(lambda: (finite(score(part)) for part in parts), int(rows * columns * self.sparsity))
+            threshold = kth_smallest(
+                lambda: (finite(score(part)) for part in parts), int(rows * columns * self.sparsity)
+            )
             for part in parts:
                 yield part, score(part) <= threshold
 
@@ -103,7 +107,9 @@ def parse(text: str, group: str = "row") -> Pattern:
         if not 0 < kept < of:
             raise PatternError(f"pattern {text!r} keeps {kept} of {of}: N:M needs 0 < N < M, as 2:4 or 4:8")
         if group != "row":
-            raise PatternError(f"pattern {text!r} has groups of its own: --group {group} goes with a sparsity such as 50%")
+            raise PatternError(
+                f"pattern {text!r} has groups of its own: --group {group} goes with a sparsity such as 50%"
+            )
         return NM(kept, of)
     if match := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text):
         sparsity = float(match[1]) / (100 if match[2] else 1)

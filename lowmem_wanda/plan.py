@@ -47,7 +47,9 @@ def predict(task: Task) -> Plan:
         flops=_flops(task, sequences, length),
         host_peak=anonymous() + (walk if computed_on_host else transit),
         device_peak=0 if computed_on_host else walk,
-        disk=sum(tensor.nbytes for tensor in tensors.values()) + sum((task.checkpoint.path / file).stat().st_size for file in task.files) + (1 << 20),
+        disk=sum(tensor.nbytes for tensor in tensors.values())
+        + sum((task.checkpoint.path / file).stat().st_size for file in task.files)
+        + (1 << 20),
     )
 
 
@@ -55,7 +57,11 @@ def _walk_bytes(task: Task, block: int, sequences: int, length: int) -> int:
     """Bytes held at the worst moment: hidden states, and a block with what computing or scoring it takes, or the embeddings."""
     size = task.dtype.itemsize
     tensors = task.checkpoint.tensors
-    linears = [task.hollow.matrix_shape(tensors[name]) for index in range(len(task.selected)) for name in task.hollow.linears(index).values()]
+    linears = [
+        task.hollow.matrix_shape(tensors[name])
+        for index in range(len(task.selected))
+        for name in task.hollow.linears(index).values()
+    ]
     widest = max(max(shape) for shape in linears)
     width = task.hollow.width
     hidden = sequences * length * width * size
@@ -63,14 +69,18 @@ def _walk_bytes(task: Task, block: int, sequences: int, length: int) -> int:
     activations = task.batch * length * (4 * widest + 6 * width) * size
     scores = 20 * max(CPU_CHUNK if task.device.type == "cpu" else DEVICE_CHUNK, widest)
     outside = [tensors[name] for name in set(task.hollow.outside().values())]
-    embeddings = max((tensor.numel * size + tensor.nbytes * (DTYPES[tensor.dtype] != task.dtype) for tensor in outside), default=0)
+    embeddings = max(
+        (tensor.numel * size + tensor.nbytes * (DTYPES[tensor.dtype] != task.dtype) for tensor in outside), default=0
+    )
     if task.calibration is None:
         return max(block + scores, PIECE)
     return hidden + max(block + cast + max(activations, scores), embeddings, PIECE)
 
 
 def _cast_bytes(task: Task, index: int) -> int:
-    return sum(tensor.numel * task.dtype.itemsize for tensor in task.block_tensors(index) if DTYPES[tensor.dtype] != task.dtype)
+    return sum(
+        tensor.numel * task.dtype.itemsize for tensor in task.block_tensors(index) if DTYPES[tensor.dtype] != task.dtype
+    )
 
 
 def _flops(task: Task, sequences: int, length: int) -> int:

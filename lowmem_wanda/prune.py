@@ -59,7 +59,9 @@ class _Run:
             inside = {tensor.name for index in range(len(self.shards)) for tensor in self.task.block_tensors(index)}
             rest = [tensor for tensor in self.task.checkpoint.tensors.values() if tensor.name not in inside]
             shard = write_shard(self.job.path / name, [(tensor, tensor.pieces()) for tensor in rest])
-            self.job.record(name, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": [tensor.name for tensor in rest]})
+            self.job.record(
+                name, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": [tensor.name for tensor in rest]}
+            )
 
     def prune_blocks(self) -> None:
         if not self.open:
@@ -78,7 +80,9 @@ class _Run:
         start = time.perf_counter()
         if block.index in self.open:
             record: dict[str, Any] = {"index": block.index, "linears": self.prune_block(block, hidden)}
-            tensors = [(tensor, [_bytes_of(block.stored[tensor.name])]) for tensor in self.task.block_tensors(block.index)]
+            tensors = [
+                (tensor, [_bytes_of(block.stored[tensor.name])]) for tensor in self.task.block_tensors(block.index)
+            ]
             shard = write_shard(self.job.path / self.shards[block.index], tensors)
             record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}
         if hidden is not None and block.index < self.open[-1]:
@@ -108,7 +112,9 @@ class _Run:
         block.update(path)
         zeros, holds = survey(weight, self.task.pattern)
         if not holds:
-            raise ModelError(f"tensor {name}: does not hold {self.task.pattern} after pruning ({zeros} zeros of {weight.numel()}); report this bug")
+            raise ModelError(
+                f"tensor {name}: does not hold {self.task.pattern} after pruning ({zeros} zeros of {weight.numel()}); report this bug"
+            )
         return {
             "shape": list(weight.shape),
             "pattern": str(self.task.pattern),
@@ -126,7 +132,9 @@ def shard_name(index: int, count: int) -> str:
 
 def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
     """Small files byte for byte, the index, the report, config.json."""
-    weight_map = {name: shard.name for shard in sorted(job.path.glob("model-*.safetensors")) for name in read_header(shard)}
+    weight_map = {
+        name: shard.name for shard in sorted(job.path.glob("model-*.safetensors")) for name in read_header(shard)
+    }
     if weight_map.keys() != task.checkpoint.tensors.keys():
         missing = sorted(weight_map.keys() ^ task.checkpoint.tensors.keys())
         raise OutputError(f"{job.path}: tensor {missing[0]} is not in both source and output; report this bug")
@@ -134,7 +142,10 @@ def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
         if file.name != CONFIG:
             (job.path / file).parent.mkdir(exist_ok=True)
             write_bytes(job.path / file, (task.checkpoint.path / file).read_bytes())
-    write_json(job.path / INDEX, {"metadata": {"total_size": task.checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        job.path / INDEX,
+        {"metadata": {"total_size": task.checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
+    )
     write_json(job.path / REPORT, report)
     write_bytes(job.path / CONFIG, (task.checkpoint.path / CONFIG).read_bytes())
     job.end()

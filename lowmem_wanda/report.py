@@ -14,13 +14,13 @@ from lowmem_wanda.memory import Peak
 from lowmem_wanda.plan import Plan
 from lowmem_wanda.task import Task
 
-GIVES = (
-    "A checkpoint of the same names, shapes and size in which the pruned weights are exactly zero: it loads and converts wherever the source does."
-)
+GIVES = "A checkpoint of the same names, shapes and size in which the pruned weights are exactly zero: it loads and converts wherever the source does."
 GIVES_NOT = "Zeros are stored like other numbers: files, a GGUF made of them and memory in use stay as large, and no program runs faster that does not use the zeros."
 
 
-def build(task: Task, plan: Plan, peak: Peak, finished: dict[str, dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
+def build(
+    task: Task, plan: Plan, peak: Peak, finished: dict[str, dict[str, Any]], arguments: dict[str, Any]
+) -> dict[str, Any]:
     """The report of a finished job, as JSON. Memory in bytes, times in seconds."""
     shards = dict(sorted(finished.items()))
     blocks = [{"shard": name, **record} for name, record in shards.items() if "index" in record]
@@ -64,6 +64,8 @@ def build(task: Task, plan: Plan, peak: Peak, finished: dict[str, dict[str, Any]
         },
         "copied_tensors": next(record["tensors"] for record in shards.values() if "tensors" in record),
         "copied_files": [str(file) for file in task.files],
-        "shards": [{"name": name, "nbytes": record["nbytes"], "sha256": record["sha256"]} for name, record in shards.items()],
+        "shards": [
+            {"name": name, "nbytes": record["nbytes"], "sha256": record["sha256"]} for name, record in shards.items()
+        ],
         "blocks": blocks,
     }

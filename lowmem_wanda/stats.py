@@ -28,5 +28,7 @@ class SquaredNorm:
         """||X_j||_2 per input channel, float32 (columns,). Raises NumberError if one is NaN or infinite."""
         norms = self.sums.sqrt().float()
         if not bool(torch.isfinite(norms).all()):
-            raise NumberError("the inputs measured for it hold NaN or infinity: try --dtype float32 or other calibration text")
+            raise NumberError(
+                "the inputs measured for it hold NaN or infinity: try --dtype float32 or other calibration text"
+            )
         return norms

@@ -121,26 +121,50 @@ def prepare(
         encode = tokenizer(checkpoint, trust_remote_code) if not _token_ids(text) else lambda _: []
         config = model.model.config.get_text_config()  # type: ignore[operator, union-attr]
         length = min(length, _positions(config) or length)
-        calibration = calibrate(text, encode, sequences=sequences, length=length, vocabulary=config.vocab_size, seed=seed)
+        calibration = calibrate(
+            text, encode, sequences=sequences, length=length, vocabulary=config.vocab_size, seed=seed
+        )
     rows = calibration.tokens.shape if calibration else (1, 1)
     batch = min(batch or max(1, BATCH_TOKENS // rows[1]), rows[0])
-    return Task(checkpoint, model, method, kind, calibration, selected, where, computing, batch, tuple(include), tuple(exclude), trust_remote_code)
+    return Task(
+        checkpoint,
+        model,
+        method,
+        kind,
+        calibration,
+        selected,
+        where,
+        computing,
+        batch,
+        tuple(include),
+        tuple(exclude),
+        trust_remote_code,
+    )
 
 
-def _select(model: Hollow, checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> tuple[dict[str, str], ...]:
+def _select(
+    model: Hollow, checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[dict[str, str], ...]:
     """The linears to prune, block by block. Raises PatternError for a glob that matches none."""
     linears = [model.linears(index) for index in range(len(model.blocks))]
     names = {name for block in linears for name in block.values()}
 
     def matches(name: str, globs: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.removesuffix(".weight"), glob) for glob in globs)
+        return any(
+            fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.removesuffix(".weight"), glob) for glob in globs
+        )
 
     for flag, globs in (("--include", include), ("--exclude", exclude)):
         for glob in globs:
             if not any(matches(name, [glob]) for name in names):
                 raise PatternError(f"{flag} {glob!r} matches no prunable tensor; they are named as {min(names)}")
     selected = tuple(
-        {path: name for path, name in block.items() if (not include or matches(name, include)) and not matches(name, exclude)} for block in linears
+        {
+            path: name
+            for path, name in block.items()
+            if (not include or matches(name, include)) and not matches(name, exclude)
+        }
+        for block in linears
     )
     if not any(selected):
         raise PatternError("--include and --exclude leave nothing to prune; widen them")
@@ -153,7 +177,9 @@ def _token_ids(text: Sequence[str]) -> bool:
 
 def _positions(config: Any) -> int | None:
     """How many positions the model has, by the names that configurations use; None where it has no limit."""
-    return next((value for name in ("max_position_embeddings", "max_seq_len") if (value := getattr(config, name, None))), None)
+    return next(
+        (value for name in ("max_position_embeddings", "max_seq_len") if (value := getattr(config, name, None))), None
+    )
 
 
 def find_device(name: str) -> torch.device:
@@ -161,8 +187,12 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(kind, False)
-    if not available or (number and not (number.isdigit() and kind == "cuda" and int(number) < torch.cuda.device_count())):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(
+        kind, False
+    )
+    if not available or (
+        number and not (number.isdigit() and kind == "cuda" and int(number) < torch.cuda.device_count())
+    ):
         raise ModelError(f"--device {name} is not to be had here (torch {torch.__version__}); give cpu or auto")
     return torch.device("cuda", int(number or 0)) if kind == "cuda" else torch.device(kind)
 

@@ -39,7 +39,9 @@ class Calibration:
         return hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes()).hexdigest()
 
 
-def calibrate(texts: Sequence[str], encode: Encode, *, sequences: int, length: int, vocabulary: int, seed: int = 0) -> Calibration:
+def calibrate(
+    texts: Sequence[str], encode: Encode, *, sequences: int, length: int, vocabulary: int, seed: int = 0
+) -> Calibration:
     """At most `sequences` rows of at most `length` tokens below `vocabulary`.
 
     `texts` are files (plain text, .jsonl with a "text" field, .npy or .safetensors of token ids), "c4" or
@@ -48,17 +50,23 @@ def calibrate(texts: Sequence[str], encode: Encode, *, sequences: int, length: i
     """
     ids = [text for text in texts if text.endswith((".npy", ".safetensors"))]
     if ids and len(ids) < len(texts):
-        raise CalibrationError(f"{ids[0]} holds token ids and {next(t for t in texts if t not in ids)} text: give one kind")
+        raise CalibrationError(
+            f"{ids[0]} holds token ids and {next(t for t in texts if t not in ids)} text: give one kind"
+        )
     if ids:
         tokens = _from_ids([Path(name) for name in ids], sequences, length, seed)
     elif texts:
-        documents = [document for text in texts for document in (_download(text) if text in DATASETS else _documents(Path(text)))]
+        documents = [
+            document for text in texts for document in (_download(text) if text in DATASETS else _documents(Path(text)))
+        ]
         tokens = _windows(documents, encode, sequences, length, seed, " and ".join(texts))
     else:
         tokens = _built_in(encode, sequences, length, seed)
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         wrong = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise CalibrationError(f"{' and '.join(texts) or 'the built-in text'}: token id {wrong} is outside the model's vocabulary of {vocabulary}")
+        raise CalibrationError(
+            f"{' and '.join(texts) or 'the built-in text'}: token id {wrong} is outside the model's vocabulary of {vocabulary}"
+        )
     return Calibration(tokens, tuple(texts) or ("built-in",))
 
 
@@ -69,11 +77,15 @@ def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> np.ndar
     stream = np.array([token for document in documents for token in encode(document())], dtype=np.int64)
     held = len(stream) // length
     if held == 0:
-        raise CalibrationError(f"the built-in text holds {len(stream)} tokens, fewer than --length {length}: give --text or a smaller --length")
+        raise CalibrationError(
+            f"the built-in text holds {len(stream)} tokens, fewer than --length {length}: give --text or a smaller --length"
+        )
     return stream[: held * length].reshape(held, length)[:sequences]
 
 
-def _windows(documents: list[Callable[[], str]], encode: Encode, sequences: int, length: int, seed: int, name: str) -> np.ndarray:
+def _windows(
+    documents: list[Callable[[], str]], encode: Encode, sequences: int, length: int, seed: int, name: str
+) -> np.ndarray:
     """Random windows of random documents."""
 
     @lru_cache(maxsize=32)  # a long document is drawn again and again
@@ -90,7 +102,9 @@ def _windows(documents: list[Callable[[], str]], encode: Encode, sequences: int,
             if len(tokens) >= length:
                 break
         else:
-            raise CalibrationError(f"{name}: {len(tokens)} tokens in all, fewer than --length {length}: give more text or a smaller --length")
+            raise CalibrationError(
+                f"{name}: {len(tokens)} tokens in all, fewer than --length {length}: give more text or a smaller --length"
+            )
         first = rng.randint(0, len(tokens) - length)
         rows.append(tokens[first : first + length])
     return np.array(rows, dtype=np.int64)
@@ -104,7 +118,9 @@ def _documents(path: Path) -> list[Callable[[], str]]:
             if path.stat().st_size == 0:
                 raise CalibrationError(f"{path}: is empty; give a text file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                spans = [span for span in _spans(mapped, b"\n" if jsonl else SEPARATOR) if mapped[span[0] : span[1]].strip()]
+                spans = [
+                    span for span in _spans(mapped, b"\n" if jsonl else SEPARATOR) if mapped[span[0] : span[1]].strip()
+                ]
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}); give a text file to --text") from None
     if not jsonl:
@@ -179,7 +195,9 @@ def _load_ids(path: Path) -> np.ndarray:
     except ValueError as error:
         raise CalibrationError(f"{path}: is no array of token ids ({error})") from None
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size == 0:
-        raise CalibrationError(f"{path}: holds {array.dtype} of shape {array.shape}; token ids are integers in one or two dimensions")
+        raise CalibrationError(
+            f"{path}: holds {array.dtype} of shape {array.shape}; token ids are integers in one or two dimensions"
+        )
     return array
 
 
@@ -188,9 +206,13 @@ def _download(name: str) -> list[Callable[[], str]]:
     try:
         import datasets  # the extra "datasets": nothing else here needs the network
     except ImportError:
-        raise CalibrationError(f"--text {name} downloads through a package that is not installed: pip install 'lowmem-wanda[datasets]'") from None
+        raise CalibrationError(
+            f"--text {name} downloads through a package that is not installed: pip install 'lowmem-wanda[datasets]'"
+        ) from None
     if name == "c4":
-        rows = datasets.load_dataset("allenai/c4", data_files={"train": "en/c4-train.00000-of-01024.json.gz"}, split="train")
+        rows = datasets.load_dataset(
+            "allenai/c4", data_files={"train": "en/c4-train.00000-of-01024.json.gz"}, split="train"
+        )
         return [lambda index=index: rows[index]["text"] for index in range(len(rows))]
     rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")
     text = " ".join(rows["text"])

@@ -54,7 +54,9 @@ def write_shard(path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | mem
             digest.update(piece)
             size += len(piece)
     if size != 8 + len(text) + end:
-        raise OutputError(f"{path.name}: {size} bytes were written where its header promises {8 + len(text) + end}; report this bug")
+        raise OutputError(
+            f"{path.name}: {size} bytes were written where its header promises {8 + len(text) + end}; report this bug"
+        )
     return ShardFile(path.name, size, digest.hexdigest())
 
 
@@ -84,8 +86,12 @@ def replacing(path: Path) -> Iterator[Any]:
         sync_directory(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path.name}: the disk is full; free some space and run the same command again to continue") from None
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); make the directory writable and run again") from None
+            raise OutputError(
+                f"{path.name}: the disk is full; free some space and run the same command again to continue"
+            ) from None
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); make the directory writable and run again"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -111,17 +117,23 @@ def sha256_of(path: Path) -> str:
 
 def small_files(source: Path, code: bool = False) -> list[Path]:
     """Configuration, tokenizer, licence and model card of a checkpoint; Python files only with `code`. Relative paths."""
-    found = [path for path in source.iterdir() if path.is_file()] + list(source.glob("additional_chat_templates/*.jinja"))
+    found = [path for path in source.iterdir() if path.is_file()] + list(
+        source.glob("additional_chat_templates/*.jinja")
+    )
     return sorted(path.relative_to(source) for path in found if _is_copied(path, code))
 
 
 def _is_copied(path: Path, code: bool) -> bool:
     if path.name in OURS or path.name.endswith(WEIGHT_INDEX) or path.name.startswith("."):
         return False
-    return path.name.endswith((*COPIED, ".py") if code else COPIED) or path.name.split(".")[0].upper().startswith(COPIED_NAMES)
+    return path.name.endswith((*COPIED, ".py") if code else COPIED) or path.name.split(".")[0].upper().startswith(
+        COPIED_NAMES
+    )
 
 
-def _chain(head: list[bytes], ordered: list[tuple[Tensor, Iterable[bytes | memoryview]]]) -> Iterator[bytes | memoryview]:
+def _chain(
+    head: list[bytes], ordered: list[tuple[Tensor, Iterable[bytes | memoryview]]]
+) -> Iterator[bytes | memoryview]:
     yield from head
     for _, pieces in ordered:
         yield from pieces

@@ -30,7 +30,11 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "phi": {"num_key_value_heads": 4},
     "phi3": {"sliding_window": 8},
     "olmo2": {},
@@ -47,13 +51,20 @@ FAMILIES = {
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
     "smollm3": {"no_rope_layer_interval": 2},
 }
-EXPERTS = {"mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1}}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+}
 
 
-def save_tiny(path: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, shard: str = "20KB", **changes) -> Path:
+def save_tiny(
+    path: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, shard: str = "20KB", **changes
+) -> Path:
     """Saves a random model of a family, in shards, with every parameter (norms and biases too) off its initial value."""
     settings = {**FAMILIES, **EXPERTS}[family]
-    small = {key: value for key, value in SMALL.items() if not (family == "falcon" and key == "head_dim")}  # its own, read-only
+    small = {
+        key: value for key, value in SMALL.items() if not (family == "falcon" and key == "head_dim")
+    }  # its own, read-only
     config = AutoConfig.for_model(family.removesuffix("_tied"), **{**small, **settings, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

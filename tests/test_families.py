@@ -23,11 +23,15 @@ def whole_model_wanda(model, blocks, tokens, kept=2, of=4):
     """The paper's procedure on a model in memory: dense block measured, pruned block fed on."""
     inputs, outputs, sums = {}, {}, {}
     for block in blocks:
-        linears = {name: module for name, module in block.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
+        linears = {
+            name: module for name, module in block.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))
+        }
         for name, module in linears.items():
             sums[module] = 0
             hook = module.register_forward_pre_hook(
-                lambda module, given: sums.__setitem__(module, sums[module] + given[0].reshape(-1, given[0].shape[-1]).double().square().sum(0))
+                lambda module, given: sums.__setitem__(
+                    module, sums[module] + given[0].reshape(-1, given[0].shape[-1]).double().square().sum(0)
+                )
             )
             inputs[module] = hook
         for start in range(0, len(tokens), BATCH):
@@ -50,10 +54,19 @@ def test_streamed_logits_are_the_whole_models(tiny, token_file, family):
     decoder = Decoder(hollow(checkpoint, torch.float32), checkpoint.tensors, CPU, torch.float32)
     with torch.no_grad():
         hidden = decoder.embed(tokens, BATCH)
-        walk(decoder, hidden, lambda index: checkpoint.tensors, lambda block, hidden: advance(block, hidden, BATCH), range(decoder.depth))
+        walk(
+            decoder,
+            hidden,
+            lambda index: checkpoint.tensors,
+            lambda block, hidden: advance(block, hidden, BATCH),
+            range(decoder.depth),
+        )
         for start in range(0, len(tokens), BATCH):
             part = slice(start, start + BATCH)
-            assert torch.equal(decoder.logits(tokens[part], hidden[part]), model(torch.from_numpy(tokens[part]), use_cache=False).logits)
+            assert torch.equal(
+                decoder.logits(tokens[part], hidden[part]),
+                model(torch.from_numpy(tokens[part]), use_cache=False).logits,
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,160 @@
+"""What a checkpoint is, read from its bytes alone: sparsity, patterns, and whether it is its source but for zeros.
+
+Needs neither torch nor transformers, so that the proof does not rest on what made the checkpoint.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowmem_wanda.checkpoint import CONFIG, FLOATS, PIECE, Checkpoint, Tensor, read_json
+from lowmem_wanda.errors import CheckpointError
+from lowmem_wanda.job import JOB, REPORT
+from lowmem_wanda.writer import sha256_of, small_files
+
+PATTERNS = ((1, 4), (2, 4), (4, 8))  # kept, of; sparser first
+IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+
+
+@dataclass
+class Matrix:
+    """A matrix's zeros, and the N:M pattern that it holds along its inputs ("" for none).
+
+    Transposed weights (GPT-2's Conv1D) hold theirs down the columns, which "2:4 (transposed)" says.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, int]
+    zeros: int
+    pattern: str
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / max(1, self.shape[0] * self.shape[1])
+
+
+@dataclass
+class Findings:
+    """What `check` found; a checkpoint is what it says when there are no `problems`."""
+
+    matrices: list[Matrix] = field(default_factory=list)
+    identical: int = 0
+    masked: int = 0
+    zeroed: int = 0
+    shards_verified: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def check(path: str | Path, against: str | Path | None = None) -> Findings:
+    """Reads every tensor of `path` once, 16 MiB at a time, and `against`, its source, beside it.
+
+    With a report.json the shards' checksums and each linear's zeros are held against it. Raises
+    CheckpointError where something cannot be read at all.
+    """
+    path = Path(path)
+    if (path / JOB).exists() and not (path / CONFIG).exists():
+        raise CheckpointError(f"{path}: is an unfinished job; run its prune command again to complete it")
+    checkpoint, findings = Checkpoint(path), Findings()
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in FLOATS and len(tensor.shape) == 2 and tensor.numel:
+            findings.matrices.append(_examine(tensor))
+    if (path / REPORT).exists():
+        _compare_report(path, read_json(path / REPORT), findings)
+    if against is not None:
+        _compare_source(checkpoint, Checkpoint(against), findings)
+    return findings
+
+
+def _examine(tensor: Tensor) -> Matrix:
+    """Counts zeros, and keeps the patterns that no group of either direction breaks."""
+    zeros = 0
+    open_patterns = [(kept, of, axis) for axis in (1, 0) for kept, of in PATTERNS if tensor.shape[axis] % of == 0]
+    for bits in _rows(tensor):
+        zero = (bits << 1) == 0  # without the sign
+        zeros += int(zero.sum())
+        open_patterns = [entry for entry in open_patterns if _holds(zero, *entry)]
+    pattern = next((f"{kept}:{of}" + ("" if axis else " (transposed)") for kept, of, axis in open_patterns), "")
+    return Matrix(tensor.name, tensor.dtype, (tensor.shape[0], tensor.shape[1]), zeros, pattern)
+
+
+def _holds(zero: np.ndarray, kept: int, of: int, axis: int) -> bool:
+    groups = zero.reshape(len(zero), -1, of).sum(axis=2) if axis else zero.reshape(-1, of, zero.shape[1]).sum(axis=1)
+    return bool((groups >= of - kept).all())
+
+
+def _rows(tensor: Tensor) -> Iterator[np.ndarray]:
+    """Bits of about 16 MiB of whole rows at a time, by eights, as unsigned integers (rows, columns)."""
+    row = tensor.nbytes // tensor.shape[0]
+    for piece in tensor.pieces(max(1, PIECE // (8 * row)) * 8 * row):
+        yield np.frombuffer(piece, f"<u{FLOATS[tensor.dtype]}").reshape(-1, tensor.shape[1])
+
+
+def _compare_report(path: Path, report: dict[str, Any], findings: Findings) -> None:
+    """Holds checksums, zeros and patterns against what report.json says of them."""
+    for shard in report.get("shards", ()):
+        if sha256_of(path / shard["name"]) == shard["sha256"]:
+            findings.shards_verified += 1
+        else:
+            findings.problems.append(f"{shard['name']}: is not the file that {REPORT} has the checksum of")
+    found = {matrix.name: matrix for matrix in findings.matrices}
+    for block in report.get("blocks", ()):
+        for name, linear in block["linears"].items():
+            matrix = found.get(name)
+            if matrix is None or matrix.zeros != linear["zeros"]:
+                findings.problems.append(
+                    f"{name}: has {matrix.zeros if matrix else 'no'} zeros, {REPORT} says {linear['zeros']}"
+                )
+            elif ":" in linear["pattern"] and not _at_least_as_sparse(matrix.pattern, linear["pattern"]):
+                findings.problems.append(f"{name}: does not hold {linear['pattern']}, which {REPORT} says it does")
+
+
+def _at_least_as_sparse(found: str, promised: str) -> bool:
+    """Whether a matrix that holds `found` has been seen to hold `promised` (patterns not looked for pass by their zeros)."""
+    kept, of = map(int, promised.split(":"))
+    if (kept, of) not in PATTERNS:
+        return True
+    names = [f"{kept}:{of}" for kept, of in PATTERNS]
+    return found.split(" ")[0] in names[: names.index(promised) + 1]
+
+
+def _compare_source(pruned: Checkpoint, source: Checkpoint, findings: Findings) -> None:
+    """Every weight must be the source's or +0.0; all that is no matrix of a block, and every small file, the same bytes."""
+    for name in sorted(pruned.tensors.keys() ^ source.tensors.keys()):
+        where = pruned.path if name in source.tensors else source.path
+        findings.problems.append(f"{name}: is missing in {where}")
+    for name in sorted(pruned.tensors.keys() & source.tensors.keys()):
+        _compare_tensor(pruned.tensors[name], source.tensors[name], findings)
+    for file in small_files(source.path):
+        ours = pruned.path / file
+        if not ours.exists() or ours.read_bytes() != (source.path / file).read_bytes():
+            findings.problems.append(f"{file}: is missing or differs from the source's")
+
+
+def _compare_tensor(ours: Tensor, theirs: Tensor, findings: Findings) -> None:
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        is_, was = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (ours, theirs))
+        findings.problems.append(f"{ours.name}: is {is_}, the source's {was}")
+        return
+    zeroed = changed = 0
+    for mine, source in zip(ours.pieces(), theirs.pieces(), strict=True):
+        if mine != source:
+            kind = f"<u{FLOATS.get(ours.dtype, 1)}"
+            mine_bits, source_bits = np.frombuffer(mine, kind), np.frombuffer(source, kind)
+            differs = mine_bits != source_bits
+            zeroed += int((differs & (mine_bits == 0)).sum())
+            changed += int((differs & (mine_bits != 0)).sum())
+    prunable = ours.dtype in FLOATS and len(ours.shape) == 2 and IN_BLOCK.search(ours.name)
+    if changed:
+        findings.problems.append(f"{ours.name}: {changed} weights are neither the source's nor zero")
+    elif zeroed and not prunable:
+        findings.problems.append(
+            f"{ours.name}: {zeroed} values are zero that are not in the source, and it is no matrix of a block"
+        )
+    findings.identical += not (zeroed or changed)
+    findings.masked += bool(zeroed)
+    findings.zeroed += zeroed

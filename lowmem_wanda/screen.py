@@ -1,0 +1,122 @@
+"""What a person sees: tables and lines as rich renderables. Nothing here prints."""
+
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:  # `check` shows its findings without loading torch
+    from lowmem_wanda.check import Findings
+    from lowmem_wanda.plan import Plan
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks and checkpoints are sold."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def number(count: float) -> str:
+    """A count as people say it: 7.0 B, 226.6 K."""
+    for unit in ("", " K", " M", " B"):
+        if count < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f} T"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def block_line(record: dict[str, Any], depth: int) -> str:
+    """One aligned line for a finished block."""
+    linears = record["linears"].values()
+    weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
+    sparsity = sum(linear["zeros"] for linear in linears) / max(1, weights)
+    digits = len(str(depth))
+    return (
+        f"block {record['index'] + 1:>{digits}}/{depth}  {len(linears):2d} linears  {sparsity:6.2%} zero"
+        f"  {record['seconds']:8.2f} s  host {size(record['host_bytes']):>9}"
+    )
+
+
+def closing(report: dict[str, Any], target: str) -> Table:
+    """What was pruned, its size, what it gives and what it does not."""
+    summary, arguments, memory = report["summary"], report["arguments"], report["peak_memory"]
+    table = _pairs(f"pruned: {target}")
+    table.add_row("method", f"{arguments['--method']} {arguments['--pattern']}, compared per {arguments['--group']}")
+    table.add_row("calibration", _calibration(report["calibration"]))
+    table.add_row(
+        "pruned",
+        f"{summary['linears']} linears, {number(summary['zeros'])} of {number(summary['weights'])} weights "
+        f"({summary['sparsity']:.2%}); {number(summary['parameters'])} parameters in all",
+    )
+    table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
+    table.add_row("time", duration(summary["seconds"]))
+    table.add_row(
+        "host memory", f"{size(memory['host_measured'])} at most ({size(memory['host_predicted'])} predicted)"
+    )
+    if memory["device_measured"]:
+        table.add_row(
+            "device memory",
+            f"{size(memory['device_measured'])} at most ({size(memory['device_predicted'])} predicted)",
+        )
+    table.add_row("gives", summary["gives"])
+    table.add_row("does not", summary["gives_not"])
+    return table
+
+
+def plan_table(plan: "Plan", method: str, pattern: str, source: str) -> Table:
+    table = _pairs(f"plan: {source}, {method} {pattern}")
+    table.add_row("parameters", f"{number(plan.parameters)}, of which {number(plan.prunable)} can be pruned")
+    table.add_row("blocks", f"{plan.blocks}, the largest {size(plan.largest_block)}")
+    calibration = (
+        f"{plan.sequences} sequences of {plan.length}: {number(plan.tokens)} tokens" if plan.tokens else "none"
+    )
+    table.add_row("calibration", calibration)
+    table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
+    table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
+    if plan.device_peak:
+        table.add_row("device memory", f"{size(plan.device_peak)} predicted at most")
+    table.add_row("disk", size(plan.disk))
+    return table
+
+
+def check_lines(findings: "Findings") -> list[str]:
+    """A line for each matrix, and what was proved."""
+    width = max((len(matrix.name) for matrix in findings.matrices), default=0)
+    lines = [
+        f"{matrix.name:<{width}}  {matrix.dtype:>4} {matrix.shape[0]:>6} x {matrix.shape[1]:<6}"
+        f"  {matrix.sparsity:7.2%} zero  {matrix.pattern}".rstrip()
+        for matrix in findings.matrices
+    ]
+    if findings.shards_verified:
+        lines.append(f"{findings.shards_verified} shards have the checksums of report.json")
+    if findings.identical or findings.masked:
+        lines.append(
+            f"{findings.identical} tensors are the source's to the byte; {findings.masked} are the source's "
+            f"but for {findings.zeroed} weights that are zero"
+        )
+    return lines
+
+
+def _pairs(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _calibration(calibration: dict[str, Any]) -> str:
+    if not calibration["text"]:
+        return "none needed"
+    shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"
+    return f"{shape} from {', '.join(calibration['text'])} text"

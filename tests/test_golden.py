@@ -1,0 +1,30 @@
+"""The masks of the paper's own code, bit for bit (see shared/README.md)."""
+
+import numpy as np
+import pytest
+
+from lowmem_wanda.checkpoint import Checkpoint
+from lowmem_wanda.decoder import read_tensor
+from lowmem_wanda.prune import prune
+from lowmem_wanda.task import prepare
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize(("pattern", "file"), [("50%", "unstructured"), ("2:4", "2of4")])
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_no_bit_differs_from_the_papers_mask(shared, tmp_path, method, pattern, file, batch):
+    if method == "magnitude" and batch > 1:
+        pytest.skip("magnitude has no batches")
+    golden = shared / "golden"
+    task = prepare(
+        golden / "tiny-llama", method=method, pattern=pattern, text=[str(golden / "calib_16x256.npy")], batch=batch
+    )
+    prune(task, tmp_path / "out")
+    tensors, masks = Checkpoint(tmp_path / "out").tensors, np.load(golden / f"mask_{method}_{file}.npz")
+    differing = total = 0
+    for name in masks.files:
+        weight = read_tensor(tensors[name if name in tensors else f"{name}.weight"])
+        mask = np.unpackbits(masks[name], count=weight.numel()).reshape(weight.shape)
+        differing += int(((weight == 0).numpy() != mask).sum())
+        total += weight.numel()
+    assert (differing, total) == (0, 4_349_952)

@@ -1,0 +1,126 @@
+"""The command line as a user meets it: exit codes, streams, JSON, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny
+
+from lowmem_wanda.main import main
+from lowmem_wanda.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+CLI = [sys.executable, "-W", "error::UserWarning", str(ROOT / "cli.py")]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("source"), "llama", torch.bfloat16))
+
+
+def test_prune_plan_and_check(source, token_file, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["plan", source, "--text", str(token_file), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["blocks"], plan["prunable"], plan["tokens"]) == (3, 3 * 9216, 96)
+    assert not (tmp_path / "out").exists()
+    assert main(["prune", source, out, "--text", str(token_file), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["summary"]["sparsity"] == 0.5
+    assert "block 1/3   7 linears  50.00% zero" in shown.err and str(token_file) in " ".join(shown.err.split())
+    assert main(["check", out, "--against", source, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["masked"] == 21
+
+
+def test_the_closing_table_says_what_it_does_not_give(source, token_file, tmp_path, capsys):
+    assert main(["prune", source, str(tmp_path / "out"), "--text", str(token_file)]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "13.8 K of 27.6 K weights (50.00%)" in words
+    assert "stay as large" in words
+    assert main(["plan", source, "--method", "magnitude"]) == 0
+    assert "calibration none" in " ".join(capsys.readouterr().out.split())
+    assert main(["check", str(tmp_path / "out")]) == 0
+    assert "q_proj.weight  BF16     32 x 32       50.00% zero  2:4" in capsys.readouterr().out
+
+
+def test_our_errors_are_one_sentence_and_1(tmp_path, capsys):
+    assert main(["check", str(tmp_path / "nowhere")]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("error: ") and shown.err.count("\n") == 1
+
+
+def test_a_failed_proof_is_1(source, tmp_path, capsys):
+    other = save_tiny(tmp_path / "other", "llama", torch.bfloat16, seed=1)
+    assert main(["check", str(other), "--against", source]) == 1
+    assert "neither the source's nor zero" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from lowmem_wanda.errors import CheckpointError
+
+    with pytest.raises(CheckpointError):
+        main(["check", str(tmp_path / "nowhere"), "--debug"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["prun"], ["prune", "a"], ["prune", "a", "b", "--method", "best"], ["prune", "a", "b", "--sequences", "0"]],
+)
+def test_usage_errors_are_2(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_help_and_usage_import_nothing_heavy():
+    code = "import sys; from lowmem_wanda.main import main\n" \
+        "try: main(['prune', '--help'])\nexcept SystemExit: pass\n" \
+        "sys.exit(bool({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)))"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_choices_of_help_are_the_methods(capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    assert "{" + ",".join(METHODS) + "}" in capsys.readouterr().out
+
+
+def test_the_three_doors_are_one():
+    for door in (CLI, [sys.executable, "-m", "lowmem_wanda"]):
+        shown = subprocess.run([*door, "--version"], cwd=ROOT, capture_output=True, text=True)
+        assert shown.stdout == "0.1.0\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    source = save_tiny(tmp_path / "source", "llama", num_hidden_layers=60, shard="1GB", vocab_size=1024)
+    command = [*CLI, "prune", str(source), str(tmp_path / "out"), "--text", "README.md", "--length", "32"]
+    command[command.index("README.md")] = str(tmp_path / "ids.npy")
+    import numpy as np
+
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 1024, (512, 32)))
+    child = subprocess.Popen(
+        [*command, "--sequences", "512"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    while "block" not in child.stderr.readline():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    said = child.stderr.read()
+    assert child.wait(10) == 130
+    child.stderr.close()
+    assert "stopped; run the same command again to continue" in said and "Traceback" not in said
+    assert not (tmp_path / "out" / "config.json").exists() and not list((tmp_path / "out").glob(".*.partial"))
+    assert subprocess.run([*command, "--sequences", "512"], capture_output=True).returncode == 0
+    assert main(["check", str(tmp_path / "out"), "--against", str(source)]) == 0
+
+
+def test_nothing_is_fetched_unasked(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    main(["prune", source, str(tmp_path / "out")])  # this checkpoint has no tokenizer
+    assert "tokenizer" in capsys.readouterr().err and os.environ["HF_HUB_OFFLINE"] == "1"

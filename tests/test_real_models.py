@@ -1,0 +1,54 @@
+"""Trained models that nobody here made: wanda must beat magnitude, by transformers' own perplexity."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_wanda.check import check
+from lowmem_wanda.prune import prune
+from lowmem_wanda.task import prepare
+
+
+def perplexity(path, windows):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        losses = [
+            float(model(input_ids=part, labels=part).loss) * len(part) for part in torch.from_numpy(windows).split(8)
+        ]
+    return math.exp(sum(losses) / len(windows))
+
+
+def craftgpt(shared):
+    windows = np.load(shared / "corpora/craftgpt-eval.npy").astype(np.int64)
+    return shared / "models/craftgpt-5m", shared / "corpora/craftgpt-calib.npy", 64, windows
+
+
+def stories(shared):
+    path = shared / "models/stories260K"
+    text = (shared / "corpora/tinystories/held-out.txt").read_text("utf-8")[-60_000:]
+    ids = np.array(AutoTokenizer.from_pretrained(path)(text, verbose=False)["input_ids"])
+    return path, shared / "corpora/tinystories/calibration.txt", 512, ids[: len(ids) // 512 * 512].reshape(-1, 512)
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern", "dense", "wanda"),
+    [
+        (craftgpt, "50%", 10.98, 17.8),
+        (craftgpt, "2:4", 10.98, 29.0),
+        (stories, "50%", 4.78, 22.7),
+        (stories, "2:4", 4.78, 67.7),
+    ],
+)
+def test_wanda_beats_magnitude_on_a_trained_model(shared, tmp_path, model, pattern, dense, wanda):
+    path, text, length, windows = model(shared)
+    settings = {"pattern": pattern, "text": [str(text)], "length": length, "sequences": 128 if length == 64 else 64}
+    for method in ("wanda", "magnitude"):
+        prune(prepare(path, method=method, **settings), tmp_path / method)
+        assert check(tmp_path / method, path).problems == []
+    measured = {name: perplexity(tmp_path / name, windows) for name in ("wanda", "magnitude")}
+    assert perplexity(path, windows) == pytest.approx(dense, rel=0.05)
+    assert measured["wanda"] == pytest.approx(wanda, rel=0.15)  # shared/README.md; stories on other windows
+    assert measured["wanda"] < 0.8 * measured["magnitude"]

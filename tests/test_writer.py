@@ -1,0 +1,83 @@
+"""Exact bytes, modes, and files that are whole or not there."""
+
+import errno
+import os
+import stat
+
+import pytest
+from safetensors import safe_open
+
+from lowmem_wanda import writer
+from lowmem_wanda.checkpoint import Tensor, read_header
+from lowmem_wanda.errors import OutputError
+from lowmem_wanda.writer import sha256_of, small_files, write_bytes, write_shard
+
+
+def tensors(tmp_path):
+    """One of two bytes an item, one of four: written the larger first."""
+    return [
+        (Tensor("b", tmp_path, "BF16", (3,), 0, 6), [b"\1\2\3\4", b"\5\6"]),
+        (Tensor("ü", tmp_path, "F32", (1, 2), 0, 8), [memoryview(b"abcdefgh")]),
+    ]
+
+
+def test_a_shard_to_the_byte(tmp_path):
+    file = tmp_path / "s.safetensors"
+    shard = write_shard(file, tensors(tmp_path))
+    text = '{"__metadata__":{"format":"pt"},"ü":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[3],"data_offsets":[8,14]}}'
+    header = text.encode() + b" " * (-len(text.encode()) % 8)
+    assert file.read_bytes() == len(header).to_bytes(8, "little") + header + b"abcdefgh\1\2\3\4\5\6"
+    assert (shard.name, shard.nbytes, shard.sha256) == (file.name, file.stat().st_size, sha256_of(file))
+    assert read_header(file)["b"].shape == (3,)
+    with safe_open(file, "pt") as opened:
+        assert opened.get_tensor("b").shape == (3,)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_mode_is_what_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_shard(tmp_path / "s.safetensors", tensors(tmp_path))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "s.safetensors").stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    file.write_bytes(b"before")
+    calls = []
+
+    def write(handle, content):  # goes short once, then fails, as the system does
+        calls.append(len(content))
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return 1
+
+    monkeypatch.setattr(writer.os, "write", write)
+    with pytest.raises(OutputError, match=r"config\.json: the disk is full.*same command"):
+        write_bytes(file, b"after")
+    assert calls == [5, 4]
+    assert file.read_bytes() == b"before" and list(tmp_path.iterdir()) == [file]
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    def pieces():
+        yield b"\1\2"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "s.safetensors", [(Tensor("b", tmp_path, "BF16", (3,), 0, 6), pieces())])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_files_are_never_weights_or_code(tmp_path):
+    kept = ["LICENSE", "README.md", "chat_template.jinja", "config.json", "merges.txt", "tokenizer.model", "vocab.json"]
+    left = ["a.py", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+            "job.json", "report.json", ".gitattributes", "model.gguf", "train.pt"]  # fmt: skip
+    for name in kept + left:
+        (tmp_path / name).write_text("x")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool.jinja").write_text("x")
+    assert [str(path) for path in small_files(tmp_path)] == sorted(["additional_chat_templates/tool.jinja", *kept])
+    assert "a.py" in [path.name for path in small_files(tmp_path, code=True)]
