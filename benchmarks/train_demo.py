@@ -1,4 +1,4 @@
-"""Trains the demo model, a Llama of 1.1 M parameters, on the built-in calibration text: `python benchmarks/train_demo.py`.
+"""Trains the demo model, a Llama of 1.1 M parameters, on the built-in text: `python benchmarks/train_demo.py`.
 
 A tenth of the documents is held out; the weights with the lowest loss on it are saved, as bfloat16, to
 lowmem_wanda/demo. Takes about half an hour on two cores. Not part of any test.

@@ -114,7 +114,7 @@ def _compare_report(path: Path, report: dict[str, Any], findings: Findings) -> N
 
 
 def _at_least_as_sparse(found: str, promised: str) -> bool:
-    """Whether a matrix that holds `found` has been seen to hold `promised` (patterns not looked for pass by their zeros)."""
+    """Whether a matrix that holds `found` holds `promised`, too (what is not looked for passes by its zeros)."""
     kept, of = map(int, promised.split(":"))
     if (kept, of) not in PATTERNS:
         return True
@@ -123,7 +123,7 @@ def _at_least_as_sparse(found: str, promised: str) -> bool:
 
 
 def _compare_source(pruned: Checkpoint, source: Checkpoint, findings: Findings) -> None:
-    """Every weight must be the source's or +0.0; all that is no matrix of a block, and every small file, the same bytes."""
+    """Every weight of a block's matrix must be the source's or +0.0, all else and every small file the same bytes."""
     for name in sorted(pruned.tensors.keys() ^ source.tensors.keys()):
         where = pruned.path if name in source.tensors else source.path
         findings.problems.append(f"{name}: is missing in {where}")

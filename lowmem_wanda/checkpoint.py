@@ -151,7 +151,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
             (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise CheckpointError(
-                    f"{file.name}: no safetensors header ({length} bytes of {size}); the file is truncated or no safetensors"
+                    f"{file.name}: no safetensors header ({length} bytes of {size}); the file is truncated "
+                    "or no safetensors"
                 )
             header = json.loads(handle.read(length), object_pairs_hook=_no_duplicates)
     except OSError as error:
@@ -195,24 +196,27 @@ def read_json(file: Path) -> dict[str, Any]:
 def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
     """One header entry, checked; `data` is the byte at which the tensors start."""
 
-    def naturals(value: Any) -> bool:
-        return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-    dtype, shape, offsets = (
-        (entry.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(entry, dict) else (None,) * 3
-    )
-    if not naturals(shape) or not naturals(offsets) or len(offsets) != 2 or not isinstance(dtype, str):
-        raise CheckpointError(f"{file.name}: the header entry of tensor {name} is malformed; download it again")
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if _naturals(*shape, start, stop):
+            pass
+        case _:
+            raise CheckpointError(f"{file.name}: the header entry of tensor {name} is malformed; download it again")
     if dtype not in ITEMSIZE:
         raise CheckpointError(
-            f"{file.name}: tensor {name} has dtype {dtype}, which is not read; get the unquantized (bf16, fp16, fp32) checkpoint"
+            f"{file.name}: tensor {name} has dtype {dtype}, which is not read; get the unquantized (bf16, "
+            "fp16, fp32) checkpoint"
         )
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
-    if offsets[1] - offsets[0] != nbytes:
+    if stop - start != nbytes:
         raise CheckpointError(
-            f"{file.name}: tensor {name}, {dtype} {shape}, needs {nbytes} bytes but has {offsets[1] - offsets[0]}; download it again"
+            f"{file.name}: tensor {name}, {dtype} {shape}, needs {nbytes} bytes but has "
+            f"{stop - start}; download it again"
         )
-    return Tensor(name, file, dtype, tuple(shape), data + offsets[0], nbytes)
+    return Tensor(name, file, dtype, tuple(shape), data + start, nbytes)
+
+
+def _naturals(*values: Any) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -226,7 +230,10 @@ def _what_instead(path: Path) -> str:
     """Why a directory without model.safetensors cannot be read."""
     names = sorted(file.name for file in path.iterdir())
     if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
-        return f"holds {pickled[0]} but no safetensors, and pickled weights are never opened; get the safetensors, or convert with save_pretrained"
+        return (
+            f"holds {pickled[0]} but no safetensors, and pickled weights are never opened; "
+            "get the safetensors, or convert with save_pretrained"
+        )
     if other := [name for name in names if name.endswith(".safetensors")]:
         return f"holds {other[0]} but neither {SINGLE} nor {INDEX}; download the index or rename the single file"
     if gguf := [name for name in names if name.endswith(".gguf")]:
@@ -251,5 +258,6 @@ def refuse_unprunable(checkpoint: Checkpoint, trust_remote_code: bool = False) -
         packed = tensor.dtype not in FLOATS and len(tensor.shape) == 2 and "weight" in tensor.name.rsplit(".", 1)[-1]
         if tensor.dtype in QUANTIZED or packed:
             raise CheckpointError(
-                f"{tensor.file.name}: tensor {tensor.name} is quantized ({tensor.dtype}); prune the unquantized checkpoint and quantize after"
+                f"{tensor.file.name}: tensor {tensor.name} is quantized ({tensor.dtype}); prune the "
+                "unquantized checkpoint and quantize after"
             )

@@ -74,10 +74,9 @@ class Block:
 
     def update(self, path: str) -> None:
         """Brings a change of the stored weight to the module, where that computes on a cast of it."""
-        module = self.module.get_submodule(path)
-        stored = self.stored[self.linears[path]]
-        if module.weight.data_ptr() != stored.data_ptr():  # type: ignore[operator, union-attr]
-            module.weight.data.copy_(stored)  # type: ignore[union-attr]
+        computing, stored = self.module.get_parameter(f"{path}.weight"), self.stored[self.linears[path]]
+        if computing.data_ptr() != stored.data_ptr():
+            computing.copy_(stored)
 
 
 class Decoder:
@@ -152,7 +151,8 @@ class Decoder:
         embedded, self._embedded = self._embedded, None
         if embedded is None or embedded.ndim != 3:
             raise ModelError(
-                f"{type(self.hollow.model).__name__}: its blocks do not pass (sequences, length, width) states on; it is not supported yet"
+                f"{type(self.hollow.model).__name__}: its blocks do not pass (sequences, length, width) "
+                "states on; it is not supported yet"
             )
         return embedded
 

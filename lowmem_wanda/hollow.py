@@ -77,6 +77,13 @@ class Hollow:
         """Of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
 
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model has, by the names that configurations use; None where it has no limit."""
+        config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
+        names = ("max_position_embeddings", "max_seq_len")
+        return next((value for name in names if (value := getattr(config, name, None))), None)
+
     def outside(self) -> dict[str, str]:
         """{parameter or buffer: file tensor} of all that lies in no block."""
         return {name: tensor for name, tensor in self.names.items() if not name.startswith(f"{self.path}.")}
@@ -104,7 +111,8 @@ def tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Encode
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CalibrationError(
-            f"{checkpoint.path}: its tokenizer cannot be loaded ({_first_line(error)}); add tokenizer.json, or give token ids (.npy) to --text"
+            f"{checkpoint.path}: its tokenizer cannot be loaded ({_first_line(error)}); add "
+            "tokenizer.json, or give token ids (.npy) to --text"
         ) from None
     return lambda text: loaded(text, verbose=False)["input_ids"]
 
@@ -121,8 +129,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         raise ModelError(
             f"config.json: transformers cannot build a causal language model of it ({_first_line(error)})"
         ) from None
-    model.eval().requires_grad_(False)
-    return model
+    built: nn.Module = model.eval().requires_grad_(False)
+    return built
 
 
 def _match(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
@@ -140,7 +148,8 @@ def _match(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str
         if converted is not None and name in state:
             kind = "experts are" if "expert" in tensor else "it is"
             raise ModelError(
-                f"tensor {tensor}: {kind} stored in another form than {type(model).__name__} computes with, which is not supported yet"
+                f"tensor {tensor}: {kind} stored in another form than {type(model).__name__} computes "
+                "with, which is not supported yet"
             )
         if name not in state:
             unexpected.append(tensor)
@@ -165,7 +174,8 @@ def _find_blocks(model: nn.Module) -> str:
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     if not outer:
         raise ModelError(f"{type(model).__name__}: no list of decoder blocks is found in it, so it cannot be streamed")
-    return max(outer, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
+    sizes: dict[str, int] = {path: sum(parameter.numel() for parameter in lists[path].parameters()) for path in outer}
+    return max(sizes, key=lambda path: sizes[path])
 
 
 def _refuse_experts(model: nn.Module, blocks: str) -> None:
@@ -184,27 +194,31 @@ def _refuse_experts(model: nn.Module, blocks: str) -> None:
 
 
 def _account(model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpected: list[str]) -> tuple[str, ...]:
-    """The unexpected tensors, each of them known to transformers as one to ignore. Raises CheckpointError for all else."""
+    """The unexpected tensors, each known to transformers as one to ignore. Raises CheckpointError for all else."""
     for name, parameter in model.state_dict().items():
         if name not in names:
             raise CheckpointError(
-                f"{checkpoint.path}: holds no tensor for {name} of {type(model).__name__} (config.json and weights disagree); download it again"
+                f"{checkpoint.path}: holds no tensor for {name} of {type(model).__name__} (config.json and "
+                "weights disagree); download it again"
             )
         tensor = checkpoint.tensors[names[name]]
         if tensor.shape != tuple(parameter.shape):
             raise CheckpointError(
-                f"{tensor.file.name}: tensor {tensor.name} is {list(tensor.shape)}, config.json makes it {list(parameter.shape)}; download both again"
+                f"{tensor.file.name}: tensor {tensor.name} is {list(tensor.shape)}, config.json makes it "
+                f"{list(parameter.shape)}; download both again"
             )
         if tensor.dtype not in FLOATS and parameter.is_floating_point():
             raise CheckpointError(
-                f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, not floating point; get the unquantized checkpoint"
+                f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, not floating point; get the "
+                "unquantized checkpoint"
             )
     # these two are old buffers that transformers, too, ignores for every family
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     for name in unexpected:
         if not any(re.search(pattern, name) for pattern in patterns):
             raise CheckpointError(
-                f"{checkpoint.tensors[name].file.name}: tensor {name} has no place in {type(model).__name__} as config.json describes it, "
+                f"{checkpoint.tensors[name].file.name}: tensor {name} has no place in "
+                f"{type(model).__name__} as config.json describes it, "
                 "so it would not be pruned; correct config.json or remove the tensor"
             )
     return tuple(unexpected)

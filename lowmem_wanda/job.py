@@ -61,7 +61,8 @@ class Job:
         needed -= sum(record["nbytes"] for record in self.finished.values())
         if (free := shutil.disk_usage(existing).free) < needed:
             raise OutputError(
-                f"{self.path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; free some or give another disk"
+                f"{self.path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; free "
+                "some or give another disk"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -103,13 +104,14 @@ class Job:
         for key in [*now, *before]:
             if before.get(key) != now.get(key):
                 raise OutputError(
-                    f"{self.path}: holds a job with {key} = {_brief(before.get(key))}, this one has {_brief(now.get(key))}; "
+                    f"{self.path}: holds a job with {key} = {_brief(before.get(key))}, this one has "
+                    f"{_brief(now.get(key))}; "
                     "repeat the first command or give another directory"
                 )
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 in hex over config.json and the shards: all bytes up to 4 GiB in sum, of more the first 64 KiB of every 4 MiB."""
+    """SHA-256 in hex over config.json and the shards: all bytes, or of more than 4 GiB 64 KiB of every 4 MiB."""
     digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
     sizes = {file: file.stat().st_size for file in checkpoint.files}
     step, length = (4 << 20, 4 << 20) if sum(sizes.values()) <= WHOLE else (4 << 20, 64 << 10)

@@ -170,5 +170,5 @@ def about(task: "Task") -> str:
     line = f"{task.checkpoint.path}: {len(task.selected)} blocks, {task.method} {task.pattern}, on {task.device}"
     if calibration := task.calibration:
         sequences, length = calibration.tokens.shape
-        line += f"\ncalibration: {sequences} sequences of {length} tokens from {', '.join(calibration.sources)} text"
+        line += f"\ncalibration: {sequences} sequences of {length} tokens from {', '.join(calibration.sources)}"
     return line

@@ -66,7 +66,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class NM:
-    """`kept` of each `of` consecutive weights along the inputs are kept, the lowest scores pruned, ties to the lowest column."""
+    """`kept` of each `of` consecutive weights along the inputs are kept; of equal scores the first is pruned."""
 
     kept: int
     of: int
@@ -135,7 +135,8 @@ def prune_lowest(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.
 def survey(weight: torch.Tensor, pattern: Pattern) -> tuple[int, bool]:
     """How many of the weights (rows, columns) are zero, and whether they hold the pattern."""
     zeros, holds = 0, True
-    for part in row_chunks(*weight.shape, CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK):
+    rows, columns = weight.shape
+    for part in row_chunks(rows, columns, CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK):
         mask = weight[part] == 0
         zeros += int(mask.sum())
         holds = holds and pattern.holds(mask)

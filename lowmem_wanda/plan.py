@@ -27,7 +27,7 @@ class Plan:
 
 
 def predict(task: Task) -> Plan:
-    """The plan of a task. Peaks are estimates: this process as it is now, plus what the walk will hold at its worst moment."""
+    """The plan of a task. Peaks are estimates: this process as it is, plus what the walk holds at its worst moment."""
     tensors = task.checkpoint.tensors
     blocks = [sum(tensor.nbytes for tensor in task.block_tensors(index)) for index in range(len(task.selected))]
     prunable = sum(tensors[name].numel for names in task.selected for name in names.values())
@@ -54,7 +54,7 @@ def predict(task: Task) -> Plan:
 
 
 def _walk_bytes(task: Task, block: int, sequences: int, length: int) -> int:
-    """Bytes held at the worst moment: hidden states, and a block with what computing or scoring it takes, or the embeddings."""
+    """Bytes at the worst moment: hidden states, and a block with what computing it takes, or the embeddings."""
     size = task.dtype.itemsize
     tensors = task.checkpoint.tensors
     linears = [
@@ -84,7 +84,7 @@ def _cast_bytes(task: Task, index: int) -> int:
 
 
 def _flops(task: Task, sequences: int, length: int) -> int:
-    """Multiply-adds count two: linears, and attention's two products, measured up to the last linear and then propagated."""
+    """Linears and attention's two products, of the measuring pass (without the last linear) and the next one."""
     total = 0
     for index in range(len(task.selected)):
         sizes = [task.checkpoint.tensors[name].numel for name in task.hollow.linears(index).values()]

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lowmem_wanda.checkpoint import CONFIG, INDEX, Tensor, read_header, read_json
@@ -113,7 +112,8 @@ class _Run:
         zeros, holds = survey(weight, self.task.pattern)
         if not holds:
             raise ModelError(
-                f"tensor {name}: does not hold {self.task.pattern} after pruning ({zeros} zeros of {weight.numel()}); report this bug"
+                f"tensor {name}: does not hold {self.task.pattern} after pruning ({zeros} zeros of "
+                f"{weight.numel()}); report this bug"
             )
         return {
             "shape": list(weight.shape),
@@ -164,5 +164,4 @@ def _verified(job: Job) -> dict[str, Any]:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes, without a copy where it lies on the host."""
-    array: np.ndarray = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-    return memoryview(array)
+    return tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data

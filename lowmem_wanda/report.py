@@ -14,8 +14,14 @@ from lowmem_wanda.memory import Peak
 from lowmem_wanda.plan import Plan
 from lowmem_wanda.task import Task
 
-GIVES = "A checkpoint of the same names, shapes and size in which the pruned weights are exactly zero: it loads and converts wherever the source does."
-GIVES_NOT = "Zeros are stored like other numbers: files, a GGUF made of them and memory in use stay as large, and no program runs faster that does not use the zeros."
+GIVES = (
+    "A checkpoint of the same names, shapes and size in which the pruned weights are exactly zero; "
+    "it loads and converts wherever the source does."
+)
+GIVES_NOT = (
+    "Zeros are stored like other numbers: files, a GGUF made of them and memory in use stay as large, "
+    "and no program runs faster that does not use the zeros."
+)
 
 
 def build(

@@ -119,4 +119,4 @@ def _calibration(calibration: dict[str, Any]) -> str:
     if not calibration["text"]:
         return "none needed"
     shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"
-    return f"{shape} from {', '.join(calibration['text'])} text"
+    return f"{shape} from {', '.join(calibration['text'])}"

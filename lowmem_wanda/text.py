@@ -11,7 +11,7 @@ import mmap
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids (sequences, length) int64, and the names of the texts they are from."""
+    """Token ids (sequences, length) int64, and the file names of the texts they are from."""
 
     tokens: np.ndarray
     sources: tuple[str, ...]
@@ -48,26 +48,33 @@ def calibrate(
     "wikitext2" (downloaded); none means the built-in text, of which as many windows are taken as it holds.
     Two-dimensional ids are used row by row as they stand. Raises CalibrationError.
     """
-    ids = [text for text in texts if text.endswith((".npy", ".safetensors"))]
-    if ids and len(ids) < len(texts):
+    ids = [text for text in texts if holds_ids([text])]
+    if ids and not holds_ids(texts):
         raise CalibrationError(
             f"{ids[0]} holds token ids and {next(t for t in texts if t not in ids)} text: give one kind"
         )
     if ids:
         tokens = _from_ids([Path(name) for name in ids], sequences, length, seed)
     elif texts:
-        documents = [
-            document for text in texts for document in (_download(text) if text in DATASETS else _documents(Path(text)))
+        readers = [
+            reader for text in texts for reader in (_download(text) if text in DATASETS else _documents(Path(text)))
         ]
-        tokens = _windows(documents, encode, sequences, length, seed, " and ".join(texts))
+        documents = [partial(lambda read: np.array(encode(read()), dtype=np.int64), reader) for reader in readers]
+        tokens = _windows(documents, sequences, length, seed, " and ".join(texts))
     else:
         tokens = _built_in(encode, sequences, length, seed)
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         wrong = tokens.min() if tokens.min() < 0 else tokens.max()
         raise CalibrationError(
-            f"{' and '.join(texts) or 'the built-in text'}: token id {wrong} is outside the model's vocabulary of {vocabulary}"
+            f"{' and '.join(texts) or 'the built-in text'}: token id {wrong} is outside the model's "
+            f"vocabulary of {vocabulary}"
         )
-    return Calibration(tokens, tuple(texts) or ("built-in",))
+    return Calibration(tokens, tuple(Path(text).name for text in texts) or ("built-in text",))
+
+
+def holds_ids(texts: Sequence[str]) -> bool:
+    """Whether all of `texts` are files of token ids, so that no tokenizer is needed."""
+    return bool(texts) and all(text.endswith((".npy", ".safetensors")) for text in texts)
 
 
 def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> np.ndarray:
@@ -78,19 +85,20 @@ def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> np.ndar
     held = len(stream) // length
     if held == 0:
         raise CalibrationError(
-            f"the built-in text holds {len(stream)} tokens, fewer than --length {length}: give --text or a smaller --length"
+            f"the built-in text holds {len(stream)} tokens, fewer than --length {length}: give --text or a "
+            "smaller --length"
         )
     return stream[: held * length].reshape(held, length)[:sequences]
 
 
 def _windows(
-    documents: list[Callable[[], str]], encode: Encode, sequences: int, length: int, seed: int, name: str
+    documents: Sequence[Callable[[], np.ndarray]], sequences: int, length: int, seed: int, name: str
 ) -> np.ndarray:
-    """Random windows of random documents."""
+    """Random windows of random documents, which are given as readers of their token ids."""
 
     @lru_cache(maxsize=32)  # a long document is drawn again and again
     def ids(index: int) -> np.ndarray:
-        return np.array(encode(documents[index]()), dtype=np.int64)
+        return documents[index]()
 
     rng = random.Random(seed)
     rows = []
@@ -103,7 +111,8 @@ def _windows(
                 break
         else:
             raise CalibrationError(
-                f"{name}: {len(tokens)} tokens in all, fewer than --length {length}: give more text or a smaller --length"
+                f"{name}: {len(tokens)} tokens in all, fewer than --length {length}: give more text or a "
+                "smaller --length"
             )
         first = rng.randint(0, len(tokens) - length)
         rows.append(tokens[first : first + length])
@@ -125,7 +134,7 @@ def _documents(path: Path) -> list[Callable[[], str]]:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}); give a text file to --text") from None
     if not jsonl:
         spans = [piece for start, stop in spans for piece in _split(path, start, stop)]
-    return [lambda span=span: _read(path, *span, jsonl) for span in spans]
+    return [partial(_read, path, start, stop, jsonl) for start, stop in spans]
 
 
 def _spans(mapped: mmap.mmap, separator: bytes) -> Iterator[tuple[int, int]]:
@@ -172,8 +181,9 @@ def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> np.n
         raise CalibrationError(f"{' and '.join(map(str, paths))}: rows of different lengths; give files of one width")
     if widths:
         return np.concatenate(arrays)[:sequences, :length].astype(np.int64)
-    documents = [lambda array=array: array for array in arrays]
-    return _windows(documents, lambda array: array.tolist(), sequences, length, seed, " and ".join(map(str, paths)))  # type: ignore[arg-type]
+    return _windows(
+        [partial(np.asarray, array) for array in arrays], sequences, length, seed, " and ".join(map(str, paths))
+    )
 
 
 def _load_ids(path: Path) -> np.ndarray:
@@ -198,7 +208,7 @@ def _load_ids(path: Path) -> np.ndarray:
         raise CalibrationError(
             f"{path}: holds {array.dtype} of shape {array.shape}; token ids are integers in one or two dimensions"
         )
-    return array
+    return np.asarray(array)
 
 
 def _download(name: str) -> list[Callable[[], str]]:
@@ -213,7 +223,7 @@ def _download(name: str) -> list[Callable[[], str]]:
         rows = datasets.load_dataset(
             "allenai/c4", data_files={"train": "en/c4-train.00000-of-01024.json.gz"}, split="train"
         )
-        return [lambda index=index: rows[index]["text"] for index in range(len(rows))]
+        return [partial(lambda index: str(rows[index]["text"]), index) for index in range(len(rows))]
     rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")
     text = " ".join(rows["text"])
     return [lambda: text]

@@ -116,7 +116,7 @@ def sha256_of(path: Path) -> str:
 
 
 def small_files(source: Path, code: bool = False) -> list[Path]:
-    """Configuration, tokenizer, licence and model card of a checkpoint; Python files only with `code`. Relative paths."""
+    """Configuration, tokenizer, licence and model card of a checkpoint, relative; Python files only with `code`."""
     found = [path for path in source.iterdir() if path.is_file()] + list(
         source.glob("additional_chat_templates/*.jinja")
     )

@@ -60,7 +60,7 @@ EXPERTS = {
 def save_tiny(
     path: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, shard: str = "20KB", **changes
 ) -> Path:
-    """Saves a random model of a family, in shards, with every parameter (norms and biases too) off its initial value."""
+    """Saves a random model of a family, in shards, with every parameter, norms and biases too, made random."""
     settings = {**FAMILIES, **EXPERTS}[family]
     small = {
         key: value for key, value in SMALL.items() if not (family == "falcon" and key == "head_dim")

@@ -26,7 +26,7 @@ def whole_model_wanda(model, blocks, tokens, kept=2, of=4):
         linears = {
             name: module for name, module in block.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))
         }
-        for name, module in linears.items():
+        for module in linears.values():
             sums[module] = 0
             hook = module.register_forward_pre_hook(
                 lambda module, given: sums.__setitem__(

@@ -70,5 +70,5 @@ def test_modules_and_functions_are_small(module):
 def test_no_pickle_and_no_eval():
     for module in MODULES:
         assert not re.search(
-            r"torch\.load|pickle\.|\beval\(|\bexec\(", (PACKAGE / f"{module}.py").read_text("utf-8")
+            r"torch\.load|pickle\.|(?<!\.)\beval\(|\bexec\(", (PACKAGE / f"{module}.py").read_text("utf-8")
         ), module

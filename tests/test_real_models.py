@@ -16,7 +16,8 @@ def perplexity(path, windows):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
         losses = [
-            float(model(input_ids=part, labels=part).loss) * len(part) for part in torch.from_numpy(windows).split(8)
+            float(model(input_ids=part, labels=part).loss) * len(part)
+            for part in torch.from_numpy(windows).split(64 if windows.shape[1] < 100 else 4)
         ]
     return math.exp(sum(losses) / len(windows))
 
@@ -28,8 +29,9 @@ def craftgpt(shared):
 
 def stories(shared):
     path = shared / "models/stories260K"
-    text = (shared / "corpora/tinystories/held-out.txt").read_text("utf-8")[-60_000:]
-    ids = np.array(AutoTokenizer.from_pretrained(path)(text, verbose=False)["input_ids"])
+    documents = (shared / "corpora/tinystories/held-out.txt").read_text("utf-8")[-60_000:].split("<|endoftext|>")[1:]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = np.array([token for story in documents for token in tokenizer(story.strip())["input_ids"]])
     return path, shared / "corpora/tinystories/calibration.txt", 512, ids[: len(ids) // 512 * 512].reshape(-1, 512)
 
 

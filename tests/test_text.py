@@ -33,7 +33,7 @@ def test_the_built_in_text_gives_as_many_windows_as_it_holds():
     assert size > 120_000
     calibration = calibrate([], encode, sequences=10**6, length=2048, vocabulary=256)
     assert calibration.tokens.shape == (size // 2048, 2048)
-    assert calibration.sources == ("built-in",)
+    assert calibration.sources == ("built-in text",)
 
 
 def test_the_seed_decides(tmp_path):
