@@ -1,7 +1,7 @@
 """Trains the demo model, a Llama of 1.1 M parameters, on the built-in text: `python benchmarks/train_demo.py`.
 
 A tenth of the documents is held out; the weights with the lowest loss on it are saved, as bfloat16, to
-lowmem_wanda/demo. Takes about half an hour on two cores. Not part of any test.
+lowmem_wanda/demo. Takes about a quarter of an hour on two cores. Not part of any test.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LENGTH, BATCH = 256, 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=BUILT_IN.parent / "demo")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     documents = [

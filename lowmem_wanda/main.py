@@ -102,9 +102,11 @@ def run_prune(arguments: argparse.Namespace) -> int:
     )
 
     from lowmem_wanda.job import Job
+    from lowmem_wanda.memory import return_large_blocks
     from lowmem_wanda.prune import prune
     from lowmem_wanda.screen import block_line, closing
 
+    return_large_blocks()
     Job.refuse(arguments.target, arguments.source)
     stderr = Console(stderr=True)
     task = prepared(arguments)

@@ -1,5 +1,7 @@
-"""The most memory that this process has held, sampled; devices are asked for their own figure."""
+"""The most memory that this process has held, sampled, and how it is kept low."""
 
+import ctypes
+import sys
 import threading
 
 import psutil
@@ -10,6 +12,16 @@ def anonymous() -> int:
     """Resident bytes that no file backs (all resident bytes where the system does not tell the two apart)."""
     used = psutil.Process().memory_info()
     return int(used.rss - getattr(used, "shared", 0))
+
+
+def return_large_blocks() -> None:
+    """Has glibc map every block of 1 MiB and more by itself, so that its pages go back when it is freed.
+
+    glibc moves that limit to 32 MiB as large blocks are freed, and keeps the holes between them after
+    that: 490 to 720 MB at most for the same work that needs 440 so (width 1024, float32).
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; another C library ignores it or has no such function
 
 
 class Peak:

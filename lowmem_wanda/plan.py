@@ -66,7 +66,7 @@ def _walk_bytes(task: Task, block: int, sequences: int, length: int) -> int:
     width = task.hollow.width
     hidden = sequences * length * width * size
     cast = max(_cast_bytes(task, index) for index in range(len(task.selected)))
-    activations = task.batch * length * (4 * widest + 6 * width) * size
+    activations = task.batch * length * (3 * widest + 4 * width) * size
     scores = 20 * max(CPU_CHUNK if task.device.type == "cpu" else DEVICE_CHUNK, widest)
     outside = [tensors[name] for name in set(task.hollow.outside().values())]
     embeddings = max(

@@ -1,0 +1,113 @@
+"""Peak memory of `prune` against depth: `python benchmarks/memory.py`.
+
+Makes random Llama checkpoints of one width and 8, 16, 32 and 64 blocks, prunes each in a process of its own, and
+reads that process's RssAnon and RssFile from /proc every 2 ms. Also the workspace of masking one large
+matrix. Writes results/memory.json and prints a Markdown table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from checkpoints import random_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKSPACE = """
+import sys, torch
+from lowmem_wanda.memory import Peak, anonymous
+from lowmem_wanda.patterns import parse, prune_lowest
+weight = torch.empty(28672, 8192, dtype=torch.bfloat16).normal_()
+for name, group in (("2:4", "row"), ("50%", "row"), ("50%", "matrix")):
+    before = anonymous()
+    with Peak(torch.device("cpu"), 0.001) as peak:
+        prune_lowest(weight, lambda rows: weight[rows].float().abs(), parse(name, group))
+    print(name, group, round((peak.host - before) / 1e6))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--no-workspace", action="store_true", help="leave out the large matrix")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/memory.json")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [measure(Path(folder), blocks, arguments) for blocks in arguments.blocks]
+    result = {"machine": machine(), "commit": commit(), "command": " ".join(sys.argv), "rows": rows}
+    print("| blocks | checkpoint MB | anonymous MB | mapped MB | predicted MB | seconds |\n|---|---|---|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    growth = rows[-1]["anonymous_mb"] / rows[0]["anonymous_mb"]
+    print(f"\n{rows[-1]['blocks']} blocks hold {growth:.3f} times the anonymous memory of {rows[0]['blocks']}")
+    if not arguments.no_workspace:
+        result["workspace_mb"] = workspace()
+        print("workspace of masking 28672 x 8192 bfloat16, MB:", result["workspace_mb"])
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(folder: Path, blocks: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Peaks of one pruning, as the kernel counts them from outside; the checkpoint is removed again."""
+    heads = arguments.width // 64
+    source = random_llama(
+        folder / f"{blocks}", width=arguments.width, hidden=11 * arguments.width // 4, blocks=blocks,
+        heads=heads, kv_heads=max(1, heads // 4), vocab=4096,
+    )  # fmt: skip
+    tokens = folder / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, 4096, (arguments.sequences, arguments.length)))
+    command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json",
+               "--text", str(tokens), "--sequences", str(arguments.sequences), "--length", str(arguments.length)]  # fmt: skip
+    start, peaks = time.time(), {"RssAnon": 0, "RssFile": 0}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while child.poll() is None:
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        for key in peaks:
+            value = next((int(line.split()[1]) for line in status.splitlines() if line.startswith(key + ":")), 0)
+            peaks[key] = max(peaks[key], value * 1024)
+        time.sleep(0.002)
+    if child.returncode:
+        raise SystemExit(f"prune ended with {child.returncode}")
+    predicted = json.loads(child.stdout.read())["peak_memory"]["host_predicted"]
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    subprocess.run(["rm", "-r", str(source), str(folder / "out")], check=True)
+    return {
+        "blocks": blocks,
+        "checkpoint_mb": round(size / 1e6),
+        "anonymous_mb": round(peaks["RssAnon"] / 1e6, 1),
+        "mapped_mb": round(peaks["RssFile"] / 1e6, 1),
+        "predicted_mb": round(predicted / 1e6, 1),
+        "seconds": round(time.time() - start, 1),
+    }
+
+
+def workspace() -> dict[str, int]:
+    """MB beyond the matrix itself while it is masked."""
+    lines = subprocess.run([sys.executable, "-c", WORKSPACE], capture_output=True, text=True, check=True, cwd=ROOT)
+    return {" ".join(line.split()[:2]): int(line.split()[2]) for line in lines.stdout.splitlines()}
+
+
+def machine() -> str:
+    """Processor, cores and memory, as anybody's machine would say it."""
+    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "CPU")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
+
+
+def commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
