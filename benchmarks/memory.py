@@ -66,7 +66,7 @@ def measure(folder: Path, blocks: int, arguments: argparse.Namespace) -> dict[st
     tokens = folder / "tokens.npy"
     np.save(tokens, np.random.default_rng(0).integers(0, 4096, (arguments.sequences, arguments.length)))
     command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json",
-               "--text", str(tokens), "--sequences", str(arguments.sequences), "--length", str(arguments.length)]  # fmt: skip
+               "--text", str(tokens), "--sequences", str(arguments.sequences)]  # fmt: skip
     start, peaks = time.time(), {"RssAnon": 0, "RssFile": 0}
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     while child.poll() is None:
@@ -98,7 +98,8 @@ def workspace() -> dict[str, int]:
 
 def machine() -> str:
     """Processor, cores and memory, as anybody's machine would say it."""
-    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "CPU")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
 

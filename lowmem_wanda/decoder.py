@@ -5,12 +5,8 @@ and every argument that it would pass to each block, and the stubs keep those. E
 with exactly what the model would have passed.
 """
 
-import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,29 +15,13 @@ from torch import nn
 
 from lowmem_wanda.checkpoint import Tensor
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.hollow import LINEARS, Hollow
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+from lowmem_wanda.hollow import Hollow
+from lowmem_wanda.tensors import DTYPES, Buffer, read_into, read_tensor
+from lowmem_wanda.trace import UNSEEN, Trace, trace
 
 
 class Stop(Exception):
     """Ends a forward early, once what it was run for is known."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a block does, seen on `meta`: its linears in the order they are called, and for each the first
-    one that is given the same input (itself, or the one it shares a statistic with)."""
-
-    order: tuple[str, ...]
-    leaders: dict[str, str]
-    returns_tuple: bool
-
-
-UNSEEN = Trace((), {}, False)  # of a block that is loaded without anything having been embedded
 
 
 class Block:
@@ -79,30 +59,6 @@ class Block:
         computing, stored = self.module.get_parameter(f"{path}.weight"), self.stored[self.linears[path]]
         if computing.data_ptr() != stored.data_ptr():
             computing.copy_(stored)
-
-
-class Buffer:
-    """Memory that every block in turn is laid in.
-
-    Blocks that are allocated and freed one by one leave holes that glibc keeps: 34 MB more for each block
-    of 26 MB (8 blocks of width 1024, torch 2.13).
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
-
-    def empty(self, wanted: dict[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, torch.Tensor]:
-        """Uninitialised tensors of the wanted {name: (shape, dtype)}, aligned to 64 bytes, in place of all before."""
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
-        starts = dict(zip(sizes, accumulate((-(-size // 64) * 64 for size in sizes.values()), initial=0), strict=False))
-        if (total := sum(sizes.values()) + 64 * len(sizes)) > len(self._memory):
-            device = self._memory.device
-            self._memory = torch.empty(0, device=device)  # the old one goes first
-            self._memory = torch.empty(total, dtype=torch.uint8, device=device)
-        return {
-            name: self._memory[starts[name] : starts[name] + sizes[name]].view(dtype).view(tuple(shape))
-            for name, (shape, dtype) in wanted.items()
-        }
 
 
 class Decoder:
@@ -264,64 +220,16 @@ class _Stub(nn.Module):
         return self._arrive(args, kwargs)
 
 
-def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Runs a block without weights or data. Raises ModelError for a linear that it never calls."""
-    block = copy.deepcopy(block).to("meta")
-    order: list[str] = []
-    leaders: dict[str, str] = {}
-    inputs: dict[str, torch.Tensor] = {}  # kept, so that no two of them share an identity
-
-    def note(path: str, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        order.append(path)
-        leaders[path] = next((leader for leader, tensor in inputs.items() if tensor is given[0]), path)
-        inputs.setdefault(leaders[path], given[0])
-
-    linears = {path: module for path, module in block.named_modules() if isinstance(module, LINEARS)}
-    for path, module in linears.items():
-        module.register_forward_pre_hook(partial(note, path))
-    args, kwargs = _on_meta((args, kwargs))
-    output = block(hidden.to("meta"), *args, **kwargs)
-    if len(order) != len(linears) or set(order) != set(linears):
-        missed = sorted(set(linears) - set(order)) or sorted(order)
-        raise ModelError(
-            f"{type(block).__name__}: linear {missed[0]} is not called once in a forward, so it cannot be measured"
-        )
-    return Trace(tuple(order), leaders, isinstance(output, tuple))
-
-
 def micro_batches(hidden: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
     """Views of `batch` sequences of hidden states (sequences, length, width)."""
     for start in range(0, len(hidden), batch):
         yield hidden[start : start + batch]
 
 
-def read_tensor(tensor: Tensor) -> torch.Tensor:
-    """A tensor in its stored dtype and shape, in host memory of its own."""
-    out = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
-    read_into(tensor, out)
-    return out
-
-
-def read_into(tensor: Tensor, out: torch.Tensor) -> None:
-    """Reads a tensor to where `out`, contiguous and of its dtype and shape, lies."""
-    if out.is_cpu:
-        tensor.read_into(out.reshape(-1).view(torch.uint8).numpy())
-    else:
-        out.copy_(read_tensor(tensor))
-
-
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, last = name.rpartition(".")
     module = module.get_submodule(owner)
     setattr(module, last, nn.Parameter(tensor, requires_grad=False) if last in module._parameters else tensor)
-
-
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if isinstance(value, (tuple, list)):
-        return type(value)(_on_meta(item) for item in value)
-    return {key: _on_meta(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lowmem_wanda.checkpoint import CONFIG, Checkpoint, read_json
 from lowmem_wanda.errors import OutputError
@@ -54,22 +56,33 @@ class Job:
         if not target.is_dir() or any(entry.name != begun for entry in target.iterdir()):
             raise OutputError(f"{path}: exists and is not a job of this program; give a new or empty directory")
 
-    def begin(self, needed: int) -> None:
-        """Creates the directory and job.json, or takes up what is done; `needed` bytes must fit on the disk."""
+    @contextmanager
+    def at_work(self, needed: int) -> Iterator[None]:
+        """Creates the directory and job.json, or takes up what is done, and keeps other processes out meanwhile.
+
+        Raises OutputError where `needed` bytes do not fit on the disk, or another process is at work.
+        """
+        if not self.resumed:
+            self._check_disk(needed)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"{self.path}: cannot be created ({error.strerror}); give another one") from None
+            write_json(self.path / JOB, self.arguments)
+        with open(self.path / JOB, "rb") as handle:
+            if not _locked(handle):
+                raise OutputError(f"{self.path}: another process is at work in it; wait for it or end it")
+            self._take_up()
+            self._check_disk(needed - sum(record["nbytes"] for record in self.finished.values()))
+            yield
+
+    def _check_disk(self, needed: int) -> None:
         existing = next(parent for parent in (self.path, *self.path.resolve().parents) if parent.exists())
-        self._take_up()
-        needed -= sum(record["nbytes"] for record in self.finished.values())
         if (free := shutil.disk_usage(existing).free) < needed:
             raise OutputError(
-                f"{self.path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; free "
-                "some or give another disk"
+                f"{self.path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; "
+                "free some or give another disk"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be created ({error.strerror}); give another directory") from None
-        if not self.resumed:
-            write_json(self.path / JOB, self.arguments)
 
     def record(self, shard: str, entry: dict[str, Any]) -> None:
         """Notes a finished shard; `entry` holds its nbytes and sha256 and goes into the report."""
@@ -122,6 +135,19 @@ def fingerprint(checkpoint: Checkpoint) -> str:
                 handle.seek(start)
                 digest.update(handle.read(length))
     return digest.hexdigest()
+
+
+def _locked(handle: BinaryIO) -> bool:
+    """Whether this process now holds the file's lock; always so on Windows, which has no such locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _brief(value: Any) -> str:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from lowmem_wanda.checkpoint import PIECE
-from lowmem_wanda.decoder import DTYPES
 from lowmem_wanda.memory import anonymous
 from lowmem_wanda.patterns import CPU_CHUNK, DEVICE_CHUNK
 from lowmem_wanda.task import Task
+from lowmem_wanda.tensors import DTYPES
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,12 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
     if job.complete:
         return _verified(job)
     plan = predict(task)
-    with torch.no_grad(), Peak(task.device) as peak:
-        job.begin(plan.disk)
+    with torch.no_grad(), Peak(task.device) as peak, job.at_work(plan.disk):
         run = _Run(task, job, notify)
         run.write_rest()
         run.prune_blocks()
-    report = build(task, plan, peak, job.finished, job.arguments)
-    _finish(task, job, report)
+        report = build(task, plan, peak, job.finished, job.arguments)
+        _finish(task, job, report)
     return report
 
 

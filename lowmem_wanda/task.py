@@ -12,12 +12,12 @@ import transformers
 
 from lowmem_wanda import __version__
 from lowmem_wanda.checkpoint import FLOATS, Checkpoint, Tensor, refuse_unprunable
-from lowmem_wanda.decoder import DTYPES
 from lowmem_wanda.errors import ModelError, PatternError
 from lowmem_wanda.hollow import Hollow, hollow, tokenizer
 from lowmem_wanda.job import fingerprint
 from lowmem_wanda.methods import METHODS, Method
 from lowmem_wanda.patterns import NM, Pattern, parse
+from lowmem_wanda.tensors import DTYPES
 from lowmem_wanda.text import Calibration, calibrate, holds_ids
 from lowmem_wanda.writer import small_files
 

@@ -10,9 +10,9 @@ from conftest import save_tiny
 from safetensors.torch import load_file, save_file
 
 from lowmem_wanda.checkpoint import INDEX, Checkpoint, read_header
-from lowmem_wanda.decoder import read_tensor
 from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.task import prepare
+from lowmem_wanda.tensors import read_tensor
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from lowmem_wanda.checkpoint import Checkpoint
-from lowmem_wanda.decoder import read_tensor
 from lowmem_wanda.prune import prune
 from lowmem_wanda.task import prepare
+from lowmem_wanda.tensors import read_tensor
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])

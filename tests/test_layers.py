@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lowmem_wanda"
 LAYERS = (
     ("errors", "patterns", "stats", "methods", "memory"),
-    ("checkpoint", "writer", "job", "text"),
-    ("hollow", "decoder", "walk"),
+    ("checkpoint", "tensors", "writer", "job", "text"),
+    ("hollow", "trace", "decoder", "walk"),
     ("task", "plan", "report", "prune", "check"),
     ("screen", "main"),
 )

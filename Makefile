@@ -1,0 +1,23 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.10 to 3.13.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test
+demo: $(VENV)/.demo
+	rm -rf demo-pruned
+	$(VENV)/bin/python cli.py prune lowmem_wanda/demo demo-pruned --pattern 2:4
+	$(VENV)/bin/python cli.py check demo-pruned --against lowmem_wanda/demo
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/.demo: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[test]"
+	touch $@
