@@ -68,7 +68,8 @@ def measure(folder: Path, blocks: int, arguments: argparse.Namespace) -> dict[st
     command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json",
                "--text", str(tokens), "--sequences", str(arguments.sequences)]  # fmt: skip
     start, peaks = time.time(), {"RssAnon": 0, "RssFile": 0}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    output = folder / "report.json"  # a pipe would fill up
+    child = subprocess.Popen(command, stdout=output.open("wb"), stderr=subprocess.DEVNULL)
     while child.poll() is None:
         status = Path(f"/proc/{child.pid}/status").read_text()
         for key in peaks:
@@ -77,7 +78,7 @@ def measure(folder: Path, blocks: int, arguments: argparse.Namespace) -> dict[st
         time.sleep(0.002)
     if child.returncode:
         raise SystemExit(f"prune ended with {child.returncode}")
-    predicted = json.loads(child.stdout.read())["peak_memory"]["host_predicted"]
+    predicted = json.loads(output.read_bytes())["peak_memory"]["host_predicted"]
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     subprocess.run(["rm", "-r", str(source), str(folder / "out")], check=True)
     return {
