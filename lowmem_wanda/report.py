@@ -53,6 +53,7 @@ def build(
             "sparsity": zeros / weights,
             "bytes": sum(record["nbytes"] for record in shards.values()),
             "seconds": sum(block["seconds"] for block in blocks),
+            "forward_passes_per_block": sum(block["passes"] for block in blocks) / len(blocks),
             "gives": GIVES,
             "gives_not": GIVES_NOT,
         },
