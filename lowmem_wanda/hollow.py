@@ -78,6 +78,11 @@ class Hollow:
         return int(self.model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return int(self.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+
+    @property
     def positions(self) -> int | None:
         """How many positions the model has, by the names that configurations use; None where it has no limit."""
         config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]

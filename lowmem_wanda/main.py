@@ -75,6 +75,9 @@ def add_task_flags(command: argparse.ArgumentParser) -> None:
     add("--length", type=positive, default=2048, metavar="N", help="tokens of each, capped by the model; 2048")
     add("--seed", type=int, default=0, help="of the calibration sample; 0")
     add("--batch", type=positive, metavar="N", help="sequences computed at a time; as many as make 2048 tokens")
+    add("--statistics", default="block", choices=("block", "dense", "sequential"),
+        help="what linears are measured on: the dense block, pruned inputs (block, as the paper's code); dense inputs "
+        "(dense); the linears before them pruned, too (sequential, the fewest computations); block")  # fmt: skip
     add("--include", nargs="+", default=(), metavar="GLOB", help="prune only tensors with such names")
     add("--exclude", nargs="+", default=(), metavar="GLOB", help="leave tensors with such names dense")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto")
@@ -163,7 +166,7 @@ def prepared(arguments: argparse.Namespace) -> "Task":
     from lowmem_wanda.task import prepare
 
     names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "device", "dtype", "batch",
-             "include", "exclude", "trust_remote_code")  # fmt: skip
+             "statistics", "include", "exclude", "trust_remote_code")  # fmt: skip
     return prepare(arguments.source, **{name: getattr(arguments, name) for name in names})
 
 

@@ -12,11 +12,12 @@ from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import ModelError, NumberError, OutputError
 from lowmem_wanda.job import REPORT, Job
 from lowmem_wanda.memory import Peak, anonymous
+from lowmem_wanda.orders import Measuring
 from lowmem_wanda.patterns import survey
 from lowmem_wanda.plan import predict
 from lowmem_wanda.report import build
 from lowmem_wanda.task import Task
-from lowmem_wanda.walk import advance, observe, walk
+from lowmem_wanda.walk import advance, walk
 from lowmem_wanda.writer import sha256_of, write_bytes, write_json, write_shard
 
 Notify = Callable[[dict[str, Any]], None]  # called with each block's record when its shard is done
@@ -71,32 +72,42 @@ class _Run:
         walk(decoder, hidden, self.source, self.step, self.open if hidden is None else range(self.open[-1] + 1))
 
     def source(self, index: int) -> dict[str, Tensor]:
-        """Where a block is read: a finished one as it stands in the output."""
-        return self.task.checkpoint.tensors if index in self.open else read_header(self.job.path / self.shards[index])
+        """Where a block is read: a finished one as it stands in the output, if that is what moved the states on."""
+        if index in self.open or self.task.statistics == "dense":
+            return self.task.checkpoint.tensors
+        return read_header(self.job.path / self.shards[index])
 
     def step(self, block: Block, hidden: torch.Tensor | None) -> None:
-        start = time.perf_counter()
+        onward = hidden is not None and block.index < self.open[-1]
         if block.index in self.open:
-            record: dict[str, Any] = {"index": block.index, "linears": self.prune_block(block, hidden)}
+            start = time.perf_counter()
+            record = {"index": block.index, **self.prune_block(block, hidden, onward)}
             tensors = [
                 (tensor, [_bytes_of(block.stored[tensor.name])]) for tensor in self.task.block_tensors(block.index)
             ]
             shard = write_shard(self.job.path / self.shards[block.index], tensors)
             record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}
-        if hidden is not None and block.index < self.open[-1]:
-            advance(block, hidden, self.task.batch)
-        if block.index in self.open:
             record["seconds"] = time.perf_counter() - start
             self.job.record(self.shards[block.index], record)
             self.notify(record)
+        elif hidden is not None and onward:
+            advance(block, hidden, self.task.batch)
 
-    def prune_block(self, block: Block, hidden: torch.Tensor | None) -> dict[str, Any]:
-        """Measures the dense block, then prunes each selected linear; gives {tensor: what came of it}."""
-        paths = self.task.selected[block.index]
-        statistics: dict[str, Any] = dict.fromkeys(paths)
-        if hidden is not None and self.task.rule.statistic is not None and paths:
-            statistics = observe(block, hidden, self.task.rule.statistic, paths, self.task.batch)
-        return {name: self.prune_linear(block, path, name, statistics[path]) for path, name in paths.items()}
+    def prune_block(self, block: Block, hidden: torch.Tensor | None, onward: bool) -> dict[str, Any]:
+        """Prunes each selected linear and moves the hidden states on; gives the record of what came of it."""
+        paths, statistic = self.task.selected[block.index], self.task.rule.statistic
+        linears: dict[str, Any] = {}
+
+        def prune(path: str, inputs: Any) -> None:
+            linears[paths[path]] = self.prune_linear(block, path, paths[path], inputs)
+
+        if hidden is None or statistic is None:
+            for path in paths:
+                prune(path, None)
+            return {"linears": linears, "passes": 0.0}
+        measuring = Measuring(block, hidden, self.task.batch, statistic, paths, prune)
+        measuring.run(self.task.statistics, onward, self.task.held)
+        return {"linears": linears, "passes": measuring.passes}
 
     def prune_linear(self, block: Block, path: str, name: str, inputs: Any) -> dict[str, Any]:
         start = time.perf_counter()

@@ -30,32 +30,11 @@ def build(
     """The report of a finished job, as JSON. Memory in bytes, times in seconds."""
     shards = dict(sorted(finished.items()))
     blocks = [{"shard": name, **record} for name, record in shards.items() if "index" in record]
-    linears = [linear for block in blocks for linear in block["linears"].values()]
-    weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
-    zeros = sum(linear["zeros"] for linear in linears)
     return {
         "source": str(task.checkpoint.path),
         "arguments": arguments,
-        "versions": {
-            "lowmem-wanda": __version__,
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-            "numpy": np.__version__,
-            "platform": platform.platform(),
-        },
-        "summary": {
-            "parameters": plan.parameters,
-            "linears": len(linears),
-            "weights": weights,
-            "zeros": zeros,
-            "sparsity": zeros / weights,
-            "bytes": sum(record["nbytes"] for record in shards.values()),
-            "seconds": sum(block["seconds"] for block in blocks),
-            "gives": GIVES,
-            "gives_not": GIVES_NOT,
-        },
+        "versions": versions(),
+        "summary": summarize(plan, shards, blocks),
         "calibration": {
             "text": arguments["--text"],
             "sequences": plan.sequences,
@@ -74,4 +53,36 @@ def build(
             {"name": name, "nbytes": record["nbytes"], "sha256": record["sha256"]} for name, record in shards.items()
         ],
         "blocks": blocks,
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the job ran on."""
+    return {
+        "lowmem-wanda": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def summarize(plan: Plan, shards: dict[str, dict[str, Any]], blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over all linears and blocks, and what they amount to."""
+    linears = [linear for block in blocks for linear in block["linears"].values()]
+    weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
+    zeros = sum(linear["zeros"] for linear in linears)
+    return {
+        "parameters": plan.parameters,
+        "linears": len(linears),
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights,
+        "bytes": sum(record["nbytes"] for record in shards.values()),
+        "seconds": sum(block["seconds"] for block in blocks),
+        "forward_passes_per_block": sum(block["passes"] for block in blocks) / len(blocks),
+        "gives": GIVES,
+        "gives_not": GIVES_NOT,
     }

@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lowmem_wanda.errors import ModelError, PatternError
 from lowmem_wanda.hollow import Hollow, hollow, tokenizer
 from lowmem_wanda.job import fingerprint
 from lowmem_wanda.methods import METHODS, Method
-from lowmem_wanda.patterns import NM, Pattern, parse
+from lowmem_wanda.patterns import Pattern, Ratio, parse
 from lowmem_wanda.tensors import DTYPES
 from lowmem_wanda.text import Calibration, calibrate, holds_ids
 from lowmem_wanda.writer import small_files
@@ -40,6 +40,8 @@ class Task:
     device: torch.device
     dtype: torch.dtype
     batch: int
+    statistics: str
+    held: int
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     trust_remote_code: bool
@@ -74,6 +76,7 @@ class Task:
             "--device": describe_device(self.device),
             "--dtype": str(self.dtype).removeprefix("torch.") if measured else "",
             "--batch": self.batch if measured else 0,
+            "--statistics": self.statistics if measured else "",
             "threads (OMP_NUM_THREADS)": torch.get_num_threads() if measured and self.device.type == "cpu" else 0,
             "--trust-remote-code": self.trust_remote_code,
             "lowmem-wanda": __version__,
@@ -95,6 +98,8 @@ def prepare(
     device: str = "auto",
     dtype: str = "auto",
     batch: int | None = None,
+    statistics: str = "block",
+    held: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     trust_remote_code: bool = False,
@@ -102,11 +107,12 @@ def prepare(
     """Checks everything that can be checked before work begins. Raises a LowmemError that says what is wrong.
 
     `sequences` of `length` tokens are calibrated on, `batch` of them at a time (default: as many as make
-    2048 tokens); `include` and `exclude` are globs on tensor names, with or without ".weight".
+    2048 tokens), measured in one of `orders.ORDERS`; `held` micro-batches may wait in the sequential one
+    (default: all). `include` and `exclude` are globs on tensor names, with or without ".weight".
     """
     kind = parse(pattern, group or "row")
-    if group is None and not isinstance(kind, NM):
-        kind = parse(pattern, METHODS[method].group)
+    if group is None and isinstance(kind, Ratio):
+        kind = replace(kind, group=METHODS[method].group)
     checkpoint = Checkpoint(source)
     refuse_unprunable(checkpoint, trust_remote_code)
     where = find_device(device)
@@ -118,9 +124,8 @@ def prepare(
     calibration = None
     if METHODS[method].statistic is not None:
         encode = (lambda _: []) if holds_ids(text) else tokenizer(checkpoint, trust_remote_code)
-        length = min(length, model.positions or length)
-        vocabulary = model.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        calibration = calibrate(text, encode, sequences=sequences, length=length, vocabulary=vocabulary, seed=seed)
+        size = {"sequences": sequences, "length": min(length, model.positions or length)}
+        calibration = calibrate(text, encode, vocabulary=model.vocabulary, seed=seed, **size)
     rows = calibration.tokens.shape if calibration else (1, 1)
     return Task(
         checkpoint=checkpoint,
@@ -132,6 +137,8 @@ def prepare(
         device=where,
         dtype=computing,
         batch=min(batch or max(1, BATCH_TOKENS // rows[1]), rows[0]),
+        statistics=statistics,
+        held=rows[0] if held is None else held,
         include=tuple(include),
         exclude=tuple(exclude),
         trust_remote_code=trust_remote_code,

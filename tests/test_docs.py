@@ -11,7 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
 OURS = [command for command in COMMANDS if command.startswith("python cli.py")]
 
 
@@ -50,7 +54,12 @@ def test_every_other_command_is_what_make_does():
 
 
 def test_the_first_command_is_before_line_30_and_files_are_named():
-    assert README.splitlines().index("make demo    # in a new .venv: install, prune the bundled demo model 2:4, prove the result") < 30
+    assert (
+        README.splitlines().index(
+            "make demo    # in a new .venv: install, prune the bundled demo model 2:4, prove the result"
+        )
+        < 30
+    )
     for path in (ROOT / "lowmem_wanda").glob("[!_]*.py"):
         assert path.name in README
 

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lowmem_wanda"
 LAYERS = (
     ("errors", "patterns", "stats", "methods", "memory"),
     ("checkpoint", "tensors", "writer", "job", "text"),
-    ("hollow", "trace", "decoder", "walk"),
+    ("hollow", "trace", "decoder", "walk", "orders"),
     ("task", "plan", "report", "prune", "check"),
     ("screen", "main"),
 )
@@ -64,7 +64,8 @@ def test_modules_and_functions_are_small(module):
     assert (PACKAGE / f"{module}.py").read_text("utf-8").count("\n") <= 300
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 55, node.name
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not body or node.end_lineno - body[0].lineno < 40, node.name
 
 
 def test_no_pickle_and_no_eval():

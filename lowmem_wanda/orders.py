@@ -1,0 +1,154 @@
+"""In which order a block's linears are measured, pruned, and the hidden states moved on.
+
+block        the dense block up to its last linear; all are pruned; the pruned block moves the hidden states
+             on (the order of the paper's code): 1.7 passes
+dense        the dense block measures and moves on at once, then all are pruned: 1 pass, no error carried on
+sequential   each linear on what the already pruned ones before it put out (GPTQ's "true sequential"): 1 pass
+             where micro-batches are held while they wait for a linear, more where they are replayed
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem_wanda.decoder import Block, Stop, micro_batches
+from lowmem_wanda.errors import LowmemError
+from lowmem_wanda.walk import advance
+
+ORDERS = ("block", "dense", "sequential")
+
+Prune = Callable[[str, Any], None]  # path of a linear, the statistic of its inputs
+Arrived = Callable[[str, torch.Tensor], None]  # path of a linear, its inputs
+
+
+class Measuring:
+    """One block and the sequences that pass it: `run` calls `prune` once for every path in `paths`.
+
+    Linears with the same input share a statistic (4 for the 7 linears of a Llama block), and no pass goes
+    beyond the last input that is measured unless the hidden states are to move on. After `run`, `passes`
+    is what was computed in linears, in units of one pass of all sequences through the whole block.
+    """
+
+    def __init__(
+        self, block: Block, hidden: torch.Tensor, batch: int, statistic: type, paths: Collection[str], prune: Prune
+    ) -> None:
+        self.block, self.hidden, self.batch, self.prune = block, hidden, batch, prune
+        leaders = {path: block.trace.leaders[path] for path in paths}
+        order = [path for path in block.trace.order if path in leaders.values()]
+        self.groups = {leader: [path for path in paths if leaders[path] == leader] for leader in order}
+        self.statistics = {path: statistic(block.weight(path).shape[1], hidden.device) for path in order}
+        self.passes = 0.0
+
+    def run(self, order: str, onward: bool, held: int) -> None:
+        """Measures and prunes in one of ORDERS and, if `onward`, replaces the hidden states by the block's output.
+
+        In the sequential order at most `held` micro-batches wait with their activations; the others are run
+        again from the block's start. How many changes time and memory, and no bit of the result.
+        """
+        with self._counting():
+            if order == "sequential" and self.groups:
+                self._sequential(onward, held)
+            elif order == "dense" and self.groups:
+                self._measure(through=onward)
+            else:
+                if self.groups:
+                    self._measure(through=False)
+                if onward:
+                    advance(self.block, self.hidden, self.batch)
+
+    def _measure(self, through: bool) -> None:
+        """Measures everything on the dense block, then prunes; `through` keeps the outputs."""
+        last = [*self.groups, None][-2]
+
+        def arrived(path: str, inputs: torch.Tensor) -> None:
+            self.statistics[path].add(inputs)
+            if path == last and not through:
+                raise Stop
+
+        with self._hooked(arrived):
+            for part in micro_batches(self.hidden, self.batch):
+                self._carry(part)
+        for leader in self.groups:
+            self._prune(leader)
+
+    def _sequential(self, onward: bool, held: int) -> None:
+        """Each micro-batch goes to the next linear that is open and waits there in a greenlet, or is replayed."""
+        greenlet = _greenlets()
+        hub, closed = greenlet.getcurrent(), set()
+
+        def arrived(path: str, inputs: torch.Tensor) -> None:
+            if path in closed:
+                return
+            self.statistics[path].add(inputs)
+            if greenlet.getcurrent() is hub:
+                raise Stop
+            hub.switch()
+
+        parts = list(micro_batches(self.hidden, self.batch))
+        waiting = [greenlet.greenlet(partial(self._carry, part)) for part in parts[:held]]
+        with self._hooked(arrived):
+            for leader in self.groups:
+                for flow in waiting:
+                    flow.switch()
+                for part in parts[held:]:
+                    self._carry(part)
+                self._prune(leader)
+                closed.add(leader)
+            for flow in waiting:
+                flow.switch() if onward else flow.throw(greenlet.GreenletExit)
+            for part in parts[held:] if onward else ():
+                self._carry(part)
+
+    def _carry(self, part: torch.Tensor) -> None:
+        """One micro-batch through the block, in place, or as far as its inputs are wanted."""
+        try:
+            part.copy_(self.block(part))
+        except Stop:
+            pass
+
+    def _prune(self, leader: str) -> None:
+        for path in self.groups[leader]:
+            self.prune(path, self.statistics[leader])
+
+    @contextmanager
+    def _hooked(self, arrived: Arrived) -> Iterator[None]:
+        """Calls `arrived` before each linear whose inputs are measured."""
+
+        def before(path: str, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            arrived(path, given[0])
+
+        with ExitStack() as stack:
+            for path in self.groups:
+                module = self.block.module.get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(partial(before, path)).remove)
+            yield
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Counts the weights that tokens meet in linears."""
+        sizes = {path: self.block.weight(path).numel() for path in self.block.linears}
+        one = sum(sizes.values()) * self.hidden.shape[0] * self.hidden.shape[1]
+
+        def after(size: int, module: nn.Module, given: tuple[torch.Tensor, ...], output: Any) -> None:
+            self.passes += size * (given[0].numel() // given[0].shape[-1]) / one
+
+        with ExitStack() as stack:
+            for path, size in sizes.items():
+                module = self.block.module.get_submodule(path)
+                stack.callback(module.register_forward_hook(partial(after, size)).remove)
+            yield
+
+
+def _greenlets() -> Any:
+    """The greenlet package. Raises LowmemError, saying how to install it."""
+    try:
+        import greenlet
+    except ImportError:
+        raise LowmemError(
+            "--statistics sequential needs a package that is not installed: pip install 'lowmem-wanda[sequential]'"
+        ) from None
+    return greenlet
