@@ -3,6 +3,7 @@
 Needs neither torch nor transformers, so that the proof does not rest on what made the checkpoint.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from lowmem_wanda.errors import CheckpointError
 from lowmem_wanda.job import JOB, REPORT
 from lowmem_wanda.writer import sha256_of, small_files
 
-PATTERNS = ((1, 4), (2, 4), (4, 8))  # kept, of; sparser first
+PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # kept, of; what holds the first holds more
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 
 
@@ -32,6 +33,7 @@ class Matrix:
     shape: tuple[int, int]
     zeros: int
     pattern: str
+    kept: bool = True  # a pattern that report.json promises of it
 
     @property
     def sparsity(self) -> float:
@@ -60,26 +62,33 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     if (path / JOB).exists() and not (path / CONFIG).exists():
         raise CheckpointError(f"{path}: is an unfinished job; run its prune command again to complete it")
     checkpoint, findings = Checkpoint(path), Findings()
+    report = read_json(path / REPORT) if (path / REPORT).exists() else {}
+    promises = _promises(report)
     for tensor in checkpoint.tensors.values():
         if tensor.dtype in FLOATS and len(tensor.shape) == 2 and tensor.numel:
-            findings.matrices.append(_examine(tensor))
-    if (path / REPORT).exists():
-        _compare_report(path, read_json(path / REPORT), findings)
+            findings.matrices.append(_examine(tensor, promises.get(tensor.name)))
+    if report:
+        _compare_report(path, report, promises, findings)
     if against is not None:
         _compare_source(checkpoint, Checkpoint(against), findings)
     return findings
 
 
-def _examine(tensor: Tensor) -> Matrix:
+def _examine(tensor: Tensor, promise: dict[str, Any] | None) -> Matrix:
     """Counts zeros, and keeps the patterns that no group of either direction breaks."""
-    zeros = 0
-    open_patterns = [(kept, of, axis) for axis in (1, 0) for kept, of in PATTERNS if tensor.shape[axis] % of == 0]
-    for bits in _rows(tensor):
+    zeros, promised = 0, None
+    candidates = [(kept, of, axis) for axis in (1, 0) for kept, of in PATTERNS]
+    if promise and (match := re.fullmatch(r"(\d+):(\d+)", str(promise.get("pattern")))):
+        promised = (int(match[1]), max(1, int(match[2])), 0 if promise.get("transposed") else 1)
+        candidates.append(promised)
+    candidates = [(kept, of, axis) for kept, of, axis in candidates if tensor.shape[axis] % of == 0]
+    for bits in _rows(tensor, math.lcm(*(of for _, of, axis in candidates if axis == 0))):
         zero = (bits << 1) == 0  # without the sign
         zeros += int(zero.sum())
-        open_patterns = [entry for entry in open_patterns if _holds(zero, *entry)]
-    pattern = next((f"{kept}:{of}" + ("" if axis else " (transposed)") for kept, of, axis in open_patterns), "")
-    return Matrix(tensor.name, tensor.dtype, (tensor.shape[0], tensor.shape[1]), zeros, pattern)
+        candidates = [entry for entry in candidates if _holds(zero, *entry)]
+    pattern = next((f"{kept}:{of}" + ("" if axis else " (transposed)") for kept, of, axis in candidates), "")
+    kept = promised is None or promised in candidates
+    return Matrix(tensor.name, tensor.dtype, (tensor.shape[0], tensor.shape[1]), zeros, pattern, kept)
 
 
 def _holds(zero: np.ndarray, kept: int, of: int, axis: int) -> bool:
@@ -87,39 +96,42 @@ def _holds(zero: np.ndarray, kept: int, of: int, axis: int) -> bool:
     return bool((groups >= of - kept).all())
 
 
-def _rows(tensor: Tensor) -> Iterator[np.ndarray]:
-    """Bits of about 16 MiB of whole rows at a time, by eights, as unsigned integers (rows, columns)."""
-    row = tensor.nbytes // tensor.shape[0]
-    for piece in tensor.pieces(max(1, PIECE // (8 * row)) * 8 * row):
+def _rows(tensor: Tensor, multiple: int) -> Iterator[np.ndarray]:
+    """Bits of about 16 MiB of whole rows, a multiple of so many, at a time, as unsigned integers (rows, columns)."""
+    step = tensor.nbytes // tensor.shape[0] * multiple
+    for piece in tensor.pieces(max(1, PIECE // step) * step):
         yield np.frombuffer(piece, f"<u{FLOATS[tensor.dtype]}").reshape(-1, tensor.shape[1])
 
 
-def _compare_report(path: Path, report: dict[str, Any], findings: Findings) -> None:
+def _promises(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{tensor: what report.json says of it}. Raises CheckpointError for a report that says nothing of any."""
+    try:
+        promises = {name: linear for block in report.get("blocks", ()) for name, linear in block["linears"].items()}
+        if report and not (promises and all("zeros" in linear for linear in promises.values()) and report["shards"]):
+            raise KeyError("blocks")
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{REPORT}: is not what prune wrote; remove it to check the tensors alone") from None
+    return promises
+
+
+def _compare_report(
+    path: Path, report: dict[str, Any], promises: dict[str, dict[str, Any]], findings: Findings
+) -> None:
     """Holds checksums, zeros and patterns against what report.json says of them."""
-    for shard in report.get("shards", ()):
-        if sha256_of(path / shard["name"]) == shard["sha256"]:
+    for shard in report["shards"]:
+        file = path / Path(shard["name"]).name
+        if file.exists() and sha256_of(file) == shard["sha256"]:
             findings.shards_verified += 1
         else:
-            findings.problems.append(f"{shard['name']}: is not the file that {REPORT} has the checksum of")
+            findings.problems.append(f"{file.name}: is not the file that {REPORT} has the checksum of")
     found = {matrix.name: matrix for matrix in findings.matrices}
-    for block in report.get("blocks", ()):
-        for name, linear in block["linears"].items():
-            matrix = found.get(name)
-            if matrix is None or matrix.zeros != linear["zeros"]:
-                findings.problems.append(
-                    f"{name}: has {matrix.zeros if matrix else 'no'} zeros, {REPORT} says {linear['zeros']}"
-                )
-            elif ":" in linear["pattern"] and not _at_least_as_sparse(matrix.pattern, linear["pattern"]):
-                findings.problems.append(f"{name}: does not hold {linear['pattern']}, which {REPORT} says it does")
-
-
-def _at_least_as_sparse(found: str, promised: str) -> bool:
-    """Whether a matrix that holds `found` holds `promised`, too (what is not looked for passes by its zeros)."""
-    kept, of = map(int, promised.split(":"))
-    if (kept, of) not in PATTERNS:
-        return True
-    names = [f"{kept}:{of}" for kept, of in PATTERNS]
-    return found.split(" ")[0] in names[: names.index(promised) + 1]
+    for name, linear in promises.items():
+        matrix = found.get(name)
+        if matrix is None or matrix.zeros != linear["zeros"]:
+            zeros = matrix.zeros if matrix else "no"
+            findings.problems.append(f"{name}: has {zeros} zeros, {REPORT} says {linear['zeros']}")
+        elif not matrix.kept:
+            findings.problems.append(f"{name}: does not hold {linear['pattern']}, which {REPORT} says it does")
 
 
 def _compare_source(pruned: Checkpoint, source: Checkpoint, findings: Findings) -> None:

@@ -244,13 +244,13 @@ def _what_instead(path: Path) -> str:
 def refuse_unprunable(checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
     """Raises CheckpointError for a quantized source and for one that brings code of its own."""
     config = checkpoint.config()
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         kind = config["quantization_config"]
         kind = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
         raise CheckpointError(
             f"{CONFIG}: quantization_config says {kind}; prune the unquantized checkpoint and quantize after"
         )
-    if "auto_map" in config and not trust_remote_code:
+    if config.get("auto_map") and not trust_remote_code:
         raise CheckpointError(
             f"{CONFIG}: auto_map names Python code of the checkpoint's own; read it, then give --trust-remote-code"
         )

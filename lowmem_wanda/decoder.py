@@ -47,7 +47,7 @@ class Block:
         """The block's output (sequences, length, width) for hidden states of that shape."""
         args, kwargs = self._calls[len(hidden)][self.index]
         output = self.module(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
 
     def weight(self, path: str) -> torch.Tensor:
         """The stored weight of a linear as (outputs, inputs), a view: GPT-2's Conv1D holds it transposed."""

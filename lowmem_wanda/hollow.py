@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,6 +24,10 @@ from lowmem_wanda.errors import CalibrationError, CheckpointError, ModelError
 from lowmem_wanda.text import Encode
 
 LINEARS = (nn.Linear, Conv1D)
+BUILD_ERRORS = (  # what transformers raises for configurations that describe no model
+    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError,
+    AssertionError, IndexError,
+)  # fmt: skip
 
 logging.set_verbosity_error()  # what matters of it is an error of ours
 
@@ -87,7 +92,8 @@ class Hollow:
         """How many positions the model has, by the names that configurations use; None where it has no limit."""
         config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
         names = ("max_position_embeddings", "max_seq_len")
-        return next((value for name in names if (value := getattr(config, name, None))), None)
+        values = (getattr(config, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int) and value > 0), None)
 
     def outside(self) -> dict[str, str]:
         """{parameter or buffer: file tensor} of all that lies in no block."""
@@ -124,13 +130,14 @@ def tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Encode
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     declared = checkpoint.config().get("architectures") or []
+    declared = declared if isinstance(declared, list) else [declared]
     if declared and not any(re.search(r"ForCausalLM|LMHeadModel", str(name)) for name in declared):
         raise ModelError(f"config.json: {declared[0]} is no causal language model; only those are pruned")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (*BUILD_ERRORS, StrictDataclassError) as error:
         raise ModelError(
             f"config.json: transformers cannot build a causal language model of it ({_first_line(error)})"
         ) from None

@@ -5,88 +5,53 @@ a shard is done when it stands under its final name with the checksum of its lin
 the right size prove nothing: a kill inside a save leaves both).
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowmem_wanda.checkpoint import CONFIG, Checkpoint, read_json
-from lowmem_wanda.errors import OutputError
-from lowmem_wanda.writer import PARTIAL, sha256_of, sync_directory, write_json
+from lowmem_wanda.errors import CheckpointError, OutputError
+from lowmem_wanda.writer import PARTIAL, explained, sha256_of, sync_directory, write_json
 
-JOB, REPORT, PROGRESS = "job.json", "report.json", ".progress.jsonl"
+JOB, REPORT, PROGRESS, LOCK = "job.json", "report.json", ".progress.jsonl", ".lock"
 WHOLE = 4 << 30  # bytes; a larger source is fingerprinted by samples
 
 
 class Job:
-    """One pruning, begun or taken up again in `path`.
+    """One pruning in `path`, begun or taken up again, while no other process is at work there (see `working`).
 
     `arguments` is all that can change a bit of the result, as {flag or property: value}. Raises OutputError
-    for a directory that holds something else, or the same job with other arguments.
+    for the same job with other arguments.
     """
 
-    def __init__(self, path: Path, source: Path, arguments: dict[str, Any]) -> None:
-        self.path = path
-        self.refuse(path, source)
-        found = path / JOB
-        if found.exists():
-            self._compare(read_json(found), arguments)
-        self.resumed = found.exists()
-        self.arguments = arguments
+    def __init__(self, path: Path, arguments: dict[str, Any]) -> None:
+        self.path, self.arguments = path, arguments
+        self.resumed = (path / JOB).exists()
         self.finished: dict[str, dict[str, Any]] = {}
+        if self.resumed:
+            self._compare(_ours(path / JOB), arguments)
 
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do: config.json is the last file to be written."""
         return (self.path / CONFIG).exists()
 
-    @staticmethod
-    def refuse(path: str | Path, source: str | Path) -> None:
-        """Raises OutputError if the target is the source, lies within it, or holds something else."""
-        target, inside = Path(path).resolve(), Path(source).resolve()
-        if target == inside or inside in target.parents:
-            raise OutputError(f"{path}: is or lies in the source {source}, which is never written to; give another one")
-        if (target / JOB).exists() or not target.exists():
-            return
-        begun = f".{JOB}{PARTIAL}"  # all that a kill in the first moment leaves
-        if not target.is_dir() or any(entry.name != begun for entry in target.iterdir()):
-            raise OutputError(f"{path}: exists and is not a job of this program; give a new or empty directory")
-
-    @contextmanager
-    def at_work(self, needed: int) -> Iterator[None]:
-        """Creates the directory and job.json, or takes up what is done, and keeps other processes out meanwhile.
-
-        Raises OutputError where `needed` bytes do not fit on the disk, or another process is at work.
-        """
+    def begin(self, needed: int, shards: Collection[str]) -> None:
+        """Writes job.json, or finds which of `shards` are done. Raises OutputError where `needed` bytes do not fit."""
+        self._take_up(shards)
+        check_disk(self.path, needed - sum(record["nbytes"] for record in self.finished.values()))
         if not self.resumed:
-            self._check_disk(needed)
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OutputError(f"{self.path}: cannot be created ({error.strerror}); give another one") from None
             write_json(self.path / JOB, self.arguments)
-        with open(self.path / JOB, "rb") as handle:
-            if not _locked(handle):
-                raise OutputError(f"{self.path}: another process is at work in it; wait for it or end it")
-            self._take_up()
-            self._check_disk(needed - sum(record["nbytes"] for record in self.finished.values()))
-            yield
-
-    def _check_disk(self, needed: int) -> None:
-        existing = next(parent for parent in (self.path, *self.path.resolve().parents) if parent.exists())
-        if (free := shutil.disk_usage(existing).free) < needed:
-            raise OutputError(
-                f"{self.path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; "
-                "free some or give another disk"
-            )
 
     def record(self, shard: str, entry: dict[str, Any]) -> None:
         """Notes a finished shard; `entry` holds its nbytes and sha256 and goes into the report."""
-        with open(self.path / PROGRESS, "a", encoding="utf-8") as file:
+        with explained(self.path / PROGRESS), open(self.path / PROGRESS, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"shard": shard, **entry}) + "\n")  # a kill may have cut the line before
             file.flush()
             os.fsync(file.fileno())
@@ -98,19 +63,16 @@ class Job:
         """Removes what only an unfinished job needs."""
         (self.path / PROGRESS).unlink(missing_ok=True)
 
-    def _take_up(self) -> None:
+    def _take_up(self, shards: Collection[str]) -> None:
         """Finds the finished shards of an interrupted run and clears away its half-written files."""
         for partial in list(self.path.rglob(f".*{PARTIAL}")):
             partial.unlink()
         progress = self.path / PROGRESS
-        for line in progress.read_text(encoding="utf-8").splitlines() if progress.exists() else ():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # an empty line, or one that a kill cut short
-                continue
-            shard = self.path / entry.pop("shard")
-            if shard.exists() and sha256_of(shard) == entry["sha256"]:
-                self.finished[shard.name] = entry
+        for line in progress.read_bytes().splitlines() if progress.exists() else ():
+            entry = _json_or_none(line)
+            name = str(entry.pop("shard", "")) if isinstance(entry, dict) else ""
+            if name in shards and (self.path / name).exists() and sha256_of(self.path / name) == entry.get("sha256"):
+                self.finished[name] = entry
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         now = json.loads(json.dumps(now))
@@ -121,6 +83,53 @@ class Job:
                     f"{_brief(now.get(key))}; "
                     "repeat the first command or give another directory"
                 )
+
+
+def refuse(path: str | Path, source: str | Path) -> None:
+    """Raises OutputError if the target is the source, lies within it, or holds something else."""
+    target, inside = Path(path).resolve(), Path(source).resolve()
+    if target == inside or inside in target.parents:
+        raise OutputError(f"{path}: is or lies in the source {source}, which is never written to; give another one")
+    with explained(Path(path)):
+        if (target / JOB).exists() or not target.exists():
+            return
+        begun = {LOCK, f".{JOB}{PARTIAL}"}  # all that a kill in the first moment leaves
+        if not target.is_dir() or any(entry.name not in begun for entry in target.iterdir()):
+            raise OutputError(f"{path}: exists and is not a job of this program; give a new or empty directory")
+
+
+@contextmanager
+def working(path: Path) -> Iterator[None]:
+    """Makes the directory and keeps a second process out of it. Raises OutputError in the second.
+
+    The lock is a file that is removed in the end; who opened one that was removed meanwhile tries again.
+    """
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+        while True:
+            handle = open(path / LOCK, "ab")  # noqa: SIM115  closed below
+            if not _locked(handle):
+                handle.close()
+                raise OutputError(f"{path}: another process is at work in it; wait for it or end it")
+            if (path / LOCK).exists() and os.path.samestat(os.fstat(handle.fileno()), os.stat(path / LOCK)):
+                break
+            handle.close()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file, so there it stays
+            (path / LOCK).unlink()
+        handle.close()
+
+
+def check_disk(path: Path, needed: int) -> None:
+    """Raises OutputError where fewer than `needed` bytes are free."""
+    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise OutputError(
+            f"{path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; "
+            "free some or give another disk"
+        )
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -138,16 +147,31 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _locked(handle: BinaryIO) -> bool:
-    """Whether this process now holds the file's lock; always so on Windows, which has no such locks."""
+    """Whether no other process holds the lock; Windows and some network file systems have none to hold."""
     try:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         return True
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
     return True
+
+
+def _ours(path: Path) -> dict[str, Any]:
+    """A JSON file that this program wrote. Raises OutputError where it is no longer that."""
+    try:
+        return read_json(path)
+    except CheckpointError:
+        raise OutputError(f"{path}: is damaged; delete {path.parent} and prune again") from None
+
+
+def _json_or_none(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # an empty line, or one that a kill cut short
+        return None
 
 
 def _brief(value: Any) -> str:

@@ -26,12 +26,26 @@ def main(argv: list[str] | None = None) -> int:
     except LowmemError as error:
         if arguments.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (OSError, MemoryError, RuntimeError) as error:
+        # what the system says, and torch's OutOfMemoryError; any other RuntimeError is a bug of ours
+        if arguments.debug or type(error) is RuntimeError:
+            raise
+        print(f"error: {printable(' '.join(str(error).split()) or 'memory is full')}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         how = "; run the same command again to continue" if arguments.command == "prune" else ""
         print(f"\nstopped{how}", file=sys.stderr)
         return INTERRUPTED
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names in a file may hold anything."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,16 +118,16 @@ def run_prune(arguments: argparse.Namespace) -> int:
         TimeRemainingColumn,
     )
 
-    from lowmem_wanda.job import Job
+    from lowmem_wanda.job import refuse
     from lowmem_wanda.memory import return_large_blocks
     from lowmem_wanda.prune import prune
     from lowmem_wanda.screen import block_line, closing
 
     return_large_blocks()
-    Job.refuse(arguments.target, arguments.source)
+    refuse(arguments.target, arguments.source)
     stderr = Console(stderr=True)
     task = prepared(arguments)
-    stderr.print(about(task), highlight=False)
+    stderr.print(about(task), highlight=False, markup=False)
     depth = len(task.selected)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
@@ -121,7 +135,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
         bar = progress.add_task("pruning", total=depth)
 
         def show(record: dict[str, Any]) -> None:
-            progress.console.print(block_line(record, depth), highlight=False)
+            progress.console.print(block_line(record, depth), highlight=False, markup=False)
             progress.update(bar, completed=record["index"] + 1)
 
         report = prune(task, arguments.target, show)
@@ -155,9 +169,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(asdict(findings)))
     else:
-        print("\n".join(check_lines(findings)))
+        print("\n".join(printable(line) for line in check_lines(findings)))
     for problem in findings.problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem)}", file=sys.stderr)
     return FAILED if findings.problems else DONE
 
 

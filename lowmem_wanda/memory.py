@@ -14,6 +14,13 @@ def anonymous() -> int:
     return int(used.rss - getattr(used, "shared", 0))
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken now, on the GPU or of the host."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def return_large_blocks() -> None:
     """Has glibc map every block of 1 MiB and more by itself, so that its pages go back when it is freed.
 

@@ -77,7 +77,7 @@ class Measuring:
 
     def _sequential(self, onward: bool, held: int) -> None:
         """Each micro-batch goes to the next linear that is open and waits there in a greenlet, or is replayed."""
-        greenlet = _greenlets()
+        greenlet = greenlets()
         hub, closed = greenlet.getcurrent(), set()
 
         def arrived(path: str, inputs: torch.Tensor) -> None:
@@ -143,7 +143,7 @@ class Measuring:
             yield
 
 
-def _greenlets() -> Any:
+def greenlets() -> Any:
     """The greenlet package. Raises LowmemError, saying how to install it."""
     try:
         import greenlet

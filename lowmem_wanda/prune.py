@@ -1,16 +1,17 @@
 """The main job: measure, score and mask each block, write it out, carry the hidden states on."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowmem_wanda.checkpoint import CONFIG, INDEX, Tensor, read_header, read_json
+from lowmem_wanda.checkpoint import CONFIG, INDEX, PIECE, Tensor, read_header, read_json
 from lowmem_wanda.decoder import Block, Decoder
-from lowmem_wanda.errors import ModelError, NumberError, OutputError
-from lowmem_wanda.job import REPORT, Job
+from lowmem_wanda.errors import CheckpointError, ModelError, NumberError, OutputError
+from lowmem_wanda.job import REPORT, Job, check_disk, refuse, working
 from lowmem_wanda.memory import Peak, anonymous
 from lowmem_wanda.orders import Measuring
 from lowmem_wanda.patterns import survey
@@ -29,12 +30,17 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
     Shards come first, then the small files, the index, the report, and config.json last: until then the
     directory loads as nothing. Raises OutputError, NumberError or CheckpointError; what is written stays.
     """
-    job = Job(Path(target), task.checkpoint.path, task.arguments())
-    if job.complete:
-        return _verified(job)
-    plan = predict(task)
-    with torch.no_grad(), Peak(task.device) as peak, job.at_work(plan.disk):
-        run = _Run(task, job, notify)
+    target = Path(target)
+    refuse(target, task.checkpoint.path)
+    plan, arguments = predict(task), task.arguments()
+    if not target.exists():
+        check_disk(target, plan.disk)
+    with torch.no_grad(), working(target), Peak(task.device) as peak:
+        job = Job(target, arguments)
+        if job.complete:
+            return _verified(task, job)
+        run = _Run(task, job, notify, plan.held)
+        job.begin(plan.disk, [run.rest, *run.shards])
         run.write_rest()
         run.prune_blocks()
         report = build(task, plan, peak, job.finished, job.arguments)
@@ -45,15 +51,19 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
 class _Run:
     """One walk over the blocks: those that are done are replayed from the output, the others pruned."""
 
-    def __init__(self, task: Task, job: Job, notify: Notify) -> None:
-        self.task, self.job, self.notify = task, job, notify
+    def __init__(self, task: Task, job: Job, notify: Notify, held: int) -> None:
+        self.task, self.job, self.notify, self.held = task, job, notify, held
         depth = len(task.selected)
-        self.shards = [shard_name(index + 1, depth + 1) for index in range(depth)]
-        self.open = [index for index in range(depth) if self.shards[index] not in job.finished]
+        self.rest, *self.shards = [shard_name(index, depth + 1) for index in range(depth + 1)]
+
+    @cached_property
+    def open(self) -> list[int]:
+        """The blocks that were not finished when this run began."""
+        return [index for index, shard in enumerate(self.shards) if shard not in self.job.finished]
 
     def write_rest(self) -> None:
         """The first shard: everything outside the blocks, copied through."""
-        name = shard_name(0, len(self.shards) + 1)
+        name = self.rest
         if name not in self.job.finished:
             inside = {tensor.name for index in range(len(self.shards)) for tensor in self.task.block_tensors(index)}
             rest = [tensor for tensor in self.task.checkpoint.tensors.values() if tensor.name not in inside]
@@ -82,9 +92,8 @@ class _Run:
         if block.index in self.open:
             start = time.perf_counter()
             record = {"index": block.index, **self.prune_block(block, hidden, onward)}
-            tensors = [
-                (tensor, [_bytes_of(block.stored[tensor.name])]) for tensor in self.task.block_tensors(block.index)
-            ]
+            files = self.task.block_tensors(block.index)
+            tensors = [(tensor, _pieces(block.stored[tensor.name])) for tensor in files]
             shard = write_shard(self.job.path / self.shards[block.index], tensors)
             record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}
             record["seconds"] = time.perf_counter() - start
@@ -106,7 +115,7 @@ class _Run:
                 prune(path, None)
             return {"linears": linears, "passes": 0.0}
         measuring = Measuring(block, hidden, self.task.batch, statistic, paths, prune)
-        measuring.run(self.task.statistics, onward, self.task.held)
+        measuring.run(self.task.statistics, onward, self.held)
         return {"linears": linears, "passes": measuring.passes}
 
     def prune_linear(self, block: Block, path: str, name: str, inputs: Any) -> dict[str, Any]:
@@ -127,6 +136,7 @@ class _Run:
             )
         return {
             "shape": list(weight.shape),
+            "transposed": name in self.task.hollow.transposed,
             "pattern": str(self.task.pattern),
             "holds": holds,
             "zeros": zeros,
@@ -161,17 +171,31 @@ def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
     job.end()
 
 
-def _verified(job: Job) -> dict[str, Any]:
-    """The report of a finished job, once its shards are found to be what it says. Raises OutputError."""
-    report = read_json(job.path / REPORT)
-    for shard in report["shards"]:
-        file = job.path / shard["name"]
-        if not file.exists() or sha256_of(file) != shard["sha256"]:
-            raise OutputError(f"{file}: is not the shard that was written; delete {job.path} and prune again")
+def _verified(task: Task, job: Job) -> dict[str, Any]:
+    """The report of a finished job, once its files are found to be what it says. Raises OutputError."""
+    again = f"delete {job.path} and prune again"
+    try:
+        report = read_json(job.path / REPORT)
+        expected = {shard["name"]: shard["sha256"] for shard in report["shards"]}
+        index = read_json(job.path / INDEX)["weight_map"]
+        report["summary"]["sparsity"]
+    except (CheckpointError, KeyError, TypeError):
+        raise OutputError(f"{job.path}: its {REPORT} or {INDEX} is damaged; {again}") from None
+    for name, sha256 in expected.items():
+        if not (job.path / name).exists() or sha256_of(job.path / name) != sha256:
+            raise OutputError(f"{job.path / name}: is not the shard that was written; {again}")
+    if index != {name: shard for shard in expected for name in read_header(job.path / shard)}:
+        raise OutputError(f"{job.path / INDEX}: does not say where the tensors are; {again}")
+    for file in task.files:
+        copy = job.path / file
+        if not copy.exists() or copy.read_bytes() != (task.checkpoint.path / file).read_bytes():
+            raise OutputError(f"{copy}: is not the source's; {again}")
     job.end()
     return report
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes, without a copy where it lies on the host."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes, without a copy where it lies on the host, and 16 MiB at a time where it does not."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, len(flat), PIECE):
+        yield flat[start : start + PIECE].cpu().numpy().data

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:  # `check` shows its findings without loading torch
@@ -52,7 +53,7 @@ def closing(report: dict[str, Any], target: str) -> Table:
     """What was pruned, its size, what it gives and what it does not."""
     summary, arguments, memory = report["summary"], report["arguments"], report["peak_memory"]
     table = _pairs(f"pruned: {target}")
-    table.add_row("method", f"{arguments['--method']} {arguments['--pattern']}, compared per {arguments['--group']}")
+    table.add_row("method", _method(arguments))
     table.add_row("calibration", _calibration(report["calibration"]))
     table.add_row(
         "pruned",
@@ -82,6 +83,8 @@ def plan_table(plan: "Plan", method: str, pattern: str, source: str) -> Table:
         f"{plan.sequences} sequences of {plan.length}: {number(plan.tokens)} tokens" if plan.tokens else "none"
     )
     table.add_row("calibration", calibration)
+    if plan.held:
+        table.add_row("held", f"{plan.held} micro-batches may wait for a linear")
     table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
     table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
     if plan.device_peak:
@@ -109,14 +112,20 @@ def check_lines(findings: "Findings") -> list[str]:
 
 
 def _pairs(title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def _method(arguments: dict[str, Any]) -> str:
+    pattern = arguments["--pattern"]
+    group = f"group of {pattern.split(':')[1]}" if ":" in pattern else arguments["--group"]
+    return f"{arguments['--method']} {pattern}, compared per {group}"
 
 
 def _calibration(calibration: dict[str, Any]) -> str:
     if not calibration["text"]:
         return "none needed"
     shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"
-    return f"{shape} from {', '.join(calibration['text'])}"
+    return escape(f"{shape} from {', '.join(calibration['text'])}")

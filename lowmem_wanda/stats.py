@@ -13,7 +13,7 @@ class SquaredNorm:
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        # float64: the sum does not depend on how the sequences are batched (MPS has no float64)
+        # each batch's norm is a float32, their squares are added in float64 (MPS has none)
         precision = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(columns, dtype=precision, device=device)
         self.tokens = 0

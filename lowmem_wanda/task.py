@@ -16,10 +16,11 @@ from lowmem_wanda.errors import ModelError, PatternError
 from lowmem_wanda.hollow import Hollow, hollow, tokenizer
 from lowmem_wanda.job import fingerprint
 from lowmem_wanda.methods import METHODS, Method
+from lowmem_wanda.orders import greenlets
 from lowmem_wanda.patterns import Pattern, Ratio, parse
 from lowmem_wanda.tensors import DTYPES
 from lowmem_wanda.text import Calibration, calibrate, holds_ids
-from lowmem_wanda.writer import small_files
+from lowmem_wanda.writer import sha256_of, small_files
 
 BATCH_TOKENS = 2048  # of a micro-batch, where the user does not say
 
@@ -40,8 +41,9 @@ class Task:
     device: torch.device
     dtype: torch.dtype
     batch: int
+    seed: int
     statistics: str
-    held: int
+    held: int | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     trust_remote_code: bool
@@ -61,27 +63,37 @@ class Task:
 
     def arguments(self) -> dict[str, Any]:
         """All that can change a bit of the result, as it stands in job.json."""
-        measured = self.calibration is not None
-        calibration = self.calibration
+        sparsity = {"sparsity": self.pattern.sparsity} if isinstance(self.pattern, Ratio) else {}
         return {
             "source fingerprint": fingerprint(self.checkpoint),
             "--method": self.method,
             "--pattern": str(self.pattern),
+            **sparsity,
             "--group": self.pattern.group,
             "--include": list(self.include),
             "--exclude": list(self.exclude),
-            "--text": list(calibration.sources) if calibration else [],
-            "calibration shape": list(calibration.tokens.shape) if calibration else [],
-            "calibration sha256": calibration.sha256 if calibration else "",
+            **self.measuring(),
             "--device": describe_device(self.device),
-            "--dtype": str(self.dtype).removeprefix("torch.") if measured else "",
-            "--batch": self.batch if measured else 0,
-            "--statistics": self.statistics if measured else "",
-            "threads (OMP_NUM_THREADS)": torch.get_num_threads() if measured and self.device.type == "cpu" else 0,
             "--trust-remote-code": self.trust_remote_code,
+            "small files": {str(file): sha256_of(self.checkpoint.path / file) for file in self.files},
             "lowmem-wanda": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+        }
+
+    def measuring(self) -> dict[str, Any]:
+        """The part of `arguments` that matters where something is measured."""
+        if self.calibration is None:
+            return {"--text": []}
+        return {
+            "--text": list(self.calibration.sources),
+            "--seed": self.seed,
+            "calibration shape": list(self.calibration.tokens.shape),
+            "calibration sha256": self.calibration.sha256,
+            "--statistics": self.statistics,
+            "--dtype": str(self.dtype).removeprefix("torch."),
+            "--batch": self.batch,
+            "threads (OMP_NUM_THREADS)": torch.get_num_threads() if self.device.type == "cpu" else 0,
         }
 
 
@@ -108,11 +120,14 @@ def prepare(
 
     `sequences` of `length` tokens are calibrated on, `batch` of them at a time (default: as many as make
     2048 tokens), measured in one of `orders.ORDERS`; `held` micro-batches may wait in the sequential one
-    (default: all). `include` and `exclude` are globs on tensor names, with or without ".weight".
+    (default: as many as free memory holds). `include` and `exclude` are globs on tensor names, with or without
+    ".weight".
     """
     kind = parse(pattern, group or "row")
     if group is None and isinstance(kind, Ratio):
         kind = replace(kind, group=METHODS[method].group)
+    if statistics == "sequential":
+        greenlets()
     checkpoint = Checkpoint(source)
     refuse_unprunable(checkpoint, trust_remote_code)
     where = find_device(device)
@@ -137,8 +152,9 @@ def prepare(
         device=where,
         dtype=computing,
         batch=min(batch or max(1, BATCH_TOKENS // rows[1]), rows[0]),
+        seed=seed,
         statistics=statistics,
-        held=rows[0] if held is None else held,
+        held=held,
         include=tuple(include),
         exclude=tuple(exclude),
         trust_remote_code=trust_remote_code,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -106,7 +107,8 @@ def _windows(
         start = rng.randrange(len(documents)) if documents else 0
         tokens = np.empty(0, np.int64)
         for offset in range(len(documents)):
-            tokens = np.concatenate([tokens, ids((start + offset) % len(documents))])
+            document = ids((start + offset) % len(documents))
+            tokens = np.concatenate([tokens, document]) if len(tokens) else document
             if len(tokens) >= length:
                 break
         else:
@@ -115,7 +117,7 @@ def _windows(
                 "smaller --length"
             )
         first = rng.randint(0, len(tokens) - length)
-        rows.append(tokens[first : first + length])
+        rows.append(np.array(tokens[first : first + length], dtype=np.int64))  # a copy: a view would keep the document
     return np.array(rows, dtype=np.int64)
 
 
@@ -166,11 +168,11 @@ def _read(path: Path, start: int, stop: int, jsonl: bool) -> str:
         return content.decode("utf-8", errors="replace").strip()
     try:
         text = json.loads(content)["text"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise CalibrationError(f'{path}: the line at byte {start} is no JSON object with a "text"; give one per line')
-    return text
+    return text.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates, which tokenizers refuse
 
 
 def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> np.ndarray:
@@ -190,7 +192,7 @@ def _load_ids(path: Path) -> np.ndarray:
     """Integers of one or two dimensions from .npy (never pickled) or the one tensor of a .safetensors."""
     try:
         if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             tensors = read_header(path)
             if len(tensors) != 1:
@@ -202,7 +204,7 @@ def _load_ids(path: Path) -> np.ndarray:
             array = buffer.view(kind).reshape(tensor.shape if kind != "V1" else -1)
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}); give a file of token ids") from None
-    except ValueError as error:
+    except (ValueError, EOFError, SyntaxError, MemoryError, OverflowError, TokenError) as error:
         raise CalibrationError(f"{path}: is no array of token ids ({error})") from None
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size == 0:
         raise CalibrationError(
@@ -219,11 +221,15 @@ def _download(name: str) -> list[Callable[[], str]]:
         raise CalibrationError(
             f"--text {name} downloads through a package that is not installed: pip install 'lowmem-wanda[datasets]'"
         ) from None
-    if name == "c4":
-        rows = datasets.load_dataset(
-            "allenai/c4", data_files={"train": "en/c4-train.00000-of-01024.json.gz"}, split="train"
-        )
-        return [partial(lambda index: str(rows[index]["text"]), index) for index in range(len(rows))]
-    rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")
+    try:
+        if name == "c4":
+            files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+            rows = datasets.load_dataset("allenai/c4", data_files=files, split="train")
+            return [partial(lambda index: str(rows[index]["text"]), index) for index in range(len(rows))]
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CalibrationError(
+            f"--text {name} could not be downloaded ({error}); give a file of text instead"
+        ) from None
     text = " ".join(rows["text"])
     return [lambda: text]

@@ -47,7 +47,7 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs:
         raise ModelError(
             f"{type(block).__name__}: linear {missed[0]} is not called once in a forward, so it cannot be measured"
         )
-    return Trace(tuple(order), leaders, isinstance(output, tuple))
+    return Trace(tuple(order), leaders, isinstance(output, (tuple, list)))
 
 
 def _on_meta(value: Any) -> Any:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,25 @@ def replacing(path: Path) -> Iterator[Any]:
     """Gives a `write(bytes)`; the file is at `path` when all went well, and not there at all otherwise."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-        try:
-            yield lambda content: _write_all(handle, content)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(partial, path)
-        sync_directory(path.parent)
+        with explained(path):
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+            try:
+                yield lambda content: _write_all(handle, content)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.replace(partial, path)
+            sync_directory(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Makes what the system says against writing `path` an OutputError."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
@@ -92,8 +103,6 @@ def replacing(path: Path) -> Iterator[Any]:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}); make the directory writable and run again"
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:
@@ -102,6 +111,9 @@ def sync_directory(path: Path) -> None:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+                raise
         finally:
             os.close(handle)
 
@@ -126,9 +138,9 @@ def small_files(source: Path, code: bool = False) -> list[Path]:
 def _is_copied(path: Path, code: bool) -> bool:
     if path.name in OURS or path.name.endswith(WEIGHT_INDEX) or path.name.startswith("."):
         return False
-    return path.name.endswith((*COPIED, ".py") if code else COPIED) or path.name.split(".")[0].upper().startswith(
-        COPIED_NAMES
-    )
+    if path.suffix in COPIED or (code and path.suffix == ".py"):
+        return True
+    return path.name.upper().startswith(COPIED_NAMES) and path.suffix in ("", ".rst", ".pdf", ".html")
 
 
 def _chain(

@@ -46,7 +46,10 @@ def test_a_pruned_checkpoint_is_proved(source, pruned):
     assert matrices["lm_head.weight"].pattern == "" and 0 < findings.zeroed <= sum(m.zeros for m in findings.matrices)
 
 
-@pytest.mark.parametrize(("pattern", "found"), [("1:4", "1:4"), ("4:8", "4:8"), ("50%", "")])
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [("1:4", "1:4"), ("4:8", "4:8"), ("3:4", "3:4"), ("1:2", "1:2"), ("8:16", "8:16"), ("50%", "")],
+)
 def test_patterns_are_found(source, tmp_path, pattern, found):
     prune(prepare(source, method="magnitude", pattern=pattern), tmp_path / "out")
     findings = check(tmp_path / "out", source)
@@ -98,6 +101,28 @@ def test_a_changed_file_and_a_broken_promise_are_found(source, pruned):
     for words in ("config.json: is missing or differs", f"{UP}: has 1024 zeros, report.json says 1025",
                   "layers.0.mlp.up_proj.weight: does not hold 1:4", "model-00001-of-00004.safetensors: is not the file"):  # fmt: skip
         assert words in problems
+
+
+def test_a_pattern_down_the_columns_is_not_the_promised_one(source, pruned):
+    def turned(weight):
+        weight[:] = 1
+        weight.view(-1, 4, weight.shape[1])[:, :2] = 0
+        return weight
+
+    report = (pruned / "report.json").read_text()
+    rewrite(pruned, UP, turned)
+    (pruned / "report.json").write_text(report)
+    assert f"{UP}: does not hold 2:4, which report.json says it does" in check(pruned).problems
+
+
+@pytest.mark.parametrize("report", ["{}", '{"blocks": []}', '{"blocks": 3}', '{"blocks": [{"linears": {"a": 1}}]}'])
+def test_a_report_that_says_nothing_is_an_error(pruned, report):
+    (pruned / "report.json").write_text(report)
+    if report == "{}":
+        assert check(pruned).shards_verified == 0
+    else:
+        with pytest.raises(CheckpointError, match="is not what prune wrote"):
+            check(pruned)
 
 
 def test_a_missing_tensor_is_found(source, tmp_path):

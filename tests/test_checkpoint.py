@@ -86,6 +86,10 @@ BROKEN = {
     "unknown family": (lambda p: edit(p / "config.json", model_type="nonesuch"), "config.json"),
     "config missing": (lambda p: (p / "config.json").unlink(), r"config\.json.*cannot be read"),
     "config is a list": (lambda p: (p / "config.json").write_text("[]"), "no JSON object"),
+    "text for a number": (lambda p: edit(p / "config.json", hidden_size="abc"), r"config\.json: transformers cannot build"),
+    "no heads": (lambda p: edit(p / "config.json", num_attention_heads=0), r"config\.json"),
+    "negative width": (lambda p: edit(p / "config.json", intermediate_size=-5), r"config\.json"),
+    "architectures is a number": (lambda p: edit(p / "config.json", architectures=5), "no causal language"),
     "other shape": (lambda p: edit(p / "config.json", intermediate_size=128), r"\[64, 32\].*\[128, 32\]"),
     "tensor missing": (lambda p: edit(p / "config.json", num_hidden_layers=4), r"no tensor for model\.layers\.3"),
     "tensor without place": (lambda p: edit(p / "config.json", num_hidden_layers=2), r"model\.layers\.2.*has no place"),
@@ -164,6 +168,11 @@ def test_tensors_are_read_as_safetensors_reads_them(llama):
             tensor = checkpoint.tensors[name]
             assert torch.equal(read_tensor(tensor), expected)
             assert b"".join(tensor.pieces(7)) == expected.numpy().tobytes()
+
+
+def test_empty_entries_of_a_config_mean_nothing(llama):
+    edit(llama / "config.json", auto_map={}, quantization_config={})
+    assert len(prepare(llama, method="magnitude").selected) == 3
 
 
 def test_a_snapshot_of_symlinks_works(llama, tmp_path):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -101,15 +100,22 @@ def test_the_three_doors_are_one():
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     source = save_tiny(tmp_path / "source", "llama", num_hidden_layers=40, shard="1GB", vocab_size=1024)
-    command = [*CLI, "prune", str(source), str(tmp_path / "out"), "--text", "README.md", "--length", "32"]
-    command[command.index("README.md")] = str(tmp_path / "ids.npy")
 
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 1024, (512, 32)))
-    child = subprocess.Popen(
-        [*command, "--sequences", "512"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    while "block" not in child.stderr.readline():
-        time.sleep(0.01)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 1024, (256, 32)))
+    command = [
+        *CLI,
+        "prune",
+        str(source),
+        str(tmp_path / "out"),
+        "--text",
+        str(tmp_path / "ids.npy"),
+        "--sequences",
+        "256",
+    ]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while (line := child.stderr.readline()) and not line.startswith("block "):
+        pass
+    assert line.startswith("block 1/") or line.startswith("block  1/")
     child.send_signal(signal.SIGINT)
     said = child.stderr.read()
     assert child.wait(10) == 130
@@ -120,7 +126,30 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     assert main(["check", str(tmp_path / "out"), "--against", str(source)]) == 0
 
 
-def test_nothing_is_fetched_unasked(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    main(["prune", source, str(tmp_path / "out")])  # this checkpoint has no tokenizer
-    assert "tokenizer" in capsys.readouterr().err and os.environ["HF_HUB_OFFLINE"] == "1"
+def test_nothing_is_fetched_unasked(shared, tmp_path):
+    code = "import socket, sys; socket.socket.connect = socket.getaddrinfo = lambda *a, **k: sys.exit(99)\n" \
+        f"from lowmem_wanda.main import main; sys.exit(main(['prune', {str(shared / 'models/stories260K')!r}, " \
+        f"{str(tmp_path / 'out')!r}, '--sequences', '1', '--length', '32']))"  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_paths_are_shown_as_they_are(source, token_file, tmp_path, capsys):
+    odd = tmp_path / "m[bold]x"
+    os.symlink(source, odd)
+    assert main(["prune", str(odd), str(tmp_path / "o[final]"), "--text", str(token_file)]) == 0
+    shown = capsys.readouterr()
+    assert "m[bold]x: 3 blocks" in shown.err.replace("\n", "") and "o[final]" in shown.out.replace("\n", "")
+
+
+def test_a_closed_pipe_is_no_traceback(source):
+    shell = f"{' '.join(CLI)} check {source} | true"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_control_characters_are_shown_not_sent():
+    from lowmem_wanda.main import printable
+
+    assert printable("a\nerror: b\x1b[2Jä") == "a\\nerror: b\\x1b[2Jä"

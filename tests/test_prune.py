@@ -73,7 +73,7 @@ def source(tmp_path_factory):
 def test_killed_anywhere_and_resumed_is_byte_for_byte_uninterrupted(processes, source, token_file, tmp_path):
     prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "whole")
     expected, kills = digests(tmp_path / "whole"), 0
-    for calls in range(1, 200, 6):
+    for calls in range(1, 200, 9):
         target = tmp_path / f"killed-{calls}"
         for half, at in ((True, calls), (False, 7)):  # killed twice, then left to finish
             child = processes.Process(target=prune_until, args=(source, target, str(token_file), at, half))
@@ -89,7 +89,7 @@ def test_killed_anywhere_and_resumed_is_byte_for_byte_uninterrupted(processes, s
         assert digests(target) == expected, calls
         if half and child.exitcode == 0:
             break
-    assert kills > 8 and child.exitcode == 0  # the last one came too late to kill
+    assert kills > 5 and child.exitcode == 0  # the last one came too late to kill
 
 
 def test_a_finished_job_is_only_verified(source, token_file, tmp_path):
@@ -152,6 +152,85 @@ def test_a_damaged_shard_is_made_again(source, token_file, tmp_path, monkeypatch
     shard.write_bytes(shard.read_bytes()[:-4] + bytes(4))  # of the right size, with a valid header
     prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "out")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+GARBAGE = b'5\n{"a": 1}\n\xff\n{"shard": "..", "sha256": ""}\n{"shard": "../source/config.json"}\nnull\n{"shar'
+
+
+def test_garbage_in_the_progress_is_no_progress(source, token_file, tmp_path, monkeypatch):
+    prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "whole")
+    interrupted(source, tmp_path / "out", token_file, monkeypatch)
+    with open(tmp_path / "out" / ".progress.jsonl", "ab") as file:
+        file.write(GARBAGE)
+    prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("report.json", "{}", "damaged"),
+        ("report.json", '{"shards": null}', "damaged"),
+        ("model.safetensors.index.json", None, "damaged"),
+        ("model.safetensors.index.json", '{"weight_map": {}}', "does not say where"),
+        ("config.json", "{}", "is not the source's"),
+        ("generation_config.json", None, "is not the source's"),
+        ("job.json", "{", "is damaged"),
+    ],
+)
+def test_a_finished_job_that_was_changed_is_not_finished(source, token_file, tmp_path, name, content, message):
+    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    file = tmp_path / "out" / name
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(OutputError, match=message):
+        prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.5000004"])
+def test_the_exact_sparsity_and_the_small_files_are_arguments(source, token_file, tmp_path, monkeypatch, pattern):
+    def stop(record):
+        raise KeyboardInterrupt
+
+    settings = {"text": [str(token_file)], "batch": 4}
+    with pytest.raises(KeyboardInterrupt):
+        prune(prepare(source, pattern="50%", **settings), tmp_path / "out", stop)
+    task = prepare(source, pattern=pattern, **settings)
+    if pattern == "0.5":
+        (source / "LICENSE").write_text("other terms")
+    try:
+        with pytest.raises(
+            OutputError, match="holds a job with " + ("small files" if pattern == "0.5" else "sparsity")
+        ):
+            prune(task, tmp_path / "out")
+    finally:
+        (source / "LICENSE").unlink(missing_ok=True)
+
+
+def test_a_failing_lock_is_no_lock_held(source, token_file, tmp_path, monkeypatch):
+    import fcntl
+
+    def unable(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unable)
+    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_the_plan_counts_what_the_walk_holds(source, tmp_path):
+    import numpy as np
+
+    from lowmem_wanda.memory import anonymous
+    from lowmem_wanda.plan import predict
+
+    def held(length, **settings):
+        np.save(tmp_path / "ids.npy", np.full((64, length), 5))
+        task = prepare(source, text=[str(tmp_path / "ids.npy")], sequences=64, batch=1, **settings)
+        return predict(task).host_peak - anonymous()
+
+    states = 64 * 32 * 4  # sequences, width, float32
+    assert held(64) - held(32) >= 32 * states
+    assert held(64, statistics="sequential", held=32) - held(64) > 32 * 64 * (3 * 64 + 4 * 32) * 4 * 0.9
 
 
 def test_targets_that_are_not_ours_are_refused(source, token_file, tmp_path):

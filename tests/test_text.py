@@ -106,6 +106,7 @@ def refused(tmp_path, name, content):
         ("blank.txt", b" \n ", "0 tokens in all"),
         ("bad.jsonl", b'{"txt": 1}\n', 'byte 0 is no JSON object with a "text"'),
         ("float.npy", np.ones((2, 8)), "holds float64"),
+        ("empty.npy", b"", "no array of token ids"),
         ("cube.npy", np.ones((2, 2, 2), int), "of shape"),
         ("object.npy", np.array([{}], dtype=object), "no array of token ids"),
         ("text.npy", b"hello", "no array of token ids"),
@@ -119,6 +120,11 @@ def test_what_is_no_calibration_is_refused(tmp_path, name, content, message):
 
     with pytest.raises(LowmemError, match=message):
         rows([refused(tmp_path, name, content)])
+
+
+def test_rows_do_not_keep_their_documents(tmp_path):
+    np.save(tmp_path / "ids.npy", np.zeros(10_000_000, np.uint8))
+    assert rows([tmp_path / "ids.npy"], sequences=4).base is None
 
 
 def test_ids_and_text_do_not_mix(tmp_path):

@@ -74,7 +74,7 @@ def test_an_interrupt_leaves_nothing(tmp_path):
 def test_small_files_are_never_weights_or_code(tmp_path):
     kept = ["LICENSE", "README.md", "chat_template.jinja", "config.json", "merges.txt", "tokenizer.model", "vocab.json"]
     left = ["a.py", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-            "job.json", "report.json", ".gitattributes", "model.gguf", "train.pt"]  # fmt: skip
+            "job.json", "report.json", ".gitattributes", "model.gguf", "train.pt", "README.py", "license.bin", "NOTICE.exe"]  # fmt: skip
     for name in kept + left:
         (tmp_path / name).write_text("x")
     (tmp_path / "additional_chat_templates").mkdir()
