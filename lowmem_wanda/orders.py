@@ -149,6 +149,6 @@ def greenlets() -> Any:
         import greenlet
     except ImportError:
         raise LowmemError(
-            "--statistics sequential needs a package that is not installed: pip install 'lowmem-wanda[sequential]'"
+            "--statistics sequential needs a package that is not installed: pip install greenlet"
         ) from None
     return greenlet

@@ -219,7 +219,7 @@ def _download(name: str) -> list[Callable[[], str]]:
         import datasets  # the extra "datasets": nothing else here needs the network
     except ImportError:
         raise CalibrationError(
-            f"--text {name} downloads through a package that is not installed: pip install 'lowmem-wanda[datasets]'"
+            f"--text {name} downloads through a package that is not installed: pip install datasets"
         ) from None
     try:
         if name == "c4":

@@ -151,5 +151,5 @@ def test_data_sets_are_downloaded_through_datasets(monkeypatch, name, first):
 
 def test_without_datasets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CalibrationError, match=r"pip install 'lowmem-wanda\[datasets\]'"):
+    with pytest.raises(CalibrationError, match=r"pip install datasets"):
         rows(["c4"])
