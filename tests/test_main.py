@@ -112,7 +112,13 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
         "--sequences",
         "256",
     ]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     while (line := child.stderr.readline()) and not line.startswith("block "):
         pass
     assert line.startswith("block 1/") or line.startswith("block  1/")
