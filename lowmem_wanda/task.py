@@ -123,9 +123,7 @@ def prepare(
     (default: as many as free memory holds). `include` and `exclude` are globs on tensor names, with or without
     ".weight".
     """
-    kind = parse(pattern, group or "row")
-    if group is None and isinstance(kind, Ratio):
-        kind = replace(kind, group=METHODS[method].group)
+    kind = _pattern(pattern, group, METHODS[method])
     if statistics == "sequential":
         greenlets()
     checkpoint = Checkpoint(source)
@@ -133,9 +131,7 @@ def prepare(
     where = find_device(device)
     computing = find_dtype(dtype, where, checkpoint)
     model = hollow(checkpoint, computing, trust_remote_code)
-    selected = _select(model, checkpoint, include, exclude)
-    for name in (name for names in selected for name in names.values()):
-        kind.check_shape(name, *model.matrix_shape(checkpoint.tensors[name]))
+    selected = _select(model, checkpoint, kind, include, exclude)
     calibration = None
     if METHODS[method].statistic is not None:
         encode = (lambda _: []) if holds_ids(text) else tokenizer(checkpoint, trust_remote_code)
@@ -161,10 +157,16 @@ def prepare(
     )
 
 
+def _pattern(text: str, group: str | None, rule: Method) -> Pattern:
+    """The pattern of a text; of a sparsity, in the group that was asked for or else the method's own."""
+    kind = parse(text, group or "row")
+    return replace(kind, group=rule.group) if group is None and isinstance(kind, Ratio) else kind
+
+
 def _select(
-    model: Hollow, checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]
+    model: Hollow, checkpoint: Checkpoint, kind: Pattern, include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[dict[str, str], ...]:
-    """The linears to prune, block by block. Raises PatternError for a glob that matches none."""
+    """The linears to prune, block by block. Raises PatternError for a glob or a pattern that fits none."""
     linears = [model.linears(index) for index in range(len(model.blocks))]
     names = {name for block in linears for name in block.values()}
 
@@ -187,6 +189,8 @@ def _select(
     )
     if not any(selected):
         raise PatternError("--include and --exclude leave nothing to prune; widen them")
+    for name in (name for block in selected for name in block.values()):
+        kind.check_shape(name, *model.matrix_shape(checkpoint.tensors[name]))
     return selected
 
 

@@ -52,5 +52,5 @@ def test_wanda_beats_magnitude_on_a_trained_model(shared, tmp_path, model, patte
         assert check(tmp_path / method, path).problems == []
     measured = {name: perplexity(tmp_path / name, windows) for name in ("wanda", "magnitude")}
     assert perplexity(path, windows) == pytest.approx(dense, rel=0.05)
-    assert measured["wanda"] == pytest.approx(wanda, rel=0.15)  # shared/README.md; stories on other windows
+    assert measured["wanda"] == pytest.approx(wanda, rel=0.08)  # shared/README.md; stories on other windows
     assert measured["wanda"] < 0.8 * measured["magnitude"]
