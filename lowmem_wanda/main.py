@@ -190,4 +190,6 @@ def about(task: "Task") -> str:
     if calibration := task.calibration:
         sequences, length = calibration.tokens.shape
         line += f"\ncalibration: {sequences} sequences of {length} tokens from {', '.join(calibration.sources)}"
+    if untouched := task.hollow.untouched:
+        line += f"\nnot pruned, as the model does not use them: {len(untouched)} tensors, {untouched[0]} and so on"
     return line

@@ -199,9 +199,12 @@ def test_a_file_that_shrinks_is_an_error_not_a_crash(single):
 
 def test_old_buffers_are_copied_through(tmp_path, token_file):
     """Old GPT-2 files hold the causal mask as attn.bias; transformers ignores it, so it is no error."""
+    from lowmem_wanda.main import about
     from lowmem_wanda.prune import prune
 
     path = save_tiny(tmp_path / "gpt2", "gpt2", shard="1GB")
     rewrite(path / "model.safetensors", lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}))
-    prune(prepare(path, text=[str(token_file)]), tmp_path / "out")
+    task = prepare(path, text=[str(token_file)])
+    assert "not use them: 1 tensors, transformer.h.0.attn.bias" in about(task)
+    prune(task, tmp_path / "out")
     assert "transformer.h.0.attn.bias" in Checkpoint(tmp_path / "out").tensors
