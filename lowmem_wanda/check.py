@@ -15,7 +15,7 @@ import numpy as np
 from lowmem_wanda.checkpoint import CONFIG, FLOATS, PIECE, Checkpoint, Tensor, read_json
 from lowmem_wanda.errors import CheckpointError
 from lowmem_wanda.job import JOB, REPORT
-from lowmem_wanda.writer import sha256_of, small_files
+from lowmem_wanda.writer import differing, sha256_of, small_files
 
 PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # kept, of; what holds the first holds more
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -141,10 +141,8 @@ def _compare_source(pruned: Checkpoint, source: Checkpoint, findings: Findings) 
         findings.problems.append(f"{name}: is missing in {where}")
     for name in sorted(pruned.tensors.keys() & source.tensors.keys()):
         _compare_tensor(pruned.tensors[name], source.tensors[name], findings)
-    for file in small_files(source.path):
-        ours = pruned.path / file
-        if not ours.exists() or ours.read_bytes() != (source.path / file).read_bytes():
-            findings.problems.append(f"{file}: is missing or differs from the source's")
+    for file in differing(small_files(source.path), source.path, pruned.path):
+        findings.problems.append(f"{file}: is missing or differs from the source's")
 
 
 def _compare_tensor(ours: Tensor, theirs: Tensor, findings: Findings) -> None:

@@ -54,7 +54,7 @@ def predict(task: Task) -> Plan:
         flops=_flops(task, sequences, length),
         host_peak=anonymous() + (walk if computed_on_host else transit),
         device_peak=0 if computed_on_host else walk,
-        disk=sum(tensor.nbytes for tensor in tensors.values())
+        disk=task.checkpoint.nbytes
         + sum((task.checkpoint.path / file).stat().st_size for file in task.files)
         + (1 << 20),
     )

@@ -19,7 +19,7 @@ from lowmem_wanda.plan import predict
 from lowmem_wanda.report import build
 from lowmem_wanda.task import Task
 from lowmem_wanda.walk import advance, walk
-from lowmem_wanda.writer import sha256_of, write_bytes, write_json, write_shard
+from lowmem_wanda.writer import differing, sha256_of, write_bytes, write_json, write_shard
 
 Notify = Callable[[dict[str, Any]], None]  # called with each block's record when its shard is done
 
@@ -186,10 +186,8 @@ def _verified(task: Task, job: Job) -> dict[str, Any]:
             raise OutputError(f"{job.path / name}: is not the shard that was written; {again}")
     if index != {name: shard for shard in expected for name in read_header(job.path / shard)}:
         raise OutputError(f"{job.path / INDEX}: does not say where the tensors are; {again}")
-    for file in task.files:
-        copy = job.path / file
-        if not copy.exists() or copy.read_bytes() != (task.checkpoint.path / file).read_bytes():
-            raise OutputError(f"{copy}: is not the source's; {again}")
+    for file in differing(task.files, task.checkpoint.path, job.path):
+        raise OutputError(f"{job.path / file}: is not the source's; {again}")
     job.end()
     return report
 

@@ -135,6 +135,15 @@ def small_files(source: Path, code: bool = False) -> list[Path]:
     return sorted(path.relative_to(source) for path in found if _is_copied(path, code))
 
 
+def differing(files: Iterable[Path], source: Path, target: Path) -> list[Path]:
+    """Those of the relative `files` that are missing in `target` or have other bytes than in `source`."""
+    return [
+        file
+        for file in files
+        if not (target / file).exists() or (target / file).read_bytes() != (source / file).read_bytes()
+    ]
+
+
 def _is_copied(path: Path, code: bool) -> bool:
     if path.name in OURS or path.name.endswith(WEIGHT_INDEX) or path.name.startswith("."):
         return False

@@ -217,16 +217,17 @@ def test_a_failing_lock_is_no_lock_held(source, token_file, tmp_path, monkeypatc
     assert not (tmp_path / "out" / ".lock").exists()
 
 
-def test_the_plan_counts_what_the_walk_holds(source, tmp_path):
+def test_the_plan_counts_what_the_walk_holds(source, tmp_path, monkeypatch):
     import numpy as np
 
-    from lowmem_wanda.memory import anonymous
     from lowmem_wanda.plan import predict
+
+    monkeypatch.setattr("lowmem_wanda.plan.anonymous", lambda: 0)  # this process itself, which changes between calls
 
     def held(length, **settings):
         np.save(tmp_path / "ids.npy", np.full((64, length), 5))
         task = prepare(source, text=[str(tmp_path / "ids.npy")], sequences=64, batch=1, **settings)
-        return predict(task).host_peak - anonymous()
+        return predict(task).host_peak
 
     states = 64 * 32 * 4  # sequences, width, float32
     assert held(64) - held(32) >= 32 * states
