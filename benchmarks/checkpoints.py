@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lowmem_wanda.checkpoint import Tensor
+from lowmem_wanda.reading import Tensor
 from lowmem_wanda.writer import write_shard
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint import CONFIG, FLOATS, PIECE, Checkpoint, Tensor, read_json
+from lowmem_wanda.checkpoint import CONFIG, FLOATS, Checkpoint, read_json
 from lowmem_wanda.errors import CheckpointError
 from lowmem_wanda.job import JOB, REPORT
+from lowmem_wanda.reading import PIECE, Tensor
 from lowmem_wanda.writer import differing, sha256_of, small_files
 
 PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # kept, of; what holds the first holds more

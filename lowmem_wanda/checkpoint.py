@@ -6,18 +6,12 @@ little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
 
 import json
 import math
-import mmap
-import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from lowmem_wanda.errors import CheckpointError
+from lowmem_wanda.reading import Tensor, stamp
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -25,49 +19,6 @@ QUANTIZED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 ITEMSIZE = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
 ITEMSIZE |= dict.fromkeys(QUANTIZED, 1)
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
-PIECE = 16 << 20
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Where one tensor lies: `offset` and `nbytes` in bytes from the start of `file`."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def read_into(self, out: np.ndarray) -> None:
-        """Copies the tensor's bytes to `out` (uint8, nbytes); nothing stays mapped. Raises CheckpointError."""
-        if self.nbytes == 0:
-            return
-        start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
-        skip = self.offset - start
-        with _opened(self.file) as file:
-            if os.fstat(file.fileno()).st_size < self.offset + self.nbytes:  # a map past the end kills with SIGBUS
-                raise CheckpointError(
-                    f"{self.file.name}: shrank while tensor {self.name} was to be read; restore it and run again"
-                )
-            with mmap.mmap(file.fileno(), skip + self.nbytes, offset=start, access=mmap.ACCESS_READ) as mapped:
-                out[:] = np.frombuffer(mapped, np.uint8, self.nbytes, skip)
-
-    def pieces(self, size: int = PIECE) -> Iterator[bytes]:
-        """The tensor's bytes, `size` (16 MiB) at a time. Raises CheckpointError where the file has become shorter."""
-        with _opened(self.file) as file:
-            file.seek(self.offset)
-            left = self.nbytes
-            while left:
-                piece = file.read(min(left, size))
-                if len(piece) < min(left, size):
-                    raise CheckpointError(f"{self.file.name}: ends within tensor {self.name}; restore it and run again")
-                left -= len(piece)
-                yield piece
 
 
 class Checkpoint:
@@ -133,21 +84,11 @@ class Checkpoint:
         return weight_map
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[BinaryIO]:
-    """The file; whatever the system says against reading it becomes a CheckpointError."""
-    try:
-        with open(file, "rb") as handle:
-            yield handle
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); restore it and run again") from None
-
-
 def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file. Raises CheckpointError unless they fill it exactly, without overlap."""
     try:
-        size = file.stat().st_size
         with open(file, "rb") as handle:
+            size, _ = when = stamp(handle)
             (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise CheckpointError(
@@ -162,7 +103,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file.name}: its header is no JSON object; download it again")
     header.pop("__metadata__", None)
-    tensors = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
+    tensors = {name: _tensor(file, name, entry, 8 + length, when) for name, entry in header.items()}
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset != end:
@@ -193,7 +134,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
+def _tensor(file: Path, name: str, entry: Any, data: int, when: tuple[int, int]) -> Tensor:
     """One header entry, checked; `data` is the byte at which the tensors start."""
 
     match entry:
@@ -212,7 +153,7 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
             f"{file.name}: tensor {name}, {dtype} {shape}, needs {nbytes} bytes but has "
             f"{stop - start}; download it again"
         )
-    return Tensor(name, file, dtype, tuple(shape), data + start, nbytes)
+    return Tensor(name, file, dtype, tuple(shape), data + start, nbytes, when)
 
 
 def _naturals(*values: Any) -> bool:

@@ -5,6 +5,7 @@ LowmemError
 |-- ModelError         a model, or a part of it, that cannot be pruned
 |-- CalibrationError   texts and token ids
 |-- PatternError       a sparsity pattern that cannot be had
+|-- BudgetError        memory that would not be enough
 |-- OutputError        the target directory, the disk, a job that is not this job
 `-- NumberError        NaN or infinity where a finite number is needed
 """
@@ -28,6 +29,10 @@ class CalibrationError(LowmemError):
 
 class PatternError(LowmemError):
     """The sparsity pattern is no pattern, or does not fit a tensor."""
+
+
+class BudgetError(LowmemError):
+    """The work cannot be done within --max-ram or --max-vram, or what is free."""
 
 
 class OutputError(LowmemError):

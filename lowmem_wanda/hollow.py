@@ -19,8 +19,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from lowmem_wanda.checkpoint import FLOATS, Checkpoint, Tensor
+from lowmem_wanda.checkpoint import FLOATS, Checkpoint
 from lowmem_wanda.errors import CalibrationError, CheckpointError, ModelError
+from lowmem_wanda.reading import Tensor
 from lowmem_wanda.text import Encode
 
 LINEARS = (nn.Linear, Conv1D)

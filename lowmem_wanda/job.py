@@ -20,7 +20,7 @@ from lowmem_wanda.errors import CheckpointError, OutputError
 from lowmem_wanda.writer import PARTIAL, explained, sha256_of, sync_directory, write_json
 
 JOB, REPORT, PROGRESS, LOCK = "job.json", "report.json", ".progress.jsonl", ".lock"
-WHOLE = 4 << 30  # bytes; a larger source is fingerprinted by samples
+WHOLE = 256 << 20  # bytes; a larger source is fingerprinted by samples
 
 
 class Job:
@@ -35,7 +35,7 @@ class Job:
         self.resumed = (path / JOB).exists()
         self.finished: dict[str, dict[str, Any]] = {}
         if self.resumed:
-            self._compare(_ours(path / JOB), arguments)
+            self._compare(begun(path), arguments)
 
     @property
     def complete(self) -> bool:
@@ -83,6 +83,11 @@ class Job:
                     f"{_brief(now.get(key))}; "
                     "repeat the first command or give another directory"
                 )
+
+
+def begun(path: Path) -> dict[str, Any]:
+    """The arguments of the job in a directory, none where there is no job. Raises OutputError."""
+    return _ours(path / JOB) if (path / JOB).exists() else {}
 
 
 def refuse(path: str | Path, source: str | Path) -> None:
@@ -133,7 +138,7 @@ def check_disk(path: Path, needed: int) -> None:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 in hex over config.json and the shards: all bytes, or of more than 4 GiB 64 KiB of every 4 MiB."""
+    """SHA-256 in hex over config.json and the shards: all bytes, or of more than 256 MiB 64 KiB of every 4 MiB."""
     digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
     sizes = {file: file.stat().st_size for file in checkpoint.files}
     step, length = (4 << 20, 4 << 20) if sum(sizes.values()) <= WHOLE else (4 << 20, 64 << 10)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,8 @@ def add_task_flags(command: argparse.ArgumentParser) -> None:
     add("--sequences", type=positive, default=128, metavar="N", help="calibration sequences; 128")
     add("--length", type=positive, default=2048, metavar="N", help="tokens of each, capped by the model; 2048")
     add("--seed", type=int, default=0, help="of the calibration sample; 0")
-    add("--batch", type=positive, metavar="N", help="sequences computed at a time; as many as make 2048 tokens")
+    add("--batch", type=positive, metavar="N", help="sequences computed at a time; as many as make "
+        "512 tokens, on a GPU 2048, or fewer where memory is short")  # fmt: skip
     add("--statistics", default="block", choices=("block", "dense", "sequential"),
         help="what linears are measured on: the dense block, pruned inputs (block, as the paper's code); dense inputs "
         "(dense); the linears before them pruned, too (sequential, the fewest computations); block")  # fmt: skip
@@ -97,6 +99,11 @@ def add_task_flags(command: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="to compute in, not to store; auto: float32 on a CPU, else as stored")  # fmt: skip
+    add("--max-ram", type=byte_size, metavar="SIZE", help="host memory that this may take in all, as 8GB; what is free")
+    add("--max-vram", type=byte_size, metavar="SIZE", help="GPU memory that tensors may take, as 8GB; what is free")
+    add("--slots", type=int, choices=(1, 2, 3), help="blocks in host memory: 3 to read, compute and write at the same "
+        "time, 1 to do it in turn; 3 where they fit")  # fmt: skip
+    add("--read", default="pread", choices=("pread", "mmap"), help="how shards are read; pread")
     add("--trust-remote-code", action="store_true", help="run, and copy, Python code that the checkpoint brings")
 
 
@@ -105,6 +112,17 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def byte_size(text: str) -> int:
+    """Bytes of "8GB", "500MB", "7.5GiB"; a bare number is GB. For argparse."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?)b?|b)?", text.lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 8GB or 500MB")
+    number, prefix, binary = match[1], match[2], match[3]
+    if text.lower().endswith("b") and not prefix:
+        return int(float(number))
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix or "g") + 1))
 
 
 def run_prune(arguments: argparse.Namespace) -> int:
@@ -177,11 +195,12 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def prepared(arguments: argparse.Namespace) -> "Task":
     """The task of the flags that `add_task_flags` made."""
-    from lowmem_wanda.task import prepare
+    from lowmem_wanda.task import Limits, prepare
 
     names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "device", "dtype", "batch",
              "statistics", "include", "exclude", "trust_remote_code")  # fmt: skip
-    return prepare(arguments.source, **{name: getattr(arguments, name) for name in names})
+    limits = Limits(arguments.max_ram, arguments.max_vram, arguments.slots, arguments.read)
+    return prepare(arguments.source, limits=limits, **{name: getattr(arguments, name) for name in names})
 
 
 def about(task: "Task") -> str:

@@ -3,6 +3,8 @@
 import ctypes
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -21,6 +23,13 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def limit_vram(device: torch.device, most: int | None) -> None:
+    """Has torch raise OutOfMemoryError where its tensors would take more of a GPU than so many bytes."""
+    if most is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+
+
 def return_large_blocks() -> None:
     """Has glibc map every block of 1 MiB and more by itself, so that its pages go back when it is freed.
 
@@ -29,6 +38,21 @@ def return_large_blocks() -> None:
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; another C library ignores it or has no such function
+
+
+@contextmanager
+def host_memory(nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Uninitialised host bytes (uint8), page-locked beside a CUDA device where the system lets it.
+
+    Registered rather than allocated as pinned: torch's pinned allocator rounds up to a power of two.
+    """
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    locked = device.type == "cuda" and int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)) == 0
+    try:
+        yield memory
+    finally:
+        if locked:
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 class Peak:

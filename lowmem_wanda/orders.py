@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_wanda.clock import Clock
 from lowmem_wanda.decoder import Block, Stop, micro_batches
 from lowmem_wanda.errors import LowmemError
-from lowmem_wanda.walk import advance
+from lowmem_wanda.walk import advance, carry
 
 ORDERS = ("block", "dense", "sequential")
 
@@ -30,17 +31,19 @@ class Measuring:
 
     Linears with the same input share a statistic (4 for the 7 linears of a Llama block), and no pass goes
     beyond the last input that is measured unless the hidden states are to move on. After `run`, `passes`
-    is what was computed in linears, in units of one pass of all sequences through the whole block.
+    is what was computed in linears, in units of one pass of all sequences through the whole block, and
+    `clock` has the time of the parts measure, prune and onward.
     """
 
     def __init__(
         self, block: Block, hidden: torch.Tensor, batch: int, statistic: type, paths: Collection[str], prune: Prune
     ) -> None:
         self.block, self.hidden, self.batch, self.prune = block, hidden, batch, prune
+        self.clock = Clock(block.device)
         leaders = {path: block.trace.leaders[path] for path in paths}
         order = [path for path in block.trace.order if path in leaders.values()]
         self.groups = {leader: [path for path in paths if leaders[path] == leader] for leader in order}
-        self.statistics = {path: statistic(block.weight(path).shape[1], hidden.device) for path in order}
+        self.statistics = {path: statistic(block.weight(path).shape[1], block.device) for path in order}
         self.passes = 0.0
 
     def run(self, order: str, onward: bool, held: int) -> None:
@@ -58,7 +61,8 @@ class Measuring:
                 if self.groups:
                     self._measure(through=False)
                 if onward:
-                    advance(self.block, self.hidden, self.batch)
+                    with self.clock.part("onward"):
+                        advance(self.block, self.hidden, self.batch)
 
     def _measure(self, through: bool) -> None:
         """Measures everything on the dense block, then prunes; `through` keeps the outputs."""
@@ -69,7 +73,7 @@ class Measuring:
             if path == last and not through:
                 raise Stop
 
-        with self._hooked(arrived):
+        with self._hooked(arrived), self.clock.part("measure"):
             for part in micro_batches(self.hidden, self.batch):
                 self._carry(part)
         for leader in self.groups:
@@ -92,27 +96,30 @@ class Measuring:
         waiting = [greenlet.greenlet(partial(self._carry, part)) for part in parts[:held]]
         with self._hooked(arrived):
             for leader in self.groups:
-                for flow in waiting:
-                    flow.switch()
-                for part in parts[held:]:
-                    self._carry(part)
+                with self.clock.part("measure"):
+                    for flow in waiting:
+                        flow.switch()
+                    for part in parts[held:]:
+                        self._carry(part)
                 self._prune(leader)
                 closed.add(leader)
-            for flow in waiting:
-                flow.switch() if onward else flow.throw(greenlet.GreenletExit)
-            for part in parts[held:] if onward else ():
-                self._carry(part)
+            with self.clock.part("onward"):
+                for flow in waiting:
+                    flow.switch() if onward else flow.throw(greenlet.GreenletExit)
+                for part in parts[held:] if onward else ():
+                    self._carry(part)
 
     def _carry(self, part: torch.Tensor) -> None:
         """One micro-batch through the block, in place, or as far as its inputs are wanted."""
         try:
-            part.copy_(self.block(part))
+            carry(self.block, part)
         except Stop:
             pass
 
     def _prune(self, leader: str) -> None:
-        for path in self.groups[leader]:
-            self.prune(path, self.statistics[leader])
+        with self.clock.part("prune"):
+            for path in self.groups[leader]:
+                self.prune(path, self.statistics[leader])
 
     @contextmanager
     def _hooked(self, arrived: Arrived) -> Iterator[None]:

@@ -31,6 +31,7 @@ class Ratio:
 
     sparsity: float
     group: str = "row"
+    chunk: int = 0
 
     def __str__(self) -> str:
         return f"{self.sparsity * 100:g}%"
@@ -71,6 +72,7 @@ class NM:
     kept: int
     of: int
     group: str = "row"
+    chunk: int = 0
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.of}"
@@ -126,7 +128,7 @@ def prune_lowest(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.
     """
     rows, columns = weight.shape
     bits = weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-    chunk = CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK
+    chunk = pattern.chunk or (CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK)
     for part, pruned in pattern.masks(score, rows, columns, chunk):
         bits[part].mul_(pruned.logical_not_())
     return weight
@@ -136,7 +138,7 @@ def survey(weight: torch.Tensor, pattern: Pattern) -> tuple[int, bool]:
     """How many of the weights (rows, columns) are zero, and whether they hold the pattern."""
     zeros, holds = 0, True
     rows, columns = weight.shape
-    for part in row_chunks(rows, columns, CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK):
+    for part in row_chunks(rows, columns, pattern.chunk or (CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK)):
         mask = weight[part] == 0
         zeros += int(mask.sum())
         holds = holds and pattern.holds(mask)

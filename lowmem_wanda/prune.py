@@ -2,24 +2,34 @@
 
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowmem_wanda.checkpoint import CONFIG, INDEX, PIECE, Tensor, read_header, read_json
+from lowmem_wanda.checkpoint import CONFIG, INDEX, read_header, read_json
+from lowmem_wanda.clock import Clock
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import CheckpointError, ModelError, NumberError, OutputError
-from lowmem_wanda.job import REPORT, Job, check_disk, refuse, working
-from lowmem_wanda.memory import Peak, anonymous
+from lowmem_wanda.job import REPORT, Job, begun, check_disk, refuse, working
+from lowmem_wanda.layout import Layout
+from lowmem_wanda.memory import Peak, anonymous, limit_vram
 from lowmem_wanda.orders import Measuring
 from lowmem_wanda.patterns import survey
 from lowmem_wanda.plan import predict
+from lowmem_wanda.reading import PIECE, Tensor
 from lowmem_wanda.report import build
+from lowmem_wanda.ring import Ring, Slot, Write
+from lowmem_wanda.states import hidden_states
 from lowmem_wanda.task import Task
+from lowmem_wanda.tensors import laid_bytes, raw, wanted
 from lowmem_wanda.walk import advance, walk
 from lowmem_wanda.writer import differing, sha256_of, write_bytes, write_json, write_shard
+
+COMPUTING = ("embed", "measure", "prune", "onward")  # the other parts read, copy and write beside them
 
 Notify = Callable[[dict[str, Any]], None]  # called with each block's record when its shard is done
 
@@ -28,79 +38,128 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
     """Prunes into `target`, taking up what is done there already, and gives the report (see `report`).
 
     Shards come first, then the small files, the index, the report, and config.json last: until then the
-    directory loads as nothing. Raises OutputError, NumberError or CheckpointError; what is written stays.
+    directory loads as nothing. `notify` is called by the thread that writes. Raises BudgetError, OutputError,
+    NumberError or CheckpointError; what is written stays.
     """
     target = Path(target)
     refuse(target, task.checkpoint.path)
-    plan, arguments = predict(task), task.arguments()
+    before = begun(target).get("--batch") if task.batch is None else None
+    plan = predict(task, before if isinstance(before, int) else None)
+    arguments = task.arguments(plan.layout.batch)
     if not target.exists():
         check_disk(target, plan.disk)
+    limit_vram(task.device, task.limits.max_vram)
     with torch.no_grad(), working(target), Peak(task.device) as peak:
         job = Job(target, arguments)
         if job.complete:
             return _verified(task, job)
-        run = _Run(task, job, notify, plan.held)
-        job.begin(plan.disk, [run.rest, *run.shards])
-        run.write_rest()
-        run.prune_blocks()
-        report = build(task, plan, peak, job.finished, job.arguments)
+        job.begin(plan.disk, shard_names(len(task.selected)))
+        run = _Run(task, job, notify, plan.layout)
+        run.do()
+        report = build(task, plan, peak, job.finished, job.arguments, run.timing())
         _finish(task, job, report)
     return report
 
 
 class _Run:
-    """One walk over the blocks: those that are done are replayed from the output, the others pruned."""
+    """One walk over the blocks: those that are done are replayed from the output, the others pruned.
 
-    def __init__(self, task: Task, job: Job, notify: Notify, held: int) -> None:
-        self.task, self.job, self.notify, self.held = task, job, notify, held
-        depth = len(task.selected)
-        self.rest, *self.shards = [shard_name(index, depth + 1) for index in range(depth + 1)]
+    `last` is the moment when the last shard was done; `wall` the seconds of it all, `spent` those of each part.
+    """
 
-    @cached_property
-    def open(self) -> list[int]:
-        """The blocks that were not finished when this run began."""
-        return [index for index, shard in enumerate(self.shards) if shard not in self.job.finished]
+    def __init__(self, task: Task, job: Job, notify: Notify, layout: Layout) -> None:
+        self.task, self.job, self.notify, self.layout = task, job, notify, layout
+        self.pattern = replace(task.pattern, chunk=layout.chunk)
+        self.rest, *self.shards = shard_names(len(task.selected))
+        self.open = [index for index, shard in enumerate(self.shards) if shard not in job.finished]
+        self.wall, self.last = 0.0, time.perf_counter()
+        self.spent: dict[str, float] = {}
+
+    def timing(self) -> dict[str, Any]:
+        """Seconds of this run: on the wall, of each part, of all parts one after the other; what computed."""
+        computing = sum(self.spent.get(part, 0.0) for part in COMPUTING)
+        serial = sum(self.spent.values())
+        return {
+            "wall": self.wall,
+            "parts": self.spent,
+            "serial": serial,
+            "serial_over_wall": serial / max(self.wall, 1e-9),
+            "compute_busy": computing / max(self.wall, 1e-9),
+        }
+
+    def do(self) -> None:
+        """All shards."""
+        start, layout, device = time.perf_counter(), self.layout, self.task.device
+        largest = max(laid_bytes(wanted(self.task.block_tensors(index))) for index in range(len(self.shards)))
+        with Ring(device, largest, layout.slots, layout.arriving, self.task.limits.reading) as ring:
+            if self.rest not in self.job.finished:
+                ring.behind(self.write_rest)
+            if self.open:
+                self.prune_blocks(ring)
+            ring.settle()
+        self.wall = time.perf_counter() - start
+        self._spend(ring.spent)
 
     def write_rest(self) -> None:
         """The first shard: everything outside the blocks, copied through."""
-        name = self.rest
-        if name not in self.job.finished:
-            inside = {tensor.name for index in range(len(self.shards)) for tensor in self.task.block_tensors(index)}
-            rest = [tensor for tensor in self.task.checkpoint.tensors.values() if tensor.name not in inside]
-            shard = write_shard(self.job.path / name, [(tensor, tensor.pieces()) for tensor in rest])
-            self.job.record(
-                name, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": [tensor.name for tensor in rest]}
-            )
+        inside = {tensor.name for index in range(len(self.shards)) for tensor in self.task.block_tensors(index)}
+        rest = [tensor for tensor in self.task.checkpoint.tensors.values() if tensor.name not in inside]
+        start = time.perf_counter()
+        shard = write_shard(self.job.path / self.rest, [(tensor, None) for tensor in rest])
+        self._spend({"copy": time.perf_counter() - start})
+        names = [tensor.name for tensor in rest]
+        self.job.record(self.rest, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": names})
 
-    def prune_blocks(self) -> None:
-        if not self.open:
+    def prune_blocks(self, ring: Ring) -> None:
+        task = self.task
+        decoder = Decoder(task.hollow, task.checkpoint.tensors, task.device, task.dtype)
+        if task.calibration is None:  # without hidden states to carry, finished blocks need not be seen again
+            walk(decoder, None, ring, self.source, self.step, self.open)
             return
-        decoder = Decoder(self.task.hollow, self.task.checkpoint.tensors, self.task.device, self.task.dtype)
-        calibration = self.task.calibration
-        hidden = decoder.embed(calibration.tokens, self.task.batch) if calibration else None
-        # without hidden states to carry, finished blocks need not be seen again
-        walk(decoder, hidden, self.source, self.step, self.open if hidden is None else range(self.open[-1] + 1))
+        with ExitStack() as stack:
 
-    def source(self, index: int) -> dict[str, Tensor]:
+            def allocate(shape: tuple[int, ...]) -> torch.Tensor:
+                place = (self.layout.states, shape, task.dtype, task.device, self.job.path)
+                return stack.enter_context(hidden_states(*place))
+
+            clock = Clock(task.device)
+            with clock.part("embed"):
+                hidden = decoder.embed(task.calibration.tokens, self.layout.batch, allocate)
+            self._spend(clock.seconds())
+            walk(decoder, hidden, ring, self.source, self.step, range(self.open[-1] + 1))
+
+    def source(self, index: int) -> list[Tensor]:
         """Where a block is read: a finished one as it stands in the output, if that is what moved the states on."""
         if index in self.open or self.task.statistics == "dense":
-            return self.task.checkpoint.tensors
-        return read_header(self.job.path / self.shards[index])
+            return self.task.block_tensors(index)
+        return list(read_header(self.job.path / self.shards[index]).values())
 
-    def step(self, block: Block, hidden: torch.Tensor | None) -> None:
+    def step(self, block: Block, hidden: torch.Tensor | None) -> Write | None:
+        """Prunes an open block and moves the hidden states on; gives what writes the shard."""
         onward = hidden is not None and block.index < self.open[-1]
         if block.index in self.open:
-            start = time.perf_counter()
             record = {"index": block.index, **self.prune_block(block, hidden, onward)}
-            files = self.task.block_tensors(block.index)
-            tensors = [(tensor, _pieces(block.stored[tensor.name])) for tensor in files]
-            shard = write_shard(self.job.path / self.shards[block.index], tensors)
-            record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}
-            record["seconds"] = time.perf_counter() - start
-            self.job.record(self.shards[block.index], record)
-            self.notify(record)
-        elif hidden is not None and onward:
-            advance(block, hidden, self.task.batch)
+            self._spend(record["parts"])
+            return partial(self.write_block, record)
+        if hidden is not None and onward:
+            clock = Clock(block.device)
+            with clock.part("onward"):
+                advance(block, hidden, self.layout.batch)
+            self._spend(clock.seconds())
+        return None
+
+    def write_block(self, record: dict[str, Any], slot: Slot) -> None:
+        """Runs in the writing thread."""
+        name = self.shards[record["index"]]
+        tensors = [(tensor, _pieces(slot.stored[tensor.name])) for tensor in self.task.block_tensors(record["index"])]
+        with slot.clocked("write"):
+            shard = write_shard(self.job.path / name, tensors)
+        record["parts"] |= slot.seconds
+        now = time.perf_counter()
+        record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}
+        record["seconds"], self.last = now - self.last, now
+        self.job.record(name, record)
+        self.notify(record)
 
     def prune_block(self, block: Block, hidden: torch.Tensor | None, onward: bool) -> dict[str, Any]:
         """Prunes each selected linear and moves the hidden states on; gives the record of what came of it."""
@@ -111,43 +170,50 @@ class _Run:
             linears[paths[path]] = self.prune_linear(block, path, paths[path], inputs)
 
         if hidden is None or statistic is None:
-            for path in paths:
-                prune(path, None)
-            return {"linears": linears, "passes": 0.0}
-        measuring = Measuring(block, hidden, self.task.batch, statistic, paths, prune)
-        measuring.run(self.task.statistics, onward, self.held)
-        return {"linears": linears, "passes": measuring.passes}
+            clock, passes = Clock(block.device), 0.0
+            with clock.part("prune"):
+                for path in paths:
+                    prune(path, None)
+        else:
+            measuring = Measuring(block, hidden, self.layout.batch, statistic, paths, prune)
+            measuring.run(self.task.statistics, onward, self.layout.held)
+            clock, passes = measuring.clock, measuring.passes
+        return {"linears": linears, "passes": passes, "parts": clock.seconds()}
 
     def prune_linear(self, block: Block, path: str, name: str, inputs: Any) -> dict[str, Any]:
         start = time.perf_counter()
         weight = block.weight(path)
         try:
-            pruned = self.task.rule.prune(weight, inputs, self.task.pattern)
+            pruned = self.task.rule.prune(weight, inputs, self.pattern)
         except NumberError as error:
             raise NumberError(f"tensor {name}: {error}") from None
         if pruned is not weight:
             weight.copy_(pruned)
-        block.update(path)
-        zeros, holds = survey(weight, self.task.pattern)
+        zeros, holds = survey(weight, self.pattern)
         if not holds:
             raise ModelError(
-                f"tensor {name}: does not hold {self.task.pattern} after pruning ({zeros} zeros of "
+                f"tensor {name}: does not hold {self.pattern} after pruning ({zeros} zeros of "
                 f"{weight.numel()}); report this bug"
             )
         return {
             "shape": list(weight.shape),
             "transposed": name in self.task.hollow.transposed,
-            "pattern": str(self.task.pattern),
+            "pattern": str(self.pattern),
             "holds": holds,
             "zeros": zeros,
             "sparsity": zeros / weight.numel(),
             "seconds": time.perf_counter() - start,
         }
 
+    def _spend(self, seconds: dict[str, float]) -> None:
+        for part, spent in seconds.items():
+            self.spent[part] = self.spent.get(part, 0.0) + spent
 
-def shard_name(index: int, count: int) -> str:
-    """The Hugging Face name of shard `index` (from 0); other names convert to an empty GGUF without an error."""
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+def shard_names(depth: int) -> list[str]:
+    """The Hugging Face names of the shard outside the blocks and of each block's; other names convert to an
+    empty GGUF without an error."""
+    return [f"model-{index + 1:05d}-of-{depth + 1:05d}.safetensors" for index in range(depth + 1)]
 
 
 def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
@@ -193,7 +259,7 @@ def _verified(task: Task, job: Job) -> dict[str, Any]:
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes, without a copy where it lies on the host, and 16 MiB at a time where it does not."""
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    """A host tensor's bytes without a copy, 16 MiB at a time."""
+    flat = raw(tensor)
     for start in range(0, len(flat), PIECE):
-        yield flat[start : start + PIECE].cpu().numpy().data
+        yield flat[start : start + PIECE].data

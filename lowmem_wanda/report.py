@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,14 @@ GIVES_NOT = (
 
 
 def build(
-    task: Task, plan: Plan, peak: Peak, finished: dict[str, dict[str, Any]], arguments: dict[str, Any]
+    task: Task,
+    plan: Plan,
+    peak: Peak,
+    finished: dict[str, dict[str, Any]],
+    arguments: dict[str, Any],
+    timing: dict[str, Any],
 ) -> dict[str, Any]:
-    """The report of a finished job, as JSON. Memory in bytes, times in seconds."""
+    """The report of a finished job, as JSON. Memory in bytes, times in seconds; `timing` is that of the last run."""
     shards = dict(sorted(finished.items()))
     blocks = [{"shard": name, **record} for name, record in shards.items() if "index" in record]
     return {
@@ -47,6 +53,8 @@ def build(
             "device_predicted": plan.device_peak,
             "device_measured": peak.device,
         },
+        "layout": {**asdict(plan.layout), "reading": task.limits.reading},
+        "timing": timing,
         "copied_tensors": next(record["tensors"] for record in shards.values() if "tensors" in record),
         "copied_files": [str(file) for file in task.files],
         "shards": [

@@ -61,7 +61,8 @@ def closing(report: dict[str, Any], target: str) -> Table:
         f"({summary['sparsity']:.2%}); {number(summary['parameters'])} parameters in all",
     )
     table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
-    table.add_row("time", duration(summary["seconds"]))
+    table.add_row("time", _timing(summary["seconds"], report["timing"]))
+    table.add_row("passes", f"{summary['forward_passes_per_block']:.2f} forward passes per block")
     table.add_row(
         "host memory", f"{size(memory['host_measured'])} at most ({size(memory['host_predicted'])} predicted)"
     )
@@ -83,8 +84,10 @@ def plan_table(plan: "Plan", method: str, pattern: str, source: str) -> Table:
         f"{plan.sequences} sequences of {plan.length}: {number(plan.tokens)} tokens" if plan.tokens else "none"
     )
     table.add_row("calibration", calibration)
-    if plan.held:
-        table.add_row("held", f"{plan.held} micro-batches may wait for a linear")
+    layout = plan.layout
+    table.add_row("layout", str(layout))
+    if layout.held:
+        table.add_row("held", f"{layout.held} micro-batches may wait for a linear")
     table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
     table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
     if plan.device_peak:
@@ -116,6 +119,16 @@ def _pairs(title: str) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def _timing(seconds: float, timing: dict[str, Any]) -> str:
+    """All blocks' time, and how much of the last run's work was hidden behind the computing."""
+    if not timing["serial"]:
+        return duration(seconds)
+    return (
+        f"{duration(seconds)}, computing in {timing['compute_busy']:.0%} of it; all parts one after the other: "
+        f"{timing['serial_over_wall']:.2f} times as long"
+    )
 
 
 def _method(arguments: dict[str, Any]) -> str:

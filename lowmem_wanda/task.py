@@ -11,18 +11,33 @@ import torch
 import transformers
 
 from lowmem_wanda import __version__
-from lowmem_wanda.checkpoint import FLOATS, Checkpoint, Tensor, refuse_unprunable
+from lowmem_wanda.checkpoint import FLOATS, Checkpoint, refuse_unprunable
 from lowmem_wanda.errors import ModelError, PatternError
 from lowmem_wanda.hollow import Hollow, hollow, tokenizer
 from lowmem_wanda.job import fingerprint
 from lowmem_wanda.methods import METHODS, Method
 from lowmem_wanda.orders import greenlets
 from lowmem_wanda.patterns import Pattern, Ratio, parse
+from lowmem_wanda.reading import Tensor
 from lowmem_wanda.tensors import DTYPES
 from lowmem_wanda.text import Calibration, calibrate, holds_ids
 from lowmem_wanda.writer import sha256_of, small_files
 
-BATCH_TOKENS = 2048  # of a micro-batch, where the user does not say
+
+@dataclass(frozen=True)
+class Limits:
+    """What the layout of the work is held to; no bit of the result depends on it. None: as fits.
+
+    `max_ram` and `max_vram` are bytes of this process on the host and of tensors on the GPU; `slots` is the number
+    of block buffers (1 to 3), `reading` one of `reading.WAYS`; `states` and `held` are those of `layout.Layout`.
+    """
+
+    max_ram: int | None = None
+    max_vram: int | None = None
+    slots: int | None = None
+    reading: str = "pread"
+    states: str | None = None
+    held: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,10 +55,10 @@ class Task:
     selected: tuple[dict[str, str], ...]
     device: torch.device
     dtype: torch.dtype
-    batch: int
+    batch: int | None
     seed: int
     statistics: str
-    held: int | None
+    limits: Limits
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     trust_remote_code: bool
@@ -61,8 +76,8 @@ class Task:
         """The file tensors of one block."""
         return [self.checkpoint.tensors[name] for name in sorted(set(self.hollow.block_tensors(index).values()))]
 
-    def arguments(self) -> dict[str, Any]:
-        """All that can change a bit of the result, as it stands in job.json."""
+    def arguments(self, batch: int) -> dict[str, Any]:
+        """All that can change a bit of the result, as it stands in job.json; `batch` sequences at a time."""
         sparsity = {"sparsity": self.pattern.sparsity} if isinstance(self.pattern, Ratio) else {}
         return {
             "source fingerprint": fingerprint(self.checkpoint),
@@ -72,7 +87,7 @@ class Task:
             "--group": self.pattern.group,
             "--include": list(self.include),
             "--exclude": list(self.exclude),
-            **self.measuring(),
+            **self.measuring(batch),
             "--device": describe_device(self.device),
             "--trust-remote-code": self.trust_remote_code,
             "small files": {str(file): sha256_of(self.checkpoint.path / file) for file in self.files},
@@ -81,7 +96,7 @@ class Task:
             "transformers": transformers.__version__,
         }
 
-    def measuring(self) -> dict[str, Any]:
+    def measuring(self, batch: int) -> dict[str, Any]:
         """The part of `arguments` that matters where something is measured."""
         if self.calibration is None:
             return {"--text": []}
@@ -92,7 +107,7 @@ class Task:
             "calibration sha256": self.calibration.sha256,
             "--statistics": self.statistics,
             "--dtype": str(self.dtype).removeprefix("torch."),
-            "--batch": self.batch,
+            "--batch": batch,
             "threads (OMP_NUM_THREADS)": torch.get_num_threads() if self.device.type == "cpu" else 0,
         }
 
@@ -111,16 +126,15 @@ def prepare(
     dtype: str = "auto",
     batch: int | None = None,
     statistics: str = "block",
-    held: int | None = None,
+    limits: Limits = Limits(),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> Task:
     """Checks everything that can be checked before work begins. Raises a LowmemError that says what is wrong.
 
-    `sequences` of `length` tokens are calibrated on, `batch` of them at a time (default: as many as make
-    2048 tokens), measured in one of `orders.ORDERS`; `held` micro-batches may wait in the sequential one
-    (default: as many as free memory holds). `include` and `exclude` are globs on tensor names, with or without
+    `sequences` of `length` tokens are calibrated on, `batch` of them at a time (default: as `layout` finds),
+    measured in one of `orders.ORDERS`. `include` and `exclude` are globs on tensor names, with or without
     ".weight".
     """
     kind = _pattern(pattern, group, METHODS[method])
@@ -137,7 +151,6 @@ def prepare(
         encode = (lambda _: []) if holds_ids(text) else tokenizer(checkpoint, trust_remote_code)
         size = {"sequences": sequences, "length": min(length, model.positions or length)}
         calibration = calibrate(text, encode, vocabulary=model.vocabulary, seed=seed, **size)
-    rows = calibration.tokens.shape if calibration else (1, 1)
     return Task(
         checkpoint=checkpoint,
         hollow=model,
@@ -147,10 +160,10 @@ def prepare(
         selected=selected,
         device=where,
         dtype=computing,
-        batch=min(batch or max(1, BATCH_TOKENS // rows[1]), rows[0]),
+        batch=batch,
         seed=seed,
         statistics=statistics,
-        held=held,
+        limits=limits,
         include=tuple(include),
         exclude=tuple(exclude),
         trust_remote_code=trust_remote_code,

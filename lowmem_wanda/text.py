@@ -19,6 +19,7 @@ import numpy as np
 
 from lowmem_wanda.checkpoint import read_header
 from lowmem_wanda.errors import CalibrationError
+from lowmem_wanda.reading import read
 
 BUILT_IN = Path(__file__).parent / "calibration"
 DATASETS = ("c4", "wikitext2")
@@ -200,7 +201,7 @@ def _load_ids(path: Path) -> np.ndarray:
             (tensor,) = tensors.values()
             kind = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U16": "<u2", "U32": "<u4"}.get(tensor.dtype, "V1")
             buffer = np.empty(tensor.nbytes, np.uint8)
-            tensor.read_into(buffer)
+            read([(tensor, buffer)])
             array = buffer.view(kind).reshape(tensor.shape if kind != "V1" else -1)
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}); give a file of token ids") from None

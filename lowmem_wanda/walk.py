@@ -1,28 +1,39 @@
 """The one loop over decoder blocks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from lowmem_wanda.checkpoint import Tensor
 from lowmem_wanda.decoder import Block, Decoder, micro_batches
+from lowmem_wanda.reading import Tensor
+from lowmem_wanda.ring import Ring, Write
 
-Source = Callable[[int], dict[str, Tensor]]  # block index -> where its tensors are read
-Step = Callable[[Block, torch.Tensor | None], None]
+Source = Callable[[int], list[Tensor]]  # block index -> where its tensors are read
+Step = Callable[[Block, torch.Tensor | None], Write | None]
 
 
-def walk(decoder: Decoder, hidden: torch.Tensor | None, source: Source, step: Step, indices: Iterable[int]) -> None:
-    """Loads each block of `indices` in turn, lets `step` work on it and the hidden states, releases it.
+def walk(
+    decoder: Decoder, hidden: torch.Tensor | None, ring: Ring, source: Source, step: Step, indices: Sequence[int]
+) -> None:
+    """Lets `step` work on each block of `indices` and the hidden states; what it gives writes the block out.
 
-    `hidden` is (sequences, length, width), updated in place by `advance`; None where nothing is measured.
+    Meanwhile the ring reads the next block and writes the last one. `hidden` is (sequences, length, width),
+    updated in place by `advance`; None where nothing is measured.
     """
-    for index in indices:
-        block = decoder.load(index, source(index))
-        step(block, hidden)
+    for index, slot in zip(indices, ring.arrivals(map(source, indices)), strict=True):
+        block = decoder.load(index, slot.stored)
+        write = step(block, hidden)
         decoder.release(block)
+        ring.give_back(slot, write)
+    ring.settle()
 
 
 def advance(block: Block, hidden: torch.Tensor, batch: int) -> None:
     """Replaces the hidden states by the block's output, `batch` sequences at a time."""
     for part in micro_batches(hidden, batch):
-        part.copy_(block(part))
+        carry(block, part)
+
+
+def carry(block: Block, part: torch.Tensor) -> None:
+    """Replaces some sequences' hidden states, wherever they lie, by the block's output."""
+    part.copy_(block(part), non_blocking=block.device.type == "cuda")

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_wanda.checkpoint import ITEMSIZE, Tensor
+from lowmem_wanda.checkpoint import ITEMSIZE
 from lowmem_wanda.errors import OutputError
+from lowmem_wanda.reading import PIECE, Tensor, advise, opened
+from lowmem_wanda.system import copy_range, end_writeback, forget, preallocate, start_writeback
 
 PARTIAL = ".partial"  # what no finished file ends in
 
@@ -33,8 +35,8 @@ class ShardFile:
     sha256: str
 
 
-def write_shard(path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | memoryview]]]) -> ShardFile:
-    """Writes tensors, each with the pieces of its bytes, as one safetensors file.
+def write_shard(path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | memoryview] | None]]) -> ShardFile:
+    """Writes tensors, each with the pieces of its bytes (None: those of its own file), as one safetensors file.
 
     The header is known before the first byte and keeps each tensor's name, dtype and shape. Larger items
     come first, so that every tensor is aligned to its own dtype. Raises OutputError.
@@ -47,23 +49,26 @@ def write_shard(path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | mem
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with replacing(path) as write:
-        for piece in _chain([len(text).to_bytes(8, "little"), text], ordered):
-            write(piece)
-            digest.update(piece)
-            size += len(piece)
-    if size != 8 + len(text) + end:
-        raise OutputError(
-            f"{path.name}: {size} bytes were written where its header promises {8 + len(text) + end}; report this bug"
-        )
-    return ShardFile(path.name, size, digest.hexdigest())
+    with replacing(path, 8 + len(text) + end) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor, pieces in ordered:
+            if pieces is None:
+                file.copy(tensor)
+            else:
+                for piece in pieces:
+                    file.write(piece)
+        if file.size != 8 + len(text) + end:
+            raise OutputError(
+                f"{path.name}: {file.size} bytes were written where its header promises {8 + len(text) + end}; "
+                "report this bug"
+            )
+    return ShardFile(path.name, file.size, file.digest.hexdigest())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a small file whole. Raises OutputError."""
-    with replacing(path) as write:
-        write(content)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -72,15 +77,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """Gives a `write(bytes)`; the file is at `path` when all went well, and not there at all otherwise."""
+def replacing(path: Path, size: int = 0) -> Iterator["Growing"]:
+    """Gives a file to write to, of `size` bytes if that is known; it is at `path` when all went well, and not
+    there at all otherwise."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with explained(path):
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
             try:
-                yield lambda content: _write_all(handle, content)
+                file = Growing(handle)
+                preallocate(handle, size)
+                yield file
                 os.fsync(handle)
+                forget(handle)
             finally:
                 os.close(handle)
             os.replace(partial, path)
@@ -88,6 +97,46 @@ def replacing(path: Path) -> Iterator[Any]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+class Growing:
+    """A file that is written from its start to its end, on the disk soon after: what is written is sent there
+    at once and leaves the page cache two windows later, so that nothing is left for fsync to wait for
+    (1.6 GB: 4.5-5 s, against 16-19 s).
+
+    `size` is what was written, in bytes; `digest` the SHA-256 of it.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self.size, self.digest = 0, hashlib.sha256()
+        self._handle, self._sent = handle, 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Appends all of it. Raises OSError."""
+        self._append(memoryview(content).cast("B"), copied=0)
+
+    def copy(self, tensor: Tensor) -> None:
+        """Appends a tensor as it lies in its file, by the kernel where that copies between the two files."""
+        with opened(tensor.file) as source:
+            at = tensor.offset
+            for piece in tensor.pieces():
+                copied = copy_range(source.fileno(), self._handle, at, len(piece))
+                self._append(memoryview(piece), copied)
+                at += len(piece)
+            advise(source, tensor.offset, tensor.nbytes, "DONTNEED")
+
+    def _append(self, content: memoryview, copied: int) -> None:
+        """Takes note of the content and writes it, but for the first `copied` bytes, which are there already."""
+        self.digest.update(content)
+        self.size += len(content)
+        rest = content[copied:]
+        while rest:  # on a full disk a plain write goes short once, then raises ENOSPC
+            rest = rest[os.write(self._handle, rest) :]
+        while self._sent + PIECE <= self.size:
+            start_writeback(self._handle, self._sent, PIECE)
+            self._sent += PIECE
+            if self._sent >= 3 * PIECE:
+                end_writeback(self._handle, self._sent - 3 * PIECE, PIECE)
 
 
 @contextmanager
@@ -150,18 +199,3 @@ def _is_copied(path: Path, code: bool) -> bool:
     if path.suffix in COPIED or (code and path.suffix == ".py"):
         return True
     return path.name.upper().startswith(COPIED_NAMES) and path.suffix in ("", ".rst", ".pdf", ".html")
-
-
-def _chain(
-    head: list[bytes], ordered: list[tuple[Tensor, Iterable[bytes | memoryview]]]
-) -> Iterator[bytes | memoryview]:
-    yield from head
-    for _, pieces in ordered:
-        yield from pieces
-
-
-def _write_all(handle: int, content: bytes | memoryview) -> None:
-    """Writes all of it: on a full disk a plain write goes short once, then raises ENOSPC."""
-    rest = memoryview(content).cast("B")
-    while rest:
-        rest = rest[os.write(handle, rest) :]

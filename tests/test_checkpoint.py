@@ -1,6 +1,7 @@
 """Broken and hostile checkpoints: each refused in one sentence that names the file or tensor."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from conftest import save_tiny
 from safetensors.torch import load_file, save_file
 
+from lowmem_wanda import reading
 from lowmem_wanda.checkpoint import INDEX, Checkpoint, read_header
 from lowmem_wanda.errors import CheckpointError, LowmemError
+from lowmem_wanda.reading import WAYS, read
 from lowmem_wanda.task import prepare
 from lowmem_wanda.tensors import read_tensor
 
@@ -186,15 +189,38 @@ def test_a_snapshot_of_symlinks_works(llama, tmp_path):
     assert len(prepare(snapshot, method="magnitude").selected) == 3
 
 
-def test_a_file_that_shrinks_is_an_error_not_a_crash(single):
+def destinations(checkpoint):
+    return [(tensor, np.empty(tensor.nbytes, np.uint8)) for tensor in checkpoint.tensors.values()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("drop", [False, True])
+def test_every_way_of_reading_brings_the_same_bytes(llama, way, drop):
+    wanted = destinations(Checkpoint(llama))
+    read(wanted, way, drop)
+    for tensor, out in wanted:
+        assert out.tobytes() == b"".join(tensor.pieces())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "change", [lambda file: file.write_bytes(file.read_bytes()[:2000]), lambda file: os.utime(file, (1, 1))]
+)
+def test_a_file_that_changes_is_an_error_not_a_crash(single, way, change):
     checkpoint = Checkpoint(single)
-    file = single / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:2000])
-    last = max(checkpoint.tensors.values(), key=lambda tensor: tensor.offset)
-    with pytest.raises(CheckpointError, match=f"shrank while tensor {last.name}"):
-        last.read_into(np.empty(last.nbytes, np.uint8))
-    with pytest.raises(CheckpointError, match="ends within tensor"):
-        list(last.pieces())
+    change(single / "model.safetensors")
+    with pytest.raises(CheckpointError, match="changed or cut short while this ran, found at tensor"):
+        read(destinations(checkpoint), way)
+    with pytest.raises(CheckpointError, match="changed or cut short"):
+        list(max(checkpoint.tensors.values(), key=lambda tensor: tensor.offset).pieces())
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(single, monkeypatch):
+    wanted = destinations(Checkpoint(single))
+    monkeypatch.setattr(reading, "stamp", lambda file: wanted[0][0].stamp)  # as if it happened after the look
+    (single / "model.safetensors").write_bytes((single / "model.safetensors").read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match="changed or cut short"):
+        read(wanted)
 
 
 def test_old_buffers_are_copied_through(tmp_path, token_file):

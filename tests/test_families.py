@@ -12,6 +12,7 @@ from lowmem_wanda.decoder import Decoder
 from lowmem_wanda.errors import ModelError
 from lowmem_wanda.hollow import hollow
 from lowmem_wanda.prune import prune
+from lowmem_wanda.ring import Ring
 from lowmem_wanda.task import prepare
 from lowmem_wanda.walk import advance, walk
 
@@ -52,12 +53,15 @@ def test_streamed_logits_are_the_whole_models(tiny, token_file, family):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     checkpoint = Checkpoint(path)
     decoder = Decoder(hollow(checkpoint, torch.float32), checkpoint.tensors, CPU, torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), Ring(CPU, 1 << 20) as ring:
         hidden = decoder.embed(tokens, BATCH)
         walk(
             decoder,
             hidden,
-            lambda index: checkpoint.tensors,
+            ring,
+            lambda index: [
+                checkpoint.tensors[name] for name in sorted(set(decoder.hollow.block_tensors(index).values()))
+            ],
             lambda block, hidden: advance(block, hidden, BATCH),
             range(decoder.depth),
         )

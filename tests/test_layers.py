@@ -8,10 +8,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lowmem_wanda"
 LAYERS = (
-    ("errors", "patterns", "stats", "methods", "memory"),
-    ("checkpoint", "tensors", "writer", "job", "text"),
+    ("errors", "patterns", "stats", "methods", "memory", "clock", "system"),
+    ("reading", "checkpoint", "tensors", "ring", "writer", "states", "job", "text"),
     ("hollow", "trace", "decoder", "walk", "orders"),
-    ("task", "plan", "report", "prune", "check"),
+    ("task", "layout", "plan", "report", "prune", "check"),
     ("screen", "main"),
 )
 ORDER = [module for layer in LAYERS for module in layer]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_wanda.errors import LowmemError
 from lowmem_wanda.prune import prune
-from lowmem_wanda.task import prepare
+from lowmem_wanda.task import Limits, prepare
 
 BATCH = 4
 
@@ -71,7 +71,13 @@ def test_an_order_is_what_it_says(tiny, token_file, tmp_path, order):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2", "cohere2", "mpt"])
 def test_held_or_replayed_is_the_same_to_the_bit(tiny, token_file, tmp_path, family):
     results = [
-        pruned(tiny(family), tmp_path / f"{held}", text=[str(token_file)], statistics="sequential", held=held)
+        pruned(
+            tiny(family),
+            tmp_path / f"{held}",
+            text=[str(token_file)],
+            statistics="sequential",
+            limits=Limits(held=held),
+        )
         for held in (0, 1, 2)
     ]
     assert equal(results[0][1], results[1][1]) and equal(results[0][1], results[2][1])
@@ -99,7 +105,9 @@ def test_every_order_resumes_to_the_same_bytes(tiny, token_file, tmp_path, order
     settings = {"text": [str(token_file)], "statistics": order, "batch": BATCH}
     with pytest.raises(KeyboardInterrupt):
         prune(prepare(tiny("llama"), **settings), tmp_path / "out", stop)
-    prune(prepare(tiny("llama"), **settings, held=1), tmp_path / "out")  # how many are held changes no bit
+    prune(
+        prepare(tiny("llama"), **settings, limits=Limits(held=1)), tmp_path / "out"
+    )  # how many are held changes no bit
     prune(prepare(tiny("llama"), **settings), tmp_path / "whole")
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()

@@ -217,23 +217,6 @@ def test_a_failing_lock_is_no_lock_held(source, token_file, tmp_path, monkeypatc
     assert not (tmp_path / "out" / ".lock").exists()
 
 
-def test_the_plan_counts_what_the_walk_holds(source, tmp_path, monkeypatch):
-    import numpy as np
-
-    from lowmem_wanda.plan import predict
-
-    monkeypatch.setattr("lowmem_wanda.plan.anonymous", lambda: 0)  # this process itself, which changes between calls
-
-    def held(length, **settings):
-        np.save(tmp_path / "ids.npy", np.full((64, length), 5))
-        task = prepare(source, text=[str(tmp_path / "ids.npy")], sequences=64, batch=1, **settings)
-        return predict(task).host_peak
-
-    states = 64 * 32 * 4  # sequences, width, float32
-    assert held(64) - held(32) >= 32 * states
-    assert held(64, statistics="sequential", held=32) - held(64) > 32 * 64 * (3 * 64 + 4 * 32) * 4 * 0.9
-
-
 def test_targets_that_are_not_ours_are_refused(source, token_file, tmp_path):
     task = prepare(source, text=[str(token_file)])
     (tmp_path / "foreign").mkdir()

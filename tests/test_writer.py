@@ -8,8 +8,9 @@ import pytest
 from safetensors import safe_open
 
 from lowmem_wanda import writer
-from lowmem_wanda.checkpoint import Tensor, read_header
+from lowmem_wanda.checkpoint import read_header
 from lowmem_wanda.errors import OutputError
+from lowmem_wanda.reading import Tensor
 from lowmem_wanda.writer import sha256_of, small_files, write_bytes, write_shard
 
 
