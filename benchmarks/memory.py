@@ -7,18 +7,13 @@ matrix. Writes results/memory.json and prints a Markdown table.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
-from checkpoints import random_llama
+from measure import ROOT, commit, follow, llama, machine, random_tokens, size_of
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKSPACE = """
 import sys, torch
 from lowmem_wanda.memory import Peak, anonymous
@@ -58,36 +53,23 @@ def main() -> None:
 
 def measure(folder: Path, blocks: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Peaks of one pruning, as the kernel counts them from outside; the checkpoint is removed again."""
-    heads = arguments.width // 64
-    source = random_llama(
-        folder / f"{blocks}", width=arguments.width, hidden=11 * arguments.width // 4, blocks=blocks,
-        heads=heads, kv_heads=max(1, heads // 4), vocab=4096,
-    )  # fmt: skip
-    tokens = folder / "tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(0, 4096, (arguments.sequences, arguments.length)))
+    source = llama(folder / f"{blocks}", arguments.width, blocks)
+    tokens = random_tokens(folder / "tokens.npy", arguments.sequences, arguments.length)
     command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json",
                "--text", str(tokens), "--sequences", str(arguments.sequences)]  # fmt: skip
-    start, peaks = time.time(), {"RssAnon": 0, "RssFile": 0}
     output = folder / "report.json"  # a pipe would fill up
-    child = subprocess.Popen(command, stdout=output.open("wb"), stderr=subprocess.DEVNULL)
-    while child.poll() is None:
-        status = Path(f"/proc/{child.pid}/status").read_text()
-        for key in peaks:
-            value = next((int(line.split()[1]) for line in status.splitlines() if line.startswith(key + ":")), 0)
-            peaks[key] = max(peaks[key], value * 1024)
-        time.sleep(0.002)
-    if child.returncode:
-        raise SystemExit(f"prune ended with {child.returncode}")
+    with output.open("wb") as file:
+        usage = follow(command, 0.002, stdout=file, stderr=subprocess.DEVNULL)
     predicted = json.loads(output.read_bytes())["peak_memory"]["host_predicted"]
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    size = size_of(source)
     subprocess.run(["rm", "-r", str(source), str(folder / "out")], check=True)
     return {
         "blocks": blocks,
         "checkpoint_mb": round(size / 1e6),
-        "anonymous_mb": round(peaks["RssAnon"] / 1e6, 1),
-        "mapped_mb": round(peaks["RssFile"] / 1e6, 1),
+        "anonymous_mb": round(usage.anonymous / 1e6, 1),
+        "mapped_mb": round(usage.mapped / 1e6, 1),
         "predicted_mb": round(predicted / 1e6, 1),
-        "seconds": round(time.time() - start, 1),
+        "seconds": round(usage.seconds, 1),
     }
 
 
@@ -95,20 +77,6 @@ def workspace() -> dict[str, int]:
     """MB beyond the matrix itself while it is masked."""
     lines = subprocess.run([sys.executable, "-c", WORKSPACE], capture_output=True, text=True, check=True, cwd=ROOT)
     return {" ".join(line.split()[:2]): int(line.split()[2]) for line in lines.stdout.splitlines()}
-
-
-def machine() -> str:
-    """Processor, cores and memory, as anybody's machine would say it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lowmem_wanda.task import Task
 from lowmem_wanda.tensors import DTYPES, laid_bytes, wanted
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 2048  # of a micro-batch: beyond these the products hardly gain
-LATE = 24 << 20  # what torch and transformers take on the host with their first products
+LATE = 12 << 20  # what torch and transformers take on the host with their first products
 SPARE = 0.95  # of what is free may be planned with, where the user names no limit
 
 
@@ -114,7 +114,8 @@ class Sizes:
         self.widest = max(max(tensor.shape) for tensor in linears)
         self.columns = max(hollow.matrix_shape(tensor)[1] for tensor in linears)
         outside = [tensors[name] for name in set(hollow.outside().values())]
-        self.embedding = max((tensor.numel * size for tensor in outside), default=0) + 3 * PIECE
+        self.piece = min(PIECE, max(tensor.nbytes for tensor in tensors.values()))
+        self.embedding = max((tensor.numel * size for tensor in outside), default=0) + 3 * self.piece
         self.sequences: int
         self.length: int
         self.sequences, self.length = task.calibration.tokens.shape if task.calibration else (0, 0)
@@ -138,15 +139,15 @@ class Sizes:
         working += states if layout.states == "device" else 0
         disk = states if layout.states == "file" else 0
         if on_host:
-            return Need(base + max(working, PIECE), 0, disk)
-        return Need(base + max(blocks + (states if layout.states == "host" else 0), 3 * PIECE), working, disk)
+            return Need(base + max(working, self.piece), 0, disk)
+        return Need(base + max(blocks + (states if layout.states == "host" else 0), 3 * self.piece), working, disk)
 
     def _working(self, layout: Layout, blocks: int) -> int:
         """Where it is computed: blocks and what one of them takes, or before that the embeddings."""
         scores = 20 * max(layout.chunk, self.columns)
         if not self.sequences:
             return blocks + scores
-        moved = layout.batch * self.state if layout.states != "device" else 0
+        moved = layout.batch * self.state if layout.states != "device" and self.task.device.type != "cpu" else 0
         computing = max(self.activations(layout.batch) + moved, scores) + layout.held * self.waiting(layout.batch)
         return max(blocks + self.casts + computing, self.embedding)
 

@@ -9,19 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
-from lowmem_wanda.patterns import Pattern, prune_lowest
+from lowmem_wanda.patterns import Pattern, Scaled, prune_lowest
 from lowmem_wanda.stats import SquaredNorm
 
 
 def wanda(weight: torch.Tensor, inputs: SquaredNorm, pattern: Pattern) -> torch.Tensor:
     """Weights without the lowest |W_ij| * ||X_j||_2, in float32 (arXiv 2306.11695, eq. 1)."""
-    norms = inputs.norms()
-    return prune_lowest(weight, lambda rows: weight[rows].float().abs().mul_(norms), pattern)
+    return prune_lowest(weight, Scaled(weight, inputs.norms()), pattern)
 
 
 def magnitude(weight: torch.Tensor, inputs: None, pattern: Pattern) -> torch.Tensor:
     """Weights without the lowest |W_ij|; no inputs are needed."""
-    return prune_lowest(weight, lambda rows: weight[rows].float().abs(), pattern)
+    return prune_lowest(weight, Scaled(weight), pattern)
 
 
 @dataclass(frozen=True)

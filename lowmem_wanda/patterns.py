@@ -7,6 +7,8 @@ The paper's code (arXiv 2306.11695, `prune_n:prune_m`) counts the zeros; for 1:4
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +17,23 @@ from lowmem_wanda.errors import NumberError, PatternError
 
 Score = Callable[[slice], torch.Tensor]  # rows of the matrix -> their float32 scores (rows, columns), none negative
 
-# Scores are made for so many weights at a time: about 20 bytes of workspace each, so 20 MB on a CPU (its
+
+@dataclass(frozen=True)
+class Scaled:
+    """The score |weight| * norms of Wanda, or with no norms (columns) float32 that of magnitude pruning, (rows,
+    columns) in float32: the kind that a GPU can also mask in one pass, without ever holding it."""
+
+    weight: torch.Tensor
+    norms: torch.Tensor | None = None
+
+    def __call__(self, rows: slice) -> torch.Tensor:
+        score = self.weight[rows].float().abs()
+        return score if self.norms is None else score.mul_(self.norms)
+
+
+# Scores are made for so many weights at a time: about 20 bytes of workspace each, so 5 MB on a CPU (its
 # caches like it small) and 80 MB on a GPU (its launches like it large).
-CPU_CHUNK, DEVICE_CHUNK = 1 << 20, 1 << 22
+CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class Ratio:
     `group` "row": exactly `int(columns * sparsity)` of each output row, ties to the lowest column.
     `group` "matrix": every score up to and with the one at index `int(numel * sparsity)` of the sorted
     matrix, which is the rule of the paper's `prune_magnitude`: one more than the share, and all its ties.
+    `chunk` weights are scored at a time, 0: as many as suit the device.
     """
 
     sparsity: float
@@ -47,18 +64,21 @@ class Ratio:
         """Yields (rows, bool mask of what is pruned), a chunk of rows at a time."""
         if self.group == "row":
             for part in row_chunks(rows, columns, chunk):
-                yield part, lowest_of_rows(finite(score(part)), int(columns * self.sparsity))
+                yield part, lowest_of_rows(score(part), int(columns * self.sparsity))
         else:
             parts = row_chunks(rows, columns, chunk)
-            threshold = kth_smallest(
-                lambda: (finite(score(part)) for part in parts), int(rows * columns * self.sparsity)
-            )
+            threshold = kth_smallest(lambda: map(score, parts), int(rows * columns * self.sparsity))
             for part in parts:
                 yield part, score(part) <= threshold
 
-    def holds(self, zeros: torch.Tensor) -> bool:
+    def fused(self, columns: int) -> tuple[int | None, int] | None:
+        """How `fused` prunes it: (None, zeros of each row); None where it does not."""
+        return (None, int(columns * self.sparsity)) if self.group == "row" else None
+
+    def holds(self, zeros: torch.Tensor) -> torch.Tensor:
         """Whether each row of (rows, columns) has its zeros; `zeros` is true where a weight is zero."""
-        return self.group == "matrix" or bool((zeros.sum(dim=1) >= int(zeros.shape[1] * self.sparsity)).all())
+        count = int(zeros.shape[1] * self.sparsity) if self.group == "row" else 0
+        return (zeros.sum(dim=1) >= count).all()
 
     def at_least(self, weights: int) -> int:
         """How many zeros a whole matrix has at least."""
@@ -67,7 +87,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class NM:
-    """`kept` of each `of` consecutive weights along the inputs are kept; of equal scores the first is pruned."""
+    """`kept` of each `of` consecutive weights along the inputs are kept; of equal scores the first is pruned.
+
+    `chunk` weights are scored at a time, 0: as many as suit the device.
+    """
 
     kept: int
     of: int
@@ -88,11 +111,15 @@ class NM:
     def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields (rows, bool mask of what is pruned), a chunk of rows at a time."""
         for part in row_chunks(rows, columns, chunk):
-            yield part, lowest_of_groups(finite(score(part)), self.of, self.of - self.kept)
+            yield part, lowest_of_groups(score(part), self.of, self.of - self.kept)
 
-    def holds(self, zeros: torch.Tensor) -> bool:
+    def fused(self, columns: int) -> tuple[int | None, int] | None:
+        """How `fused` prunes it: (size of a group, zeros in it)."""
+        return self.of, self.of - self.kept
+
+    def holds(self, zeros: torch.Tensor) -> torch.Tensor:
         """Whether each group of (rows, columns) has its zeros; `zeros` is true where a weight is zero."""
-        return bool((zeros.reshape(-1, self.of).sum(dim=1) >= self.of - self.kept).all())
+        return (zeros.reshape(-1, self.of).sum(dim=1) >= self.of - self.kept).all()
 
     def at_least(self, weights: int) -> int:
         """How many zeros a whole matrix has at least."""
@@ -121,41 +148,74 @@ def parse(text: str, group: str = "row") -> Pattern:
 
 
 def prune_lowest(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.Tensor:
-    """Zeros the lowest scores of `weight` (rows, columns) in place, rows in chunks, and gives it back.
+    """Zeros the lowest scores of `weight` (rows, columns) in place, and gives it back.
 
     Zeros are +0.0 and the kept weights keep their bits: an integer product, not a float one, which
     leaves -0.0. Raises NumberError for a score that is NaN or infinite.
     """
+    finite = _in_one_pass(weight, score, pattern)
+    if finite is None:
+        finite = _in_chunks(weight, score, pattern)
+    if not bool(finite):
+        raise NumberError("its weights or scores hold NaN or infinity")
+    return weight
+
+
+def _in_one_pass(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.Tensor | None:
+    """Whether all scores are finite (), once `fused` has pruned the weight; None where it cannot."""
+    how = pattern.fused(weight.shape[1]) if isinstance(score, Scaled) and weight.is_cuda else None
+    kernels = fused_kernels() if how else None
+    if how is None or kernels is None or not kernels.agrees(weight, score.norms, *how):
+        return None
+    of, count = how
+    if of is None:
+        return kernels.lowest_of_rows_(weight, score.norms, count)  # type: ignore[no-any-return]
+    return kernels.lowest_of_groups_(weight, score.norms, of, count)  # type: ignore[no-any-return]
+
+
+@lru_cache
+def fused_kernels() -> Any:
+    """The module `fused`, or None where this machine has no Triton."""
+    try:
+        from lowmem_wanda import fused
+    except ImportError:
+        return None
+    return fused
+
+
+def _in_chunks(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.Tensor:
+    """Rows in chunks; gives whether all scores are finite ()."""
     rows, columns = weight.shape
     bits = weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
     chunk = pattern.chunk or (CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK)
-    for part, pruned in pattern.masks(score, rows, columns, chunk):
+    highest = torch.zeros((), device=weight.device)
+
+    def noted(part: slice) -> torch.Tensor:
+        scores = score(part)
+        torch.maximum(highest, scores.amax(), out=highest)
+        return scores
+
+    for part, pruned in pattern.masks(noted, rows, columns, chunk):
         bits[part].mul_(pruned.logical_not_())
-    return weight
+    return torch.isfinite(highest)  # NaN and infinity are carried on to the maximum
 
 
 def survey(weight: torch.Tensor, pattern: Pattern) -> tuple[int, bool]:
     """How many of the weights (rows, columns) are zero, and whether they hold the pattern."""
-    zeros, holds = 0, True
     rows, columns = weight.shape
+    zeros = torch.zeros((), dtype=torch.int64, device=weight.device)
+    holds = torch.ones((), dtype=torch.bool, device=weight.device)
     for part in row_chunks(rows, columns, pattern.chunk or (CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK)):
         mask = weight[part] == 0
-        zeros += int(mask.sum())
-        holds = holds and pattern.holds(mask)
-    return zeros, holds and zeros >= pattern.at_least(weight.numel())
+        zeros += mask.sum()
+        holds &= pattern.holds(mask)
+    return int(zeros), bool(holds) and int(zeros) >= pattern.at_least(weight.numel())
 
 
 def row_chunks(rows: int, columns: int, chunk: int) -> list[slice]:
     """Slices of whole rows that hold about `chunk` weights each."""
     step = max(1, chunk // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def finite(score: torch.Tensor) -> torch.Tensor:
-    """The score itself. Raises NumberError if one of it is NaN or infinite (a maximum carries both on)."""
-    if not bool(torch.isfinite(score.amax())):
-        raise NumberError("its weights or scores hold NaN or infinity")
-    return score
 
 
 def lowest_of_rows(score: torch.Tensor, count: int) -> torch.Tensor:
