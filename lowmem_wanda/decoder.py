@@ -19,6 +19,7 @@ from lowmem_wanda.reading import Tensor
 from lowmem_wanda.tensors import DTYPES, Buffer, read_cast
 from lowmem_wanda.trace import UNSEEN, Trace, trace
 
+Compared = dict[tuple[int, int], tuple[bool, torch.Tensor]]
 Allocate = Callable[[tuple[int, ...]], torch.Tensor]
 
 
@@ -75,6 +76,7 @@ class Decoder:
         self._final: torch.Tensor | None = None
         self._embedded: torch.Tensor | None = None
         self._filled: dict[str, torch.Tensor] = {}
+        self._compared: Compared = {}
         self._cast_weight, self._casts = Buffer(device), Buffer(device)
         for index, block in enumerate(hollow.blocks):
             hollow.model.get_submodule(hollow.path)[index] = _Stub(block, partial(self._arrive, index))  # type: ignore[index, operator]
@@ -153,6 +155,7 @@ class Decoder:
         except Stop:
             pass
         embedded, self._embedded = self._embedded, None
+        self._compared.clear()
         if embedded is None or embedded.ndim != 3:
             raise ModelError(
                 f"{type(self.hollow.model).__name__}: its blocks do not pass (sequences, length, width) "
@@ -171,7 +174,7 @@ class Decoder:
         calls = self._calls.setdefault(len(hidden), [])
         if index == len(calls):
             calls.append((args, kwargs))
-        elif not _same(calls[index], (args, kwargs)):
+        elif not _same(calls[index], (args, kwargs), self._compared):
             raise ModelError(
                 f"{self.hollow.path}.{index}: what it is called with depends on the tokens, which is not supported yet"
             )
@@ -249,16 +252,20 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     setattr(module, last, nn.Parameter(tensor, requires_grad=False) if last in module._parameters else tensor)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two calls' arguments are equal, tensors by value."""
+def _same(one: Any, other: Any, compared: Compared) -> bool:
+    """Whether two calls' arguments are equal, tensors by value; blocks share most of them, so each pair of tensors
+    is compared once and kept in `compared`."""
     if one is other:
         return True
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
+        pair = (id(one), id(other))
+        if pair not in compared:
+            compared[pair] = (torch.equal(one, other), other)  # while it is kept, nothing else has its identity
+        return compared[pair][0]
     if type(one) is not type(other):
         return False
     if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(_same(*pair, compared) for pair in zip(one, other, strict=True))
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(_same(one[key], other[key], compared) for key in one)
     return bool(one == other)

@@ -4,7 +4,7 @@ A matrix is read once and written once, where the eager route takes dozens of pa
 chunk of rows. Import this late, for not every torch has Triton, and ask `agrees` first: compilers have bugs too.
 
 Scores are compared as the bits of float32 without the sign, which as integers sort as the floats do. The only
-operation on floats is a product: nothing can fuse, and it becomes `mul.f32`, not `mul.ftz.f32`, so denormals stay
+operation on floats is a product: nothing can fuse, and it is `mul.rn.f32`, never `mul.rn.ftz.f32`: denormals stay
 (read in the PTX of Triton 3.6 and 3.9; their ftz options are of libdevice, and AMD's is off unless asked for).
 """
 
@@ -15,8 +15,8 @@ from subprocess import CalledProcessError
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-not-found,import-untyped]
-import triton.language as tl  # type: ignore[import-not-found,import-untyped]
+import triton
+import triton.language as tl
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 FLOAT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

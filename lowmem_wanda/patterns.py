@@ -163,9 +163,10 @@ def prune_lowest(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.
 
 def _in_one_pass(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.Tensor | None:
     """Whether all scores are finite (), once `fused` has pruned the weight; None where it cannot."""
-    how = pattern.fused(weight.shape[1]) if isinstance(score, Scaled) and weight.is_cuda else None
-    kernels = fused_kernels() if how else None
-    if how is None or kernels is None or not kernels.agrees(weight, score.norms, *how):
+    how = pattern.fused(weight.shape[1])
+    if how is None or not isinstance(score, Scaled) or not weight.is_cuda or not (kernels := fused_kernels()):
+        return None
+    if not kernels.agrees(weight, score.norms, *how):
         return None
     of, count = how
     if of is None:
