@@ -38,7 +38,8 @@ class Layout:
 
     def __str__(self) -> str:
         where = {"device": "in memory", "host": "on the host", "file": "in a file"}[self.states]
-        return f"hidden states {where}, {self.slots} block buffers, {self.batch} sequences at a time"
+        buffers = f"{self.slots} block buffer" + "s" * (self.slots > 1)
+        return f"hidden states {where}, {buffers}, {self.batch} sequence" + "s" * (self.batch > 1) + " at a time"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Budgets: the fastest layout that fits, what is refused, and no bit of difference between layouts."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,50 @@ def test_what_is_no_size_is_usage(text, capsys):
     with pytest.raises(SystemExit) as error:
         main(["plan", "x", "--max-ram", text])
     assert error.value.code == 2 and "no size such as 8GB" in capsys.readouterr().err
+
+
+def hollow_llama(path, width, hidden, blocks, kv_heads, vocab):
+    """A checkpoint of true size that takes no disk: headers, and holes for the weights."""
+    shapes = {"model.embed_tokens": (vocab, width), "lm_head": (vocab, width), "model.norm": (width,)}
+    for block in (f"model.layers.{index}." for index in range(blocks)):
+        heads = {"q_proj": width, "k_proj": kv_heads * 128, "v_proj": kv_heads * 128, "o_proj": width}
+        shapes |= {f"{block}self_attn.{name}": (rows, width) for name, rows in heads.items()}
+        shapes |= {f"{block}mlp.{name}_proj": (hidden, width) for name in ("gate", "up")}
+        shapes |= {f"{block}mlp.down_proj": (width, hidden)}
+        shapes |= {f"{block}{name}_layernorm": (width,) for name in ("input", "post_attention")}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    with open(path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "vocab_size": vocab,
+              "intermediate_size": hidden, "num_hidden_layers": blocks, "num_attention_heads": width // 128,
+              "num_key_value_heads": kv_heads, "max_position_embeddings": 4096, "tie_word_embeddings": False}  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    np.save(path / "tokens.npy", np.zeros((128, 2048), np.int64))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "cap", "states"),
+    [
+        ((8192, 28672, 80, 8, 32000), 12, "device"),  # Llama-2-70B
+        ((8192, 28672, 80, 8, 32000), 8, "device"),
+        ((8192, 28672, 80, 8, 32000), 4, "host"),
+        ((16384, 53248, 126, 8, 128256), 24, "device"),  # Llama-3.1-405B
+    ],
+)
+def test_the_largest_models_are_planned_for_small_cards(tmp_path, still, shape, cap, states):
+    path = hollow_llama(tmp_path, *shape)
+    planned = prepare(
+        path, text=[str(path / "tokens.npy")], dtype="bfloat16", limits=Limits(max_vram=cap * 10**9, max_ram=10**12)
+    )
+    layout, need = choose(replace(planned, device=torch.device("cuda")))
+    assert (layout.states, layout.slots) == (states, 3) and 0 < need.device <= cap * 10**9
+    assert need.host < 3.2 * shape[0] * (4 * shape[0] + 3 * shape[1]) * 2 + 5e9 * (states == "host")
 
 
 def shards(path):
