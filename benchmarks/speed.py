@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -79,6 +80,7 @@ def main() -> None:
     if arguments.peer:  # no resolve(): it would leave the virtual environment
         arguments.peer = os.path.abspath(shutil.which(arguments.peer) or arguments.peer)
     chosen = programs(arguments)
+    load = os.getloadavg()[0]  # of others: their share of the caches and of the CPUs' halves shows in CPU seconds, too
     pythons = {"ours": sys.executable} | ({"llm-compressor": arguments.peer} if arguments.peer else {})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -90,6 +92,7 @@ def main() -> None:
         rows = measured(folder, chosen, arguments.rounds, arguments.threads)
     result = {
         "machine": machine(), "commit": commit(), "command": command_line(), "threads": arguments.threads,
+        "load_before": round(load, 2),
         "versions": {who: versions(python) for who, python in pythons.items()},
         "checkpoint_mb": round(size / 1e6), "imports": imports, "rows": rows,
     }  # fmt: skip
@@ -216,20 +219,25 @@ def figures(usage: Usage, size: int) -> dict[str, float]:
 
 
 def examined(target: Path, source: Path, base: Path) -> dict[str, Any]:
-    """Whether the blocks' matrices hold 2:4 and are the source's but for zeros; how their masks differ from base's."""
+    """Whether the blocks' matrices hold 2:4 and are the source's but for zeros; how their masks differ from base's.
+
+    `same_blocks` come before the first one that differs: of equal methods that differ in rounding alone, a
+    bit or two of some block, and from there on more and more, for its outputs are what the next one measures.
+    """
     found, dense, ours = (Checkpoint(path).tensors for path in (target, source, base))
     two_of_four = faithful = True
-    different = total = 0
+    different, total = Counter(), 0
     matrices = [name for name, tensor in dense.items() if ".layers." in name and len(tensor.shape) == 2]
     for name in matrices:
         values, zero = values_of(found[name]), values_of(found[name]) == 0
         two_of_four &= bool((zero.reshape(-1, 4).sum(axis=1) >= 2).all())
         faithful &= bool((zero | (values == values_of(dense[name]))).all())
-        different += int((zero != (values_of(ours[name]) == 0)).sum())
+        different[int(name.split(".")[2])] += int((zero != (values_of(ours[name]) == 0)).sum())
         total += zero.size
     return {
         "dtype": found[matrices[0]].dtype, "two_of_four": two_of_four, "faithful": faithful,
-        "mask_bits_differing": different / total,
+        "mask_bits_differing": different.total() / total,
+        "same_blocks": next((block for block in sorted(different) if different[block]), len(different)),
     }  # fmt: skip
 
 
@@ -258,8 +266,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['checkpoint_mb']} MB; medians of {len(rows[BASE]['rounds'])} rounds",
         *(f"{who}: {', '.join(map(' '.join, found.items()))}" for who, found in result["versions"].items()),
         "",
-        "| | seconds | CPU seconds | anonymous MB | read | written | left behind | mask bits other than `block`'s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | seconds | CPU seconds | anonymous MB | read | written | left behind | mask bits that differ | same blocks |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(table_line(row, rows[BASE]) for row in rows.values()),
         "",
         *(
@@ -278,7 +286,7 @@ def table_line(row: dict[str, Any], base: dict[str, Any]) -> str:
     cells = [row["title"] + broken]
     for key, digits in (("seconds", 1), ("cpu_seconds", 1), ("anonymous_mb", 0)):
         cells.append(f"{row[key]:.{digits}f} ({row[key] / base[key]:.2f}x)")
-    cells += [f"{row['disk_read']:.2f}x", written, left, f"{row['mask_bits_differing']:.3%}"]
+    cells += [f"{row['disk_read']:.2f}x", written, left, f"{row['mask_bits_differing']:.3%}", str(row["same_blocks"])]
     return f"| {' | '.join(cells)} |"
 
 
