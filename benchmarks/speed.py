@@ -51,6 +51,7 @@ COMPARED = (
     ("llmc-disk-f32", BASE),
     ("llmc-memory-bf16", "block-bf16"),
     ("llmc-disk-bf16", "block-bf16"),
+    ("llmc-disk-bf16", "sequential-bf16"),
 )
 
 Command = Callable[[Path, Path, Path], list[str | Path]]  # source, tokens, target -> what is run
@@ -114,10 +115,15 @@ def programs(arguments: argparse.Namespace) -> list[Program]:
         return lambda source, tokens, target: [python, PEERS / script, source, tokens, target, *flags]
 
     found = [
-        Program(BASE, "ours, `block`", ours()),
-        Program("sequential", "ours, `sequential`", ours("--statistics", "sequential")),
-        Program("block-bf16", "ours, `block`, computed in bfloat16", ours("--dtype", "bfloat16")),
-        Program("whole-model", "whole model", peer(sys.executable, "whole_model.py")),
+        Program(BASE, "ours, `block`, float32", ours()),
+        Program("sequential", "ours, `sequential`, float32", ours("--statistics", "sequential")),
+        Program("block-bf16", "ours, `block`, bfloat16", ours("--dtype", "bfloat16")),
+        Program(
+            "sequential-bf16",
+            "ours, `sequential`, bfloat16",
+            ours("--statistics", "sequential", "--dtype", "bfloat16"),
+        ),
+        Program("whole-model", "whole model, float32", peer(sys.executable, "whole_model.py")),
     ]
     for place, flags in (("memory", []), ("disk", ["--disk"])) if arguments.peer else ():
         for short, dtype in (("bf16", "bfloat16"), ("f32", "float32")):
@@ -266,7 +272,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['checkpoint_mb']} MB; medians of {len(rows[BASE]['rounds'])} rounds",
         *(f"{who}: {', '.join(map(' '.join, found.items()))}" for who, found in result["versions"].items()),
         "",
-        "| | seconds | CPU seconds | anonymous MB | read | written | left behind | mask bits that differ | same blocks |",
+        "| | seconds | CPU seconds | anonymous MB | read | written | left behind | other mask bits | same blocks |",
         "|---|---|---|---|---|---|---|---|---|",
         *(table_line(row, rows[BASE]) for row in rows.values()),
         "",

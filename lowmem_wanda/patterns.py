@@ -76,10 +76,13 @@ class Ratio:
         """How `fused` prunes it: (None, zeros of each row); None where it does not."""
         return (None, int(columns * self.sparsity)) if self.group == "row" else None
 
-    def holds(self, zeros: torch.Tensor) -> torch.Tensor:
-        """Whether each row of (rows, columns) has its zeros; `zeros` is true where a weight is zero."""
-        count = int(zeros.shape[1] * self.sparsity) if self.group == "row" else 0
-        return (zeros.sum(dim=1) >= count).all()
+    def counts(self, zeros: torch.Tensor) -> torch.Tensor:
+        """How many of `zeros` (rows, columns) are true in each row."""
+        return zeros.sum(dim=1)
+
+    def least(self, columns: int) -> int:
+        """What `counts` are at least."""
+        return int(columns * self.sparsity) if self.group == "row" else 0
 
     def at_least(self, weights: int) -> int:
         """How many zeros a whole matrix has at least."""
@@ -118,9 +121,17 @@ class NM:
         """How `fused` prunes it: (size of a group, zeros in it)."""
         return self.of, self.of - self.kept
 
-    def holds(self, zeros: torch.Tensor) -> torch.Tensor:
-        """Whether each group of (rows, columns) has its zeros; `zeros` is true where a weight is zero."""
-        return (zeros.reshape(-1, self.of).sum(dim=1) >= self.of - self.kept).all()
+    def counts(self, zeros: torch.Tensor) -> torch.Tensor:
+        """How many of `zeros` (rows, columns) are true in each group."""
+        groups = zeros.reshape(-1, self.of).view(torch.uint8)  # (groups, of)
+        counts = groups[:, 0].clone()
+        for place in range(1, self.of):  # a sum over so few costs 4 times as much
+            counts += groups[:, place]
+        return counts
+
+    def least(self, columns: int) -> int:
+        """What `counts` are at least."""
+        return self.of - self.kept
 
     def at_least(self, weights: int) -> int:
         """How many zeros a whole matrix has at least."""
@@ -208,13 +219,13 @@ def _in_chunks(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.Te
 
 def survey(weight: torch.Tensor, pattern: Pattern) -> tuple[int, bool]:
     """How many of the weights (rows, columns) are zero, and whether they hold the pattern."""
-    rows, columns = weight.shape
     zeros = torch.zeros((), dtype=torch.int64, device=weight.device)
     holds = torch.ones((), dtype=torch.bool, device=weight.device)
-    for part in row_chunks(rows, columns, pattern.chunk or (CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK)):
+    for part in row_chunks(*weight.shape, pattern.chunk or (CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK)):
         mask = weight[part] == 0
-        zeros += mask.sum()
-        holds &= pattern.holds(mask)
+        counts = pattern.counts(mask)
+        zeros += counts.sum(dtype=torch.int64)
+        holds &= (counts >= pattern.least(weight.shape[1])).all()
     return int(zeros), bool(holds) and int(zeros) >= pattern.at_least(weight.numel())
 
 

@@ -4,6 +4,8 @@ import torch
 
 from lowmem_wanda.errors import NumberError
 
+PIECE = 256  # tokens whose squares are added up in float32 on a CPU
+
 
 class SquaredNorm:
     """Sum of squares per input channel, and how many tokens it is the sum of.
@@ -13,7 +15,7 @@ class SquaredNorm:
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        # each batch's norm is a float32, their squares are added in float64 (MPS has none)
+        # sums of float32 over some tokens are added up in float64 (MPS has none)
         precision = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(columns, dtype=precision, device=device)
         self.tokens = 0
@@ -21,8 +23,12 @@ class SquaredNorm:
     def add(self, inputs: torch.Tensor) -> None:
         """Adds inputs (..., columns) of any float dtype."""
         inputs = inputs.reshape(-1, inputs.shape[-1])
-        self.sums += torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).to(self.sums.dtype).square_()
         self.tokens += len(inputs)
+        if inputs.is_cpu:  # a norm down the columns takes 10 times as long as squares and their sum
+            for piece in inputs.split(PIECE):
+                self.sums += piece.to(torch.float32).square().sum(dim=0)
+        else:
+            self.sums += torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).to(self.sums.dtype).square_()
 
     def norms(self) -> torch.Tensor:
         """||X_j||_2 per input channel, float32 (columns,). Raises NumberError if one is NaN or infinite."""

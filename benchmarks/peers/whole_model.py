@@ -1,9 +1,9 @@
 """Wanda 2:4 of a whole Llama in memory, plainly: `python whole_model.py SOURCE TOKENS.npy TARGET`.
 
 The yardstick of speed.py: what the paper's code (locuslab/wanda, `prune_wanda`) does, in float32 and without
-our package. Each block is run twice, dense to measure and pruned to carry the hidden states on; its
-statistic is the running mean over sequences. The mask is a stable sort of all groups at once, where the
-paper's code takes a top-k of each four columns in a Python loop.
+our package. Each block is run twice, one sequence at a time, dense to measure and pruned to carry the hidden
+states on; its statistic is the running mean over sequences. The mask is a stable sort of all groups at once,
+where the paper's code takes a top-k of each four columns in a Python loop.
 """
 
 import sys
@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-
-TOKENS_AT_ONCE = 2048  # of a micro-batch, as ours
 
 
 class MeanSquare:
@@ -53,12 +51,12 @@ def measuring(block: nn.Module) -> Iterator[dict[nn.Linear, MeanSquare]]:
 @torch.no_grad()
 def prune(model: nn.Module, tokens: torch.Tensor) -> None:
     """Prunes all blocks in order, on tokens (sequences, length)."""
-    decoder, batch = model.model, max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    decoder = model.model
     hidden = decoder.embed_tokens(tokens)
     rotary = decoder.rotary_emb(hidden, torch.arange(tokens.shape[1])[None])
 
     def run(block: nn.Module) -> list[torch.Tensor]:
-        return [block(part, position_embeddings=rotary) for part in hidden.split(batch)]  # no mask: causal
+        return [block(part, position_embeddings=rotary) for part in hidden.split(1)]  # without a mask: causal
 
     for block in decoder.layers:
         with measuring(block) as found:

@@ -1,0 +1,32 @@
+"""The benchmarks run, at a size that says nothing, and their files say what they should."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run(tmp_path, name, *flags):
+    out = tmp_path / "results.json"
+    subprocess.run([sys.executable, BENCHMARKS / name, *flags, "--out", out], check=True, capture_output=True)
+    return json.loads(out.read_bytes())
+
+
+def test_gpu_70b_in_its_smoke_size(tmp_path):
+    result = run(tmp_path, "gpu_70b.py", "--shape", "smoke", "--device", "cpu", "--sequences", "4", "--length", "32")
+    (row,) = result["runs"]
+    assert row["passes"] == pytest.approx(1.744, abs=1e-3) and row["all_blocks_minutes"] > 0
+    assert row["parts_per_block"].keys() == {"read", "upload", "measure", "prune", "onward", "download", "write"}
+    assert row["rates"].keys() >= {"product", "copy GB/s", "score GB/s", "2:4 GB/s", "50% GB/s"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_overlap_in_a_small_size(tmp_path):
+    flags = ("--width", "128", "--blocks", "3", "--length", "32", "--rounds", "1")
+    result = run(tmp_path, "overlap.py", *flags)
+    assert result["rows"].keys() == {"1 pread", "3 pread", "1 mmap", "3 mmap"}
+    assert result["serial_over_overlapped"].keys() == {"pread", "mmap"}
