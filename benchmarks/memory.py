@@ -33,17 +33,24 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument(
+        "--max-ram", nargs="*", default=["380MB"], help="budgets that the deepest is pruned within, too"
+    )
     parser.add_argument("--no-workspace", action="store_true", help="leave out the large matrix")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/memory.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(Path(folder), blocks, arguments) for blocks in arguments.blocks]
+        cases = [(blocks, "") for blocks in arguments.blocks]
+        cases += [(arguments.blocks[-1], budget) for budget in arguments.max_ram]
+        rows = [measure(Path(folder), *case, arguments) for case in cases]
     result = {"machine": machine(), "commit": commit(), "command": " ".join(sys.argv), "rows": rows}
-    print("| blocks | checkpoint MB | anonymous MB | mapped MB | predicted MB | seconds |\n|---|---|---|---|---|---|")
+    print("| blocks | budget | checkpoint MB | anonymous MB | mapped MB | predicted MB | seconds |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
-    growth = rows[-1]["anonymous_mb"] / rows[0]["anonymous_mb"]
-    print(f"\n{rows[-1]['blocks']} blocks hold {growth:.3f} times the anonymous memory of {rows[0]['blocks']}")
+    deepest = rows[len(arguments.blocks) - 1]
+    growth = deepest["anonymous_mb"] / rows[0]["anonymous_mb"]
+    print(f"\n{deepest['blocks']} blocks hold {growth:.3f} times the anonymous memory of {rows[0]['blocks']}")
     if not arguments.no_workspace:
         result["workspace_mb"] = workspace()
         print("workspace of masking 28672 x 8192 bfloat16, MB:", result["workspace_mb"])
@@ -51,12 +58,13 @@ def main() -> None:
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(folder: Path, blocks: int, arguments: argparse.Namespace) -> dict[str, float]:
+def measure(folder: Path, blocks: int, budget: str, arguments: argparse.Namespace) -> dict[str, float | str]:
     """Peaks of one pruning, as the kernel counts them from outside; the checkpoint is removed again."""
     source = llama(folder / f"{blocks}", arguments.width, blocks)
     tokens = random_tokens(folder / "tokens.npy", arguments.sequences, arguments.length)
     command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json",
                "--text", str(tokens), "--sequences", str(arguments.sequences)]  # fmt: skip
+    command += ["--max-ram", budget] if budget else []
     output = folder / "report.json"  # a pipe would fill up
     with output.open("wb") as file:
         usage = follow(command, 0.002, stdout=file, stderr=subprocess.DEVNULL)
@@ -65,6 +73,7 @@ def measure(folder: Path, blocks: int, arguments: argparse.Namespace) -> dict[st
     subprocess.run(["rm", "-r", str(source), str(folder / "out")], check=True)
     return {
         "blocks": blocks,
+        "max_ram": budget,
         "checkpoint_mb": round(size / 1e6),
         "anonymous_mb": round(usage.anonymous / 1e6, 1),
         "mapped_mb": round(usage.mapped / 1e6, 1),

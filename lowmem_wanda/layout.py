@@ -18,7 +18,7 @@ from lowmem_wanda.reading import PIECE
 from lowmem_wanda.task import Task
 from lowmem_wanda.tensors import DTYPES, laid_bytes, wanted
 
-CPU_TOKENS, DEVICE_TOKENS = 512, 2048  # of a micro-batch: beyond these the products hardly gain
+CPU_TOKENS, DEVICE_TOKENS = 256, 2048  # of a micro-batch: beyond these the products hardly gain
 LATE = 12 << 20  # what torch and transformers take on the host with their first products
 SPARE = 0.95  # of what is free may be planned with, where the user names no limit
 
@@ -128,8 +128,8 @@ class Sizes:
         return batch * (3 * self.inner + 4 * self.state)
 
     def waiting(self, batch: int) -> int:
-        """Of a micro-batch that waits for a linear: its input, and what the block adds to it."""
-        return batch * (self.inner + 3 * self.state)
+        """Of a micro-batch that waits for a linear: its input, that of its layer, and what the block adds to it."""
+        return batch * (self.inner + 2 * self.state)
 
     def need(self, layout: Layout, base: int) -> Need:
         """What a layout needs beside the `base` bytes that this process holds already."""

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -34,10 +35,21 @@ def return_large_blocks() -> None:
     """Has glibc map every block of 1 MiB and more by itself, so that its pages go back when it is freed.
 
     glibc moves that limit to 32 MiB as large blocks are freed, and keeps the holes between them after
-    that: 490 to 720 MB at most for the same work that needs 440 so (width 1024, float32).
+    that: 557 MB at most for the same work that needs 395 so (width 1024, float32). It costs a seventh of the
+    CPU time there, in page faults, and less the wider the model is.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+    if mallopt := _c_library("mallopt"):
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; another C library ignores it or has no such function
+
+
+def return_freed() -> None:
+    """Gives the holes between smaller blocks back, too: they add up to 0.6 MB for each decoder block."""
+    if malloc_trim := _c_library("malloc_trim"):
+        malloc_trim(0)
+
+
+def _c_library(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lowmem_wanda.decoder import Block, Decoder, micro_batches
+from lowmem_wanda.memory import return_freed
 from lowmem_wanda.reading import Tensor
 from lowmem_wanda.ring import Ring, Write
 
@@ -25,6 +26,7 @@ def walk(
         write = step(block, hidden)
         decoder.release(block)
         ring.give_back(slot, write)
+        return_freed()
     ring.settle()
 
 
