@@ -46,7 +46,7 @@ def task(path, **limits):
 
 def test_the_fastest_comes_first_and_the_smallest_last(wide, still):
     ordered = list(layouts(task(wide), None))
-    assert (ordered[0].states, ordered[0].slots, ordered[0].batch) == ("device", 3, 8)
+    assert (ordered[0].states, ordered[0].slots, ordered[0].batch) == ("device", 3, 4)
     assert (ordered[-1].states, ordered[-1].slots, ordered[-1].batch) == ("file", 1, 1)
     assert len(set(ordered)) == len(ordered)
 
@@ -71,9 +71,9 @@ def test_a_smaller_budget_is_kept_by_a_smaller_layout(wide, still):
 
 def test_what_waits_is_what_still_fits(wide, still):
     held, need = choose(task(wide, statistics="sequential"))
-    assert held.held == 16 and choose(task(wide))[0].held == 0
+    assert held.held == 32 and choose(task(wide))[0].held == 0
     fewer, less = choose(task(wide, statistics="sequential", max_ram=need.host - MB))
-    assert 0 < fewer.held < 16 and less.host <= need.host - MB
+    assert 0 < fewer.held < 32 and less.host <= need.host - MB
 
 
 def test_a_budget_is_refused_before_any_work(wide, tmp_path, capsys):

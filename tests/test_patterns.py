@@ -6,7 +6,8 @@ import torch
 
 from lowmem_wanda import patterns
 from lowmem_wanda.errors import NumberError, PatternError
-from lowmem_wanda.patterns import NM, Ratio, kth_smallest, lowest_of_groups, parse, prune_lowest, survey
+from lowmem_wanda.lowest import kth_smallest, lowest_of_groups
+from lowmem_wanda.patterns import NM, Ratio, parse, prune_lowest, survey
 
 
 def slow_lowest(score, count):
