@@ -3,11 +3,12 @@
 import errno
 import os
 import stat
+import sys
 
 import pytest
 from safetensors import safe_open
 
-from lowmem_wanda import writer
+from lowmem_wanda import system, writer
 from lowmem_wanda.checkpoint import read_header
 from lowmem_wanda.errors import OutputError
 from lowmem_wanda.reading import Tensor
@@ -82,3 +83,53 @@ def test_small_files_are_never_weights_or_code(tmp_path):
     (tmp_path / "additional_chat_templates" / "tool.jinja").write_text("x")
     assert [str(path) for path in small_files(tmp_path)] == sorted(["additional_chat_templates/tool.jinja", *kept])
     assert "a.py" in [path.name for path in small_files(tmp_path, code=True)]
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_tensor_is_copied_from_its_own_file(tmp_path, monkeypatch, kernel):
+    content = bytes(range(256)) * 64
+    (tmp_path / "source").write_bytes(b"head" + content)
+    tensor = Tensor("a", tmp_path / "source", "U8", (len(content),), 4, len(content))
+    calls = []
+    copy = system.copy_range
+    monkeypatch.setattr(writer, "copy_range", lambda *args: calls.append(copy(*args) if kernel else 0) or calls[-1])
+    shard = write_shard(tmp_path / "s.safetensors", [(tensor, None)])
+    assert (tmp_path / "s.safetensors").read_bytes().endswith(content)
+    assert shard.sha256 == sha256_of(tmp_path / "s.safetensors") and len(calls) == 1
+
+
+def test_what_is_written_is_sent_to_the_disk_in_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "PIECE", 4096)
+    sent, ended = [], []
+    monkeypatch.setattr(writer, "start_writeback", lambda handle, start, nbytes: sent.append((start, nbytes)))
+    monkeypatch.setattr(writer, "end_writeback", lambda handle, start, nbytes: ended.append(start))
+    content = os.urandom(5 * 4096 + 7)
+    write_bytes(tmp_path / "file", content)
+    assert (tmp_path / "file").read_bytes() == content
+    assert sent == [(4096 * number, 4096) for number in range(5)] and ended == [0, 4096, 8192]
+
+
+def test_a_shard_that_is_not_as_long_as_its_header_is_not_there(tmp_path):
+    with pytest.raises(OutputError, match="were written where its header promises"):
+        write_shard(tmp_path / "s.safetensors", [(Tensor("b", tmp_path, "BF16", (3,), 0, 6), [b"\1\2"])])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_space_is_taken_before_the_first_byte(tmp_path, monkeypatch):
+    def full(handle, nbytes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "preallocate", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_shard(tmp_path / "s.safetensors", tensors(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what other systems lack does nothing")
+def test_what_linux_does_with_files(tmp_path):
+    with open(tmp_path / "file", "wb") as file:
+        system.preallocate(file.fileno(), 1 << 20)
+        assert os.fstat(file.fileno()).st_size == 1 << 20
+        system.start_writeback(file.fileno(), 0, 4096)
+        system.end_writeback(file.fileno(), 0, 4096)
+        system.forget(file.fileno())
