@@ -12,7 +12,7 @@ class Clock:
     """Time on one device's stream of work; on a GPU it is read from events, so that nothing waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._name = ""
         self._marks: list[tuple[str, Any]] = []
 
@@ -43,5 +43,5 @@ class Clock:
         now: Any = time.perf_counter()
         if self._cuda:
             now = torch.cuda.Event(enable_timing=True)
-            now.record()
+            now.record(torch.cuda.current_stream(self._device))
         self._marks.append((name, now))

@@ -20,7 +20,7 @@ from lowmem_wanda.tensors import DTYPES, Buffer, read_cast
 from lowmem_wanda.trace import UNSEEN, Trace, trace
 
 Compared = dict[tuple[int, int], tuple[bool, torch.Tensor]]
-Allocate = Callable[[tuple[int, ...]], torch.Tensor]
+Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 class Stop(Exception):
@@ -89,12 +89,12 @@ class Decoder:
     def embed(self, tokens: np.ndarray, batch: int, allocate: Allocate | None = None) -> torch.Tensor:
         """Hidden states before the first block, for token ids (sequences, length), `batch` sequences at a time.
 
-        They lie where `allocate` (shape -> tensor) makes them, or on the device. Notes what each block will be
+        They lie where `allocate` (shape, dtype -> tensor) makes them, or on the device. Notes what each block will be
         called with. Raises ModelError where that depends on the tokens.
         """
         first = self._run(tokens[:batch])
         shape = (len(tokens), *first.shape[1:])
-        hidden = allocate(shape) if allocate else first.new_empty(shape)
+        hidden = allocate(shape, first.dtype) if allocate else first.new_empty(shape)
         hidden[:batch] = first
         for start in range(batch, len(tokens), batch):
             hidden[start : start + batch] = self._run(tokens[start : start + batch])

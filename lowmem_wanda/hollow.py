@@ -96,6 +96,13 @@ class Hollow:
         values = (getattr(config, name, None) for name in names)
         return next((value for value in values if isinstance(value, int) and value > 0), None)
 
+    @property
+    def attention_heads(self) -> int:
+        """How many heads' scores (length, length) are held at once; 0 where the attention computes in pieces."""
+        config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
+        eager = getattr(config, "_attn_implementation", None) == "eager"
+        return int(getattr(config, "num_attention_heads", 0) or 0) if eager else 0
+
     def outside(self) -> dict[str, str]:
         """{parameter or buffer: file tensor} of all that lies in no block."""
         return {name: tensor for name, tensor in self.names.items() if not name.startswith(f"{self.path}.")}

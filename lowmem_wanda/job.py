@@ -37,11 +37,6 @@ class Job:
         if self.resumed:
             self._compare(begun(path), arguments)
 
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to do: config.json is the last file to be written."""
-        return (self.path / CONFIG).exists()
-
     def begin(self, needed: int, shards: Collection[str]) -> None:
         """Writes job.json, or finds which of `shards` are done. Raises OutputError where `needed` bytes do not fit."""
         self._take_up(shards)
@@ -88,6 +83,11 @@ class Job:
 def begun(path: Path) -> dict[str, Any]:
     """The arguments of the job in a directory, none where there is no job. Raises OutputError."""
     return _ours(path / JOB) if (path / JOB).exists() else {}
+
+
+def finished(path: Path) -> bool:
+    """Whether nothing is left to do in a job's directory: config.json is the last file to be written."""
+    return (path / JOB).exists() and (path / CONFIG).exists()
 
 
 def refuse(path: str | Path, source: str | Path) -> None:

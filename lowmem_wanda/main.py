@@ -90,7 +90,7 @@ def add_task_flags(command: argparse.ArgumentParser) -> None:
     add("--length", type=positive, default=2048, metavar="N", help="tokens of each, capped by the model; 2048")
     add("--seed", type=int, default=0, help="of the calibration sample; 0")
     add("--batch", type=positive, metavar="N", help="sequences computed at a time; as many as make "
-        "512 tokens, on a GPU 2048, or fewer where memory is short")  # fmt: skip
+        "256 tokens, on a GPU 2048, or fewer where memory is short")  # fmt: skip
     add("--statistics", default="block", choices=("block", "dense", "sequential"),
         help="what linears are measured on: the dense block, pruned inputs (block, as the paper's code); dense inputs "
         "(dense); the linears before them pruned, too (sequential, the fewest computations); block")  # fmt: skip
@@ -137,11 +137,11 @@ def run_prune(arguments: argparse.Namespace) -> int:
     )
 
     from lowmem_wanda.job import refuse
-    from lowmem_wanda.memory import return_large_blocks
+    from lowmem_wanda.memory import map_blocks_from
     from lowmem_wanda.prune import prune
     from lowmem_wanda.screen import block_line, closing
 
-    return_large_blocks()
+    map_blocks_from(1 << 20)
     refuse(arguments.target, arguments.source)
     stderr = Console(stderr=True)
     task = prepared(arguments)

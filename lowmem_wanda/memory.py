@@ -1,14 +1,14 @@
 """The most memory that this process has held, sampled, and how it is kept low."""
 
-import ctypes
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import torch
+
+from lowmem_wanda.system import library
 
 
 def anonymous() -> int:
@@ -21,35 +21,36 @@ def free_memory(device: torch.device) -> int:
     """Bytes that could be taken now, on the GPU or of the host."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # a container's limit ("max": none)
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
 
 
 def limit_vram(device: torch.device, most: int | None) -> None:
-    """Has torch raise OutOfMemoryError where its tensors would take more of a GPU than so many bytes."""
+    """Has torch raise OutOfMemoryError where it would reserve more of a GPU for tensors than so many bytes."""
     if most is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
 
 
-def return_large_blocks() -> None:
-    """Has glibc map every block of 1 MiB and more by itself, so that its pages go back when it is freed.
+def map_blocks_from(nbytes: int) -> None:
+    """Has glibc map every block of at least so many bytes by itself, so that its pages go back when it is freed.
 
-    glibc moves that limit to 32 MiB as large blocks are freed, and keeps the holes between them after
-    that: 557 MB at most for the same work that needs 395 so (width 1024, float32). It costs a seventh of the
-    CPU time there, in page faults, and less the wider the model is.
+    glibc moves that limit to 32 MiB as large blocks are freed, and keeps the holes between them after that:
+    557 MB at most for work that needs 380 (width 1024, float32). 1 MiB keeps imports and preparations small.
+    While blocks are computed it costs a tenth of the CPU time, in page faults, where 32 MiB and
+    `return_freed` after each block hold 2 % more.
     """
-    if mallopt := _c_library("mallopt"):
-        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; another C library ignores it or has no such function
+    if mallopt := library("mallopt"):
+        mallopt(-3, nbytes)  # M_MMAP_THRESHOLD; another C library ignores it or has no such function
 
 
 def return_freed() -> None:
-    """Gives the holes between smaller blocks back, too: they add up to 0.6 MB for each decoder block."""
-    if malloc_trim := _c_library("malloc_trim"):
+    """Gives the holes between blocks that are not mapped back; they added up to 0.6 MB for each decoder block."""
+    if malloc_trim := library("malloc_trim"):
         malloc_trim(0)
-
-
-def _c_library(name: str) -> Any:
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 @contextmanager
@@ -60,10 +61,14 @@ def host_memory(nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
     """
     memory = torch.empty(nbytes, dtype=torch.uint8)
     locked = device.type == "cuda" and int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)) == 0
+    if device.type == "cuda" and not locked:
+        with suppress(RuntimeError):  # the failure would else be told by the next kernel
+            torch.ones(1, device=device)
     try:
         yield memory
     finally:
         if locked:
+            torch.cuda.synchronize(device)  # copies may be under way
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 

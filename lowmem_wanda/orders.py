@@ -20,8 +20,6 @@ from lowmem_wanda.decoder import Block, Stop, micro_batches
 from lowmem_wanda.errors import LowmemError
 from lowmem_wanda.walk import advance, carry
 
-ORDERS = ("block", "dense", "sequential")
-
 Prune = Callable[[str, Any], None]  # path of a linear, the statistic of its inputs
 Arrived = Callable[[str, torch.Tensor], None]  # path of a linear, its inputs
 
@@ -47,7 +45,7 @@ class Measuring:
         self.passes = 0.0
 
     def run(self, order: str, onward: bool, held: int) -> None:
-        """Measures and prunes in one of ORDERS and, if `onward`, replaces the hidden states by the block's output.
+        """Measures and prunes in one of the orders and, if `onward`, replaces the hidden states by the block's output.
 
         In the sequential order at most `held` micro-batches wait with their activations; the others are run
         again from the block's start. How many changes time and memory, and no bit of the result.

@@ -201,7 +201,7 @@ def _in_chunks(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.Te
     """Rows in chunks; gives whether all scores are finite ()."""
     rows, columns = weight.shape
     bits = weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-    chunk = pattern.chunk or (CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK)
+    chunk = chunk_of(weight, pattern)
     highest = torch.zeros((), device=weight.device)
 
     def noted(part: slice) -> torch.Tensor:
@@ -223,12 +223,17 @@ def survey(weight: torch.Tensor, pattern: Pattern) -> tuple[int, bool]:
     rows, columns = weight.shape
     zeros = torch.zeros((), dtype=torch.int64, device=weight.device)
     holds = torch.ones((), dtype=torch.bool, device=weight.device)
-    for part in row_chunks(rows, columns, pattern.chunk or (CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK)):
+    for part in row_chunks(rows, columns, chunk_of(weight, pattern)):
         mask = weight[part] == 0
         counts = pattern.counts(mask)
         zeros += counts.sum(dtype=torch.int64)
         holds &= (counts >= pattern.least(weight.shape[1])).all()
     return int(zeros), bool(holds) and int(zeros) >= pattern.at_least(weight.numel())
+
+
+def chunk_of(weight: torch.Tensor, pattern: Pattern) -> int:
+    """How many weights are scored at a time."""
+    return pattern.chunk or (CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK)
 
 
 def row_chunks(rows: int, columns: int, chunk: int) -> list[slice]:

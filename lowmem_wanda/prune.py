@@ -14,9 +14,9 @@ from lowmem_wanda.checkpoint import CONFIG, INDEX, read_header, read_json
 from lowmem_wanda.clock import Clock
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import CheckpointError, ModelError, NumberError, OutputError
-from lowmem_wanda.job import REPORT, Job, begun, check_disk, refuse, working
+from lowmem_wanda.job import REPORT, Job, begun, check_disk, finished, refuse, working
 from lowmem_wanda.layout import Layout
-from lowmem_wanda.memory import Peak, anonymous, limit_vram
+from lowmem_wanda.memory import Peak, anonymous, limit_vram, map_blocks_from
 from lowmem_wanda.orders import Measuring
 from lowmem_wanda.patterns import survey
 from lowmem_wanda.plan import predict
@@ -25,7 +25,7 @@ from lowmem_wanda.report import build
 from lowmem_wanda.ring import Ring, Slot, Write
 from lowmem_wanda.states import hidden_states
 from lowmem_wanda.task import Task
-from lowmem_wanda.tensors import laid_bytes, raw, wanted
+from lowmem_wanda.tensors import raw
 from lowmem_wanda.walk import advance, walk
 from lowmem_wanda.writer import differing, sha256_of, write_bytes, write_json, write_shard
 
@@ -43,16 +43,17 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
     """
     target = Path(target)
     refuse(target, task.checkpoint.path)
-    before = begun(target).get("--batch") if task.batch is None else None
-    plan = predict(task, before if isinstance(before, int) else None)
-    arguments = task.arguments(plan.layout.batch)
+    before = begun(target).get("--batch") if task.batch is None else task.batch
+    before = before if isinstance(before, int) else None
+    if finished(target):
+        with working(target):
+            return _verified(task, Job(target, task.arguments(before or 0)))
+    plan = predict(task, before)
     if not target.exists():
         check_disk(target, plan.disk)
     limit_vram(task.device, task.limits.max_vram)
     with torch.no_grad(), working(target), Peak(task.device) as peak:
-        job = Job(target, arguments)
-        if job.complete:
-            return _verified(task, job)
+        job = Job(target, task.arguments(plan.layout.batch))
         job.begin(plan.disk, shard_names(len(task.selected)))
         run = _Run(task, job, notify, plan.layout)
         run.do()
@@ -90,8 +91,8 @@ class _Run:
     def do(self) -> None:
         """All shards."""
         start, layout, device = time.perf_counter(), self.layout, self.task.device
-        largest = max(laid_bytes(wanted(self.task.block_tensors(index))) for index in range(len(self.shards)))
-        with Ring(device, largest, layout.slots, layout.arriving, self.task.limits.reading) as ring:
+        map_blocks_from(layout.mapped)
+        with Ring(device, self.task.block_bytes, layout.slots, layout.arriving, self.task.limits.reading) as ring:
             if self.rest not in self.job.finished:
                 ring.behind(self.write_rest)
             if self.open:
@@ -118,8 +119,8 @@ class _Run:
             return
         with ExitStack() as stack:
 
-            def allocate(shape: tuple[int, ...]) -> torch.Tensor:
-                place = (self.layout.states, shape, task.dtype, task.device, self.job.path)
+            def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+                place = (self.layout.states, shape, dtype, task.device, self.job.path)
                 return stack.enter_context(hidden_states(*place))
 
             clock = Clock(task.device)

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -45,15 +45,14 @@ class Tensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def pieces(self, size: int = PIECE) -> Iterator[bytes]:
+    def pieces(self, size: int = PIECE) -> Iterator[bytearray]:
         """The tensor's bytes, `size` (16 MiB) at a time. Raises CheckpointError where the file has changed."""
         with opened(self.file) as file:
             file.seek(self.offset)
             left = self.nbytes
             while left:
-                piece = file.read(min(left, size))
-                if len(piece) < min(left, size):
-                    raise changed(self)
+                piece = bytearray(min(left, size))
+                _fill(file, self, memoryview(piece))
                 left -= len(piece)
                 yield piece
             self.check(file)
@@ -84,13 +83,18 @@ def read(wanted: Sequence[tuple[Tensor, np.ndarray]], way: str = "pread", drop: 
 
 
 def _read_at(file: BinaryIO, tensor: Tensor, out: np.ndarray) -> None:
-    done = 0
-    while done < tensor.nbytes:
-        file.seek(tensor.offset + done)
-        count = file.readinto(out[done : done + PIECE].data)  # type: ignore[attr-defined]
+    file.seek(tensor.offset)
+    for start in range(0, tensor.nbytes, PIECE):
+        _fill(file, tensor, out[start : start + PIECE].data)
+
+
+def _fill(file: BinaryIO, tensor: Tensor, out: memoryview) -> None:
+    """Reads on until `out` is full: a read may give less than was asked for."""
+    while out:
+        count = file.readinto(out)  # type: ignore[attr-defined]
         if not count:
             raise changed(tensor)
-        done += count
+        out = out[count:]
 
 
 def _mapped(file: BinaryIO, tensor: Tensor, out: np.ndarray) -> None:
@@ -111,7 +115,8 @@ def stamp(file: BinaryIO) -> tuple[int, int]:
 def advise(file: BinaryIO, offset: int, nbytes: int, how: str) -> None:
     """Tells the system how a range (0 bytes: to the end) is used, where it listens (POSIX_FADV_...)."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), offset, nbytes, getattr(os, f"POSIX_FADV_{how}"))
+        with suppress(OSError):  # it is only advice
+            os.posix_fadvise(file.fileno(), offset, nbytes, getattr(os, f"POSIX_FADV_{how}"))
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Ring:
     def __init__(self, device: torch.device, nbytes: int, hosts: int = 3, devices: int = 2, way: str = "pread"):
         self.spent: dict[str, float] = {}
         self.device, self.nbytes, self.way = device, nbytes, way
-        self._kind: dict[str, Any] = {"dtype": torch.uint8, "device": device}
+        self._cuda, self._beside = device.type == "cuda", device.type != "cpu"
         self._hosts: SimpleQueue[Any] = SimpleQueue()
         self._devices: SimpleQueue[Any] = SimpleQueue()
         for queue, count in ((self._hosts, hosts), (self._devices, devices)):
@@ -56,7 +56,7 @@ class Ring:
         self._memory = ExitStack()
         self._reader, self._writer = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "writer")
         self._writing: Future[None] | None = None
-        self._streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2)]
+        self._streams: list[Any] = [torch.cuda.Stream(device) if self._cuda else None for _ in range(2)]
 
     def __enter__(self) -> "Ring":
         return self
@@ -65,9 +65,13 @@ class Ring:
         """Lets a write that has begun come to its end, and wakes a reader that waits for a buffer."""
         for queue in (self._hosts, self._devices):
             queue.put(CancelledError)
-        self._reader.shutdown(cancel_futures=True)
-        self._writer.shutdown()
-        self._memory.close()
+        try:
+            self._reader.shutdown(cancel_futures=True)
+        finally:
+            try:
+                self._writer.shutdown()
+            finally:
+                self._memory.close()
 
     def arrivals(self, blocks: Iterable[Sequence[Tensor]]) -> Iterator[Slot]:
         """The blocks one after the other; the next is read meanwhile, as soon as a buffer is free for it."""
@@ -75,10 +79,10 @@ class Ring:
         for tensors in blocks:
             following = self._reader.submit(self._fetch, tensors)
             if coming is not None:
-                yield coming.result()
+                yield self._arrived(coming.result())
             coming = following
         if coming is not None:
-            yield coming.result()
+            yield self._arrived(coming.result())
 
     def behind(self, work: Callable[[], None]) -> None:
         """Has the writing thread do this next, once what it did before is done; raises what that raised."""
@@ -87,7 +91,9 @@ class Ring:
 
     def give_back(self, slot: Slot, write: Write | None) -> None:
         """Has a block written, or forgets it; raises what the work before raised."""
-        computed = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        computed = torch.cuda.current_stream(self.device).record_event() if self._cuda else None
+        if self._beside and not self._cuda:
+            self._download(slot, write is not None, None)
         self.behind(lambda: self._store(slot, write, computed))
 
     def settle(self) -> None:
@@ -102,27 +108,44 @@ class Ring:
         with slot.clocked("read"):
             slot.stored = lay(wanted(tensors), slot.host)
             read([(tensor, raw(slot.stored[tensor.name])) for tensor in tensors], self.way, drop=True)
-        if self.device.type != "cpu":
-            slot.device = self._take(self._devices, partial(torch.empty, self.nbytes, **self._kind))
-            with slot.clocked("upload"):
-                self._copy(slot.device, slot.host, laid_bytes(wanted(tensors)), self._streams[0])
-            slot.stored = lay(wanted(tensors), slot.device)
+        if self._cuda:
+            self._upload(slot)
         return slot
+
+    def _arrived(self, slot: Slot) -> Slot:
+        """The block where it is computed with; Metal crashes where two threads use it, so there this one copies."""
+        if self._beside and not self._cuda:
+            self._upload(slot)
+        return slot
+
+    def _upload(self, slot: Slot) -> None:
+        slot.device = self._take(self._devices, self._make_on_device)
+        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in slot.stored.items()}
+        with slot.clocked("upload"):
+            self._copy(slot.device, slot.host, laid_bytes(kinds), self._streams[0])
+        slot.stored = lay(kinds, slot.device)
+
+    def _make_on_device(self) -> torch.Tensor:
+        memory = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+        if self._cuda:  # what was freed to make it may still be in use by work that waits on the computing stream
+            self._streams[0].wait_stream(torch.cuda.current_stream(self.device))
+        return memory
 
     def _store(self, slot: Slot, write: Write | None, computed: Any) -> None:
         try:
-            if computed is not None:
-                computed.synchronize()
-            if slot.device is not slot.host:
-                self._download(slot, back=write is not None)
+            if self._cuda:
+                self._download(slot, write is not None, computed)
             if write is not None:
                 write(slot)
         finally:
             self._hosts.put(slot.host)
 
-    def _download(self, slot: Slot, back: bool) -> None:
+    def _download(self, slot: Slot, back: bool, computed: Any) -> None:
+        """Copies a block back to the host, if it is to be written, and frees its place on the GPU."""
         kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in slot.stored.items()}
         try:
+            if computed is not None:
+                computed.synchronize()
             if back:
                 with slot.clocked("download"):
                     self._copy(slot.host, slot.device, laid_bytes(kinds), self._streams[1])
@@ -133,9 +156,11 @@ class Ring:
     @staticmethod
     def _copy(target: torch.Tensor, source: torch.Tensor, nbytes: int, stream: Any) -> None:
         """Copies and waits for it; on a CUDA stream of its own, beside the computing."""
-        with torch.cuda.stream(stream):  # of None: nothing
-            target[:nbytes].copy_(source[:nbytes], non_blocking=stream is not None)
-            if stream is not None:
+        if stream is None:
+            target[:nbytes].copy_(source[:nbytes])
+        else:
+            with torch.cuda.stream(stream):
+                target[:nbytes].copy_(source[:nbytes], non_blocking=True)
                 stream.synchronize()
 
     @staticmethod

@@ -11,14 +11,13 @@ from lowmem_wanda.memory import host_memory
 from lowmem_wanda.system import preallocate
 from lowmem_wanda.writer import PARTIAL, explained
 
-PLACES = ("device", "host", "file")
-
 
 @contextmanager
 def hidden_states(
     place: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path
 ) -> Iterator[torch.Tensor]:
-    """Uninitialised hidden states in one of PLACES. Raises OutputError where the disk is too full for the file.
+    """Uninitialised hidden states on the "device", the "host" or in a "file". Raises OutputError where the disk is
+    too full for the file.
 
     The file has no name in `folder` while it is used, so that nothing is left of it after a kill.
     """

@@ -12,7 +12,7 @@ NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPE
 
 
 @lru_cache
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
     """A function of the C library, or None; it lets go of Python's lock while it runs."""
     return getattr(ctypes.CDLL(None, use_errno=True), name, None) if sys.platform == "linux" else None
 
@@ -22,7 +22,7 @@ def preallocate(handle: int, nbytes: int) -> None:
 
     `os.posix_fallocate` would write to every page where the file system cannot do this.
     """
-    function = _library("fallocate64")
+    function = library("fallocate64")
     if function and nbytes and function(handle, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
         number = ctypes.get_errno()
         if number not in (*NOT_HERE, errno.EINTR):
@@ -31,14 +31,17 @@ def preallocate(handle: int, nbytes: int) -> None:
 
 def start_writeback(handle: int, offset: int, nbytes: int) -> None:
     """Has the system begin to write a range to the disk, without waiting."""
-    if function := _library("sync_file_range"):
+    if function := library("sync_file_range"):
         function(handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), WRITE)
 
 
 def end_writeback(handle: int, offset: int, nbytes: int) -> None:
-    """Waits until a range is on the disk, and gives its pages back."""
-    if function := _library("sync_file_range"):
-        function(handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), WAIT_BEFORE | WRITE | WAIT_AFTER)
+    """Waits until a range is on the disk, and gives its pages back. Raises OSError where it could not be written."""
+    if function := library("sync_file_range"):
+        if function(handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), WAIT_BEFORE | WRITE | WAIT_AFTER):
+            number = ctypes.get_errno()
+            if number not in (*NOT_HERE, errno.EINTR, errno.ESPIPE):  # told here, an error is not told by fsync again
+                raise OSError(number, os.strerror(number))
         os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
@@ -54,10 +57,8 @@ def copy_range(source: int, target: int, offset: int, nbytes: int) -> int:
     while done < nbytes and hasattr(os, "copy_file_range"):
         try:
             copied = os.copy_file_range(source, target, nbytes - done, offset + done)
-        except OSError as error:
-            if error.errno in NOT_HERE:
-                break
-            raise
+        except OSError:  # a plain write will do it, or say why not
+            break
         if not copied:
             break
         done += copied

@@ -19,14 +19,14 @@ from lowmem_wanda.methods import METHODS, Method
 from lowmem_wanda.orders import greenlets
 from lowmem_wanda.patterns import Pattern, Ratio, parse
 from lowmem_wanda.reading import Tensor
-from lowmem_wanda.tensors import DTYPES
+from lowmem_wanda.tensors import DTYPES, laid_bytes, wanted
 from lowmem_wanda.text import Calibration, calibrate, holds_ids
 from lowmem_wanda.writer import sha256_of, small_files
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the layout of the work is held to; no bit of the result depends on it. None: as fits.
+    """What the layout of the work is held to. None: as fits.
 
     `max_ram` and `max_vram` are bytes of this process on the host and of tensors on the GPU; `slots` is the number
     of block buffers (1 to 3), `reading` one of `reading.WAYS`; `states` and `held` are those of `layout.Layout`.
@@ -75,6 +75,11 @@ class Task:
     def block_tensors(self, index: int) -> list[Tensor]:
         """The file tensors of one block."""
         return [self.checkpoint.tensors[name] for name in sorted(set(self.hollow.block_tensors(index).values()))]
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """What the largest block takes, laid in a buffer."""
+        return max(laid_bytes(wanted(self.block_tensors(index))) for index in range(len(self.selected)))
 
     def arguments(self, batch: int) -> dict[str, Any]:
         """All that can change a bit of the result, as it stands in job.json; `batch` sequences at a time."""
@@ -134,7 +139,7 @@ def prepare(
     """Checks everything that can be checked before work begins. Raises a LowmemError that says what is wrong.
 
     `sequences` of `length` tokens are calibrated on, `batch` of them at a time (default: as `layout` finds),
-    measured in one of `orders.ORDERS`. `include` and `exclude` are globs on tensor names, with or without
+    measured in one of `orders`. `include` and `exclude` are globs on tensor names, with or without
     ".weight".
     """
     kind = _pattern(pattern, group, METHODS[method])
@@ -160,7 +165,7 @@ def prepare(
         selected=selected,
         device=where,
         dtype=computing,
-        batch=batch,
+        batch=batch and min(batch, len(calibration.tokens) if calibration else 1),
         seed=seed,
         statistics=statistics,
         limits=limits,

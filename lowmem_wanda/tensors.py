@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from lowmem_wanda.reading import Tensor, read
+from lowmem_wanda.reading import Tensor
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -61,18 +61,11 @@ def raw(tensor: torch.Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def read_tensor(tensor: Tensor) -> torch.Tensor:
-    """A tensor in its stored dtype and shape, in host memory of its own."""
-    out = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
-    read([(tensor, raw(out))])
-    return out
-
-
 def read_cast(tensor: Tensor, out: torch.Tensor) -> torch.Tensor:
     """A tensor's values in the shape, dtype and device of the contiguous `out`, 16 MiB at a time; gives `out`."""
     flat, done = out.reshape(-1), 0
     for piece in tensor.pieces():
-        values = torch.frombuffer(bytearray(piece), dtype=DTYPES[tensor.dtype])
+        values = torch.frombuffer(piece, dtype=DTYPES[tensor.dtype])
         flat[done : done + len(values)] = values
         done += len(values)
     return out

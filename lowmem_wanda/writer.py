@@ -18,6 +18,7 @@ from lowmem_wanda.errors import OutputError
 from lowmem_wanda.reading import PIECE, Tensor, advise, opened
 from lowmem_wanda.system import copy_range, end_writeback, forget, preallocate, start_writeback
 
+COPIED_PIECE = 4 << 20  # bytes that are copied at a time; two such pieces are held
 PARTIAL = ".partial"  # what no finished file ends in
 
 COPIED = (".json", ".jinja", ".model", ".txt", ".md", ".tiktoken")
@@ -117,13 +118,15 @@ class Growing:
 
     def copy(self, tensor: Tensor) -> None:
         """Appends a tensor as it lies in its file, by the kernel where that copies between the two files."""
-        with opened(tensor.file) as source:
+        with opened(tensor.file) as file:
+            source = os.dup(file.fileno())
+        with open(source, "rb", buffering=0) as file:  # not `opened`: what goes wrong here is the target's trouble
             at = tensor.offset
-            for piece in tensor.pieces():
-                copied = copy_range(source.fileno(), self._handle, at, len(piece))
+            for piece in tensor.pieces(COPIED_PIECE):
+                copied = copy_range(source, self._handle, at, len(piece))
                 self._append(memoryview(piece), copied)
                 at += len(piece)
-            advise(source, tensor.offset, tensor.nbytes, "DONTNEED")
+            advise(file, tensor.offset, tensor.nbytes, "DONTNEED")  # type: ignore[arg-type]
 
     def _append(self, content: memoryview, copied: int) -> None:
         """Takes note of the content and writes it, but for the first `copied` bytes, which are there already."""

@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowmem_wanda.reading import Tensor
+from lowmem_wanda.tensors import DTYPES, read_cast
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SMALL = {
     "vocab_size": 96,
@@ -73,6 +76,11 @@ def save_tiny(
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(path, max_shard_size=shard)
     return path
+
+
+def read_tensor(tensor: Tensor) -> torch.Tensor:
+    """A file tensor in its stored dtype and shape."""
+    return read_cast(tensor, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]))
 
 
 @pytest.fixture(scope="session")

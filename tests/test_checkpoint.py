@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny
+from conftest import read_tensor, save_tiny
 from safetensors.torch import load_file, save_file
 
 from lowmem_wanda import reading
@@ -15,7 +15,6 @@ from lowmem_wanda.checkpoint import INDEX, Checkpoint, read_header
 from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.reading import WAYS, read
 from lowmem_wanda.task import prepare
-from lowmem_wanda.tensors import read_tensor
 
 
 @pytest.fixture

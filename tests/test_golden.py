@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from conftest import read_tensor
 
 from lowmem_wanda.checkpoint import Checkpoint
 from lowmem_wanda.prune import prune
 from lowmem_wanda.task import prepare
-from lowmem_wanda.tensors import read_tensor
 
 
 @pytest.mark.parametrize(("pattern", "file"), [("50%", "unstructured"), ("2:4", "2of4")])

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lowmem_wanda"
 LAYERS = (
-    ("errors", "fused", "lowest", "patterns", "stats", "methods", "memory", "clock", "system"),
+    ("errors", "fused", "lowest", "patterns", "stats", "methods", "system", "memory", "clock"),
     ("reading", "checkpoint", "tensors", "ring", "writer", "states", "job", "text"),
     ("hollow", "trace", "decoder", "walk", "orders"),
     ("task", "layout", "plan", "report", "prune", "check"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny
+from conftest import read_tensor, save_tiny
 from transformers import AutoModelForCausalLM
 
 from lowmem_wanda import writer
@@ -18,7 +18,6 @@ from lowmem_wanda.checkpoint import Checkpoint
 from lowmem_wanda.errors import LowmemError, NumberError, OutputError, PatternError
 from lowmem_wanda.prune import prune
 from lowmem_wanda.task import prepare
-from lowmem_wanda.tensors import read_tensor
 
 
 def digests(path: Path) -> dict[str, str]:

@@ -40,6 +40,22 @@ def test_every_block_comes_and_goes_once_in_order(blocks, hosts, way):
     assert ring.spent.keys() == {"read"}
 
 
+@pytest.mark.parametrize(("hosts", "devices"), [(3, 2), (3, 1), (1, 1)])
+def test_blocks_are_copied_to_a_device_and_back(blocks, hosts, devices):
+    """A host's memory plays the device: what is computed with is not what is read into, or written from."""
+    written = []
+    with Ring(CPU, 128, hosts, devices) as ring:
+        ring._beside = True
+        for slot in ring.arrivals(blocks):
+            assert slot.stored["a"].data_ptr() == slot.device.data_ptr() != slot.host.data_ptr()
+            slot.stored["b"].add_(1)
+            ring.give_back(slot, lambda slot: written.append((slot.stored["b"][0].item(), slot.stored["a"].data_ptr())))
+            assert slot.stored["a"].data_ptr() == slot.host.data_ptr()
+        ring.settle()
+    assert [value for value, _ in written] == [index + 1.0 for index in range(9)]
+    assert ring.spent.keys() == {"read", "upload", "download"}
+
+
 def test_a_buffer_is_not_read_into_before_it_is_written(blocks):
     written, go = [], threading.Event()
 

@@ -133,3 +133,25 @@ def test_what_linux_does_with_files(tmp_path):
         system.start_writeback(file.fileno(), 0, 4096)
         system.end_writeback(file.fileno(), 0, 4096)
         system.forget(file.fileno())
+
+
+def test_a_full_disk_is_the_targets_trouble_when_a_tensor_is_copied(tmp_path, monkeypatch):
+    def full(handle, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "source").write_bytes(bytes(6))
+    write = os.write
+    monkeypatch.setattr(writer, "copy_range", lambda *args: 0)
+    monkeypatch.setattr(
+        writer.os, "write", lambda handle, content: (full if len(content) == 6 else write)(handle, content)
+    )
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_shard(tmp_path / "s.safetensors", [(Tensor("b", tmp_path / "source", "BF16", (3,), 0, 6), None)])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what other systems lack does nothing")
+def test_what_could_not_be_written_is_told(monkeypatch):
+    monkeypatch.setattr(system, "library", lambda name: lambda *args: -1)
+    monkeypatch.setattr(system.ctypes, "get_errno", lambda: errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        system.end_writeback(0, 0, 4096)
