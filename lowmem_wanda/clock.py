@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+COMPUTING = ("embed", "measure", "prune", "onward", "compare", "head")  # other parts read, copy and write beside them
+
 
 class Clock:
     """Time on one device's stream of work; on a GPU it is read from events, so that nothing waits for it."""
@@ -45,3 +47,21 @@ class Clock:
             now = torch.cuda.Event(enable_timing=True)
             now.record(torch.cuda.current_stream(self._device))
         self._marks.append((name, now))
+
+
+def add(spent: dict[str, float], seconds: dict[str, float]) -> None:
+    """Adds seconds by part to those that were spent before."""
+    for part, more in seconds.items():
+        spent[part] = spent.get(part, 0.0) + more
+
+
+def timing(wall: float, spent: dict[str, float]) -> dict[str, Any]:
+    """Seconds on the wall, of each part, of all parts one after the other; and the share in which it was computed."""
+    computing, serial = sum(spent.get(part, 0.0) for part in COMPUTING), sum(spent.values())
+    return {
+        "wall": wall,
+        "parts": spent,
+        "serial": serial,
+        "serial_over_wall": serial / max(wall, 1e-9),
+        "compute_busy": computing / max(wall, 1e-9),
+    }

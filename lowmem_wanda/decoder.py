@@ -5,7 +5,7 @@ and every argument that it would pass to each block, and the stubs keep those. E
 with exactly what the model would have passed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from lowmem_wanda.tensors import DTYPES, Buffer, read_cast
 from lowmem_wanda.trace import UNSEEN, Trace, trace
 
 Compared = dict[tuple[int, int], tuple[bool, torch.Tensor]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments beside the hidden states
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
@@ -51,7 +52,7 @@ class Block:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output (sequences, length, width), on its device, for hidden states of that shape on any."""
-        args, kwargs = self._calls[len(hidden)][self.index]
+        args, kwargs = self._calls[tuple(hidden.shape[:2])][self.index]
         hidden = hidden.to(self.device, non_blocking=self.device.type == "cuda")
         output = self.module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
@@ -72,7 +73,7 @@ class Decoder:
     def __init__(self, hollow: Hollow, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
         self.hollow, self.tensors, self.device, self.dtype = hollow, tensors, device, dtype
         self.traces: dict[int, Trace] = {}
-        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # sequences -> of each block
+        self._calls: dict[tuple[int, ...], list[Call]] = {}  # (sequences, length) -> of each block
         self._final: torch.Tensor | None = None
         self._embedded: torch.Tensor | None = None
         self._filled: dict[str, torch.Tensor] = {}
@@ -86,29 +87,34 @@ class Decoder:
     def depth(self) -> int:
         return len(self.hollow.blocks)
 
-    def embed(self, tokens: np.ndarray, batch: int, allocate: Allocate | None = None) -> torch.Tensor:
-        """Hidden states before the first block, for token ids (sequences, length), `batch` sequences at a time.
+    def embed(self, batches: Sequence[np.ndarray], allocate: Allocate | None = None) -> list[torch.Tensor]:
+        """Hidden states before the first block, for batches of token ids (sequences, length), one at a time.
 
-        They lie where `allocate` (shape, dtype -> tensor) makes them, or on the device. Notes what each block will be
-        called with. Raises ModelError where that depends on the tokens.
+        They are views of one tensor (tokens, width) where `allocate` (shape, dtype -> tensor) makes it, or on the
+        device. Notes what each block will be called with. Raises ModelError where that depends on the tokens.
         """
-        first = self._run(tokens[:batch])
-        shape = (len(tokens), *first.shape[1:])
-        hidden = allocate(shape, first.dtype) if allocate else first.new_empty(shape)
-        hidden[:batch] = first
-        for start in range(batch, len(tokens), batch):
-            hidden[start : start + batch] = self._run(tokens[start : start + batch])
-        self._empty()
-        return hidden
+        states, start = torch.empty(0), 0
+        parts: list[torch.Tensor] = []
+        for tokens in batches:
+            embedded = self._run(tokens)
+            if not parts:
+                shape = (sum(tokens.size for tokens in batches), embedded.shape[-1])
+                states = allocate(shape, embedded.dtype) if allocate else embedded.new_empty(shape)
+            parts.append(states[start : start + tokens.size].view(embedded.shape).copy_(embedded))
+            start += tokens.size
+        self.empty()
+        return parts
 
-    def logits(self, tokens: np.ndarray, hidden: torch.Tensor) -> torch.Tensor:
-        """The head's logits (sequences, length, vocabulary) for the hidden states after the last block."""
+    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model makes of hidden states (sequences, length, width) after its last block: its norm, its head,
+        and what it does to logits. The head's own weight is brought by `head`."""
         self._final = hidden
+        width = self.hollow.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+        nothing = torch.zeros(1, 1, int(width), dtype=self.dtype, device=self.device)  # so that nothing is embedded
         try:
-            output = self.hollow.model(input_ids=self._ids(tokens), use_cache=False)
+            output = self.hollow.model(inputs_embeds=nothing, use_cache=False)
         finally:
             self._final = None
-            self._empty()
         return output.logits  # type: ignore[no-any-return]
 
     def load(self, index: int, stored: dict[str, torch.Tensor]) -> Block:
@@ -167,11 +173,14 @@ class Decoder:
         """What a stub does when the model calls it: keep the call, hand the hidden states through."""
         kwargs = dict(kwargs)
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+        if self._final is not None:
+            hidden = self._final if index == self.depth - 1 else hidden
+            return (hidden,) if self.traces[index].returns_tuple else hidden
         if index == 0:
             self._embedded = hidden
         if index not in self.traces:
             self.traces[index] = trace(self.hollow.blocks[index], hidden, args, kwargs)
-        calls = self._calls.setdefault(len(hidden), [])
+        calls = self._calls.setdefault(tuple(hidden.shape[:2]), [])
         if index == len(calls):
             calls.append((args, kwargs))
         elif not _same(calls[index], (args, kwargs), self._compared):
@@ -179,9 +188,7 @@ class Decoder:
                 f"{self.hollow.path}.{index}: what it is called with depends on the tokens, which is not supported yet"
             )
         if index == self.depth - 1:
-            if self._final is None:
-                raise Stop
-            hidden = self._final
+            raise Stop
         return (hidden,) if self.traces[index].returns_tuple else hidden
 
     def _ids(self, tokens: np.ndarray) -> torch.Tensor:
@@ -191,8 +198,8 @@ class Decoder:
         return self.dtype if stored.is_floating_point else stored
 
     def _fill_on_demand(self) -> None:
-        """Modules outside the blocks load their parameters when they are called; the head's never are for pruning."""
-        outside = self.hollow.outside()
+        """Modules outside the blocks load their parameters when they are called, but for the head (see `head`)."""
+        outside, head = self.hollow.outside(), self.hollow.head
         for path, module in self.hollow.model.named_modules():
             prefix = f"{path}." if path else ""
             own = {
@@ -200,7 +207,7 @@ class Decoder:
                 for name in [*module._parameters, *module._buffers]
                 if prefix + name in outside
             }
-            if own:
+            if own and module is not head:
                 module.register_forward_pre_hook(partial(self._fill, own, prefix))
         for name, buffer in self.hollow.model.named_buffers():
             if name not in outside and not name.startswith(f"{self.hollow.path}."):
@@ -214,7 +221,8 @@ class Decoder:
                 self._filled[tensor] = read_cast(file, torch.empty(file.shape, dtype=dtype, device=self.device))
             _put(module, name, self._filled[tensor])
 
-    def _empty(self) -> None:
+    def empty(self) -> None:
+        """Forgets what was loaded outside the blocks."""
         for name, tensor in self.hollow.outside().items():
             if tensor in self._filled:
                 _put(self.hollow.model, name, self._get(self.hollow.model, name).to("meta"))
@@ -238,12 +246,6 @@ class _Stub(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._arrive(args, kwargs)
-
-
-def micro_batches(hidden: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
-    """Views of `batch` sequences of hidden states (sequences, length, width)."""
-    for start in range(0, len(hidden), batch):
-        yield hidden[start : start + batch]
 
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -89,6 +89,11 @@ class Hollow:
         return int(self.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
 
     @property
+    def head(self) -> nn.Module | None:
+        """The linear that makes logits of hidden states, as transformers finds it."""
+        return self.model.get_output_embeddings()  # type: ignore[operator, no-any-return]
+
+    @property
     def positions(self) -> int | None:
         """How many positions the model has, by the names that configurations use; None where it has no limit."""
         config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]

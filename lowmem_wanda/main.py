@@ -146,7 +146,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
     stderr = Console(stderr=True)
     task = prepared(arguments)
     stderr.print(about(task), highlight=False, markup=False)
-    depth = len(task.selected)
+    depth = task.depth
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=stderr, transient=True) as progress:
@@ -195,7 +195,8 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def prepared(arguments: argparse.Namespace) -> "Task":
     """The task of the flags that `add_task_flags` made."""
-    from lowmem_wanda.task import Limits, prepare
+    from lowmem_wanda.task import prepare
+    from lowmem_wanda.work import Limits
 
     names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "device", "dtype", "batch",
              "statistics", "include", "exclude", "trust_remote_code")  # fmt: skip
@@ -205,7 +206,7 @@ def prepared(arguments: argparse.Namespace) -> "Task":
 
 def about(task: "Task") -> str:
     """The line before the work: what is pruned how, on what, with which text."""
-    line = f"{task.checkpoint.path}: {len(task.selected)} blocks, {task.method} {task.pattern}, on {task.device}"
+    line = f"{task.checkpoint.path}: {task.depth} blocks, {task.method} {task.pattern}, on {task.device}"
     if calibration := task.calibration:
         sequences, length = calibration.tokens.shape
         line += f"\ncalibration: {sequences} sequences of {length} tokens from {', '.join(calibration.sources)}"

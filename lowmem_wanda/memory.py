@@ -1,6 +1,7 @@
 """The most memory that this process has held, sampled, and how it is kept low."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +10,8 @@ import psutil
 import torch
 
 from lowmem_wanda.system import library
+
+SAMPLES = 200  # of memory over time that are kept, up to twice as many
 
 
 def anonymous() -> int:
@@ -73,13 +76,18 @@ def host_memory(nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
 
 
 class Peak:
-    """A context that samples `anonymous()` every few milliseconds; `host` and `device` are peaks in bytes."""
+    """A context that samples `anonymous()` every few milliseconds; `host` and `device` are peaks in bytes.
+
+    `series` are some hundred [seconds, bytes] over its time, each the most of its span.
+    """
 
     def __init__(self, device: torch.device, interval: float = 0.005) -> None:
         self._device, self._interval = device, interval
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self.host = anonymous()
+        self.series: list[list[float]] = []
+        self._start = time.perf_counter()
 
     @property
     def device(self) -> int:
@@ -88,6 +96,7 @@ class Peak:
     def __enter__(self) -> "Peak":
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        self._start = time.perf_counter()
         self._thread.start()
         return self
 
@@ -97,5 +106,15 @@ class Peak:
         self.host = max(self.host, anonymous())
 
     def _sample(self) -> None:
+        span, count, most = 1, 0, 0
         while not self._done.wait(self._interval):
-            self.host = max(self.host, anonymous())
+            now = anonymous()
+            count, most, self.host = count + 1, max(most, now), max(self.host, now)
+            if count < span:
+                continue
+            self.series.append([round(time.perf_counter() - self._start, 3), most])
+            count = most = 0
+            if len(self.series) == 2 * SAMPLES:  # each of the rest stands for twice as long
+                pairs = zip(self.series[::2], self.series[1::2], strict=True)
+                self.series = [[later[0], max(one[1], later[1])] for one, later in pairs]
+                span *= 2

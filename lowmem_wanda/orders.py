@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from lowmem_wanda.clock import Clock
-from lowmem_wanda.decoder import Block, Stop, micro_batches
+from lowmem_wanda.decoder import Block, Stop
 from lowmem_wanda.errors import LowmemError
-from lowmem_wanda.walk import advance, carry
+from lowmem_wanda.walk import Parts, advance, carry
 
 Prune = Callable[[str, Any], None]  # path of a linear, the statistic of its inputs
 Arrived = Callable[[str, torch.Tensor], None]  # path of a linear, its inputs
@@ -33,10 +33,8 @@ class Measuring:
     `clock` has the time of the parts measure, prune and onward.
     """
 
-    def __init__(
-        self, block: Block, hidden: torch.Tensor, batch: int, statistic: type, paths: Collection[str], prune: Prune
-    ) -> None:
-        self.block, self.hidden, self.batch, self.prune = block, hidden, batch, prune
+    def __init__(self, block: Block, parts: Parts, statistic: type, paths: Collection[str], prune: Prune) -> None:
+        self.block, self.parts, self.prune = block, parts, prune
         self.clock = Clock(block.device)
         leaders = {path: block.trace.leaders[path] for path in paths}
         order = [path for path in block.trace.order if path in leaders.values()]
@@ -60,7 +58,7 @@ class Measuring:
                     self._measure(through=False)
                 if onward:
                     with self.clock.part("onward"):
-                        advance(self.block, self.hidden, self.batch)
+                        advance(self.block, self.parts)
 
     def _measure(self, through: bool) -> None:
         """Measures everything on the dense block, then prunes; `through` keeps the outputs."""
@@ -72,7 +70,7 @@ class Measuring:
                 raise Stop
 
         with self._hooked(arrived), self.clock.part("measure"):
-            for part in micro_batches(self.hidden, self.batch):
+            for part in self.parts:
                 self._carry(part)
         for leader in self.groups:
             self._prune(leader)
@@ -90,21 +88,20 @@ class Measuring:
                 raise Stop
             hub.switch()
 
-        parts = list(micro_batches(self.hidden, self.batch))
-        waiting = [greenlet.greenlet(partial(self._carry, part)) for part in parts[:held]]
+        waiting = [greenlet.greenlet(partial(self._carry, part)) for part in self.parts[:held]]
         with self._hooked(arrived):
             for leader in self.groups:
                 with self.clock.part("measure"):
                     for flow in waiting:
                         flow.switch()
-                    for part in parts[held:]:
+                    for part in self.parts[held:]:
                         self._carry(part)
                 self._prune(leader)
                 closed.add(leader)
             with self.clock.part("onward"):
                 for flow in waiting:
                     flow.switch() if onward else flow.throw(greenlet.GreenletExit)
-                for part in parts[held:] if onward else ():
+                for part in self.parts[held:] if onward else ():
                     self._carry(part)
 
     def _carry(self, part: torch.Tensor) -> None:
@@ -136,7 +133,7 @@ class Measuring:
     def _counting(self) -> Iterator[None]:
         """Counts the weights that tokens meet in linears."""
         sizes = {path: self.block.weight(path).numel() for path in self.block.linears}
-        one = sum(sizes.values()) * self.hidden.shape[0] * self.hidden.shape[1]
+        one = sum(sizes.values()) * sum(len(part) * part.shape[1] for part in self.parts)
 
         def after(size: int, module: nn.Module, given: tuple[torch.Tensor, ...], output: Any) -> None:
             self.passes += size * (given[0].numel() // given[0].shape[-1]) / one

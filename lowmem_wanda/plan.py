@@ -30,8 +30,8 @@ def predict(task: Task, batch: int | None = None) -> Plan:
     Raises BudgetError where no layout keeps --max-ram and --max-vram.
     """
     tensors = task.checkpoint.tensors
-    blocks = [sum(tensor.nbytes for tensor in task.block_tensors(index)) for index in range(len(task.selected))]
-    sequences, length = task.calibration.tokens.shape if task.calibration else (0, 0)
+    blocks = [sum(tensor.nbytes for tensor in task.block_tensors(index)) for index in range(task.depth)]
+    sequences, length = task.shape
     layout, need = choose(task, batch)
     small = sum((task.checkpoint.path / file).stat().st_size for file in task.files)
     return Plan(
@@ -54,7 +54,7 @@ def _flops(task: Task, sequences: int, length: int) -> int:
     """Linears and attention's two products: once, or in the block order also up to the last linear."""
     total = 0
     twice = task.statistics == "block"
-    for index in range(len(task.selected)):
+    for index in range(task.depth):
         sizes = [task.checkpoint.tensors[name].numel for name in task.hollow.linears(index).values()]
         attention = 4 * sequences * length * length * task.hollow.width * (1 + twice)
         total += (sum(sizes) + twice * sum(sizes[:-1])) * 2 * sequences * length + attention

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lowmem_wanda.checkpoint import CONFIG, INDEX, read_header, read_json
-from lowmem_wanda.clock import Clock
+from lowmem_wanda.clock import Clock, add, timing
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import CheckpointError, ModelError, NumberError, OutputError
 from lowmem_wanda.job import REPORT, Job, begun, check_disk, finished, refuse, working
@@ -26,10 +26,9 @@ from lowmem_wanda.ring import Ring, Slot, Write
 from lowmem_wanda.states import hidden_states
 from lowmem_wanda.task import Task
 from lowmem_wanda.tensors import raw
-from lowmem_wanda.walk import advance, walk
+from lowmem_wanda.text import in_batches
+from lowmem_wanda.walk import Parts, Stream, advance, walk
 from lowmem_wanda.writer import differing, sha256_of, write_bytes, write_json, write_shard
-
-COMPUTING = ("embed", "measure", "prune", "onward")  # the other parts read, copy and write beside them
 
 Notify = Callable[[dict[str, Any]], None]  # called with each block's record when its shard is done
 
@@ -54,10 +53,10 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
     limit_vram(task.device, task.limits.max_vram)
     with torch.no_grad(), working(target), Peak(task.device) as peak:
         job = Job(target, task.arguments(plan.layout.batch))
-        job.begin(plan.disk, shard_names(len(task.selected)))
+        job.begin(plan.disk, shard_names(task.depth))
         run = _Run(task, job, notify, plan.layout)
         run.do()
-        report = build(task, plan, peak, job.finished, job.arguments, run.timing())
+        report = build(task, plan, peak, job.finished, job.arguments, timing(run.wall, run.spent))
         _finish(task, job, report)
     return report
 
@@ -71,22 +70,10 @@ class _Run:
     def __init__(self, task: Task, job: Job, notify: Notify, layout: Layout) -> None:
         self.task, self.job, self.notify, self.layout = task, job, notify, layout
         self.pattern = replace(task.pattern, chunk=layout.chunk)
-        self.rest, *self.shards = shard_names(len(task.selected))
+        self.rest, *self.shards = shard_names(task.depth)
         self.open = [index for index, shard in enumerate(self.shards) if shard not in job.finished]
         self.wall, self.last = 0.0, time.perf_counter()
         self.spent: dict[str, float] = {}
-
-    def timing(self) -> dict[str, Any]:
-        """Seconds of this run: on the wall, of each part, of all parts one after the other; what computed."""
-        computing = sum(self.spent.get(part, 0.0) for part in COMPUTING)
-        serial = sum(self.spent.values())
-        return {
-            "wall": self.wall,
-            "parts": self.spent,
-            "serial": serial,
-            "serial_over_wall": serial / max(self.wall, 1e-9),
-            "compute_busy": computing / max(self.wall, 1e-9),
-        }
 
     def do(self) -> None:
         """All shards."""
@@ -99,7 +86,7 @@ class _Run:
                 self.prune_blocks(ring)
             ring.settle()
         self.wall = time.perf_counter() - start
-        self._spend(ring.spent)
+        add(self.spent, ring.spent)
 
     def write_rest(self) -> None:
         """The first shard: everything outside the blocks, copied through."""
@@ -107,7 +94,7 @@ class _Run:
         rest = [tensor for tensor in self.task.checkpoint.tensors.values() if tensor.name not in inside]
         start = time.perf_counter()
         shard = write_shard(self.job.path / self.rest, [(tensor, None) for tensor in rest])
-        self._spend({"copy": time.perf_counter() - start})
+        add(self.spent, {"copy": time.perf_counter() - start})
         names = [tensor.name for tensor in rest]
         self.job.record(self.rest, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": names})
 
@@ -115,7 +102,7 @@ class _Run:
         task = self.task
         decoder = Decoder(task.hollow, task.checkpoint.tensors, task.device, task.dtype)
         if task.calibration is None:  # without hidden states to carry, finished blocks need not be seen again
-            walk(decoder, None, ring, self.source, self.step, self.open)
+            walk([Stream(decoder, [], self.source, self.step)], ring, self.open)
             return
         with ExitStack() as stack:
 
@@ -125,9 +112,9 @@ class _Run:
 
             clock = Clock(task.device)
             with clock.part("embed"):
-                hidden = decoder.embed(task.calibration.tokens, self.layout.batch, allocate)
-            self._spend(clock.seconds())
-            walk(decoder, hidden, ring, self.source, self.step, range(self.open[-1] + 1))
+                parts = decoder.embed(in_batches(task.calibration.tokens, self.layout.batch), allocate)
+            add(self.spent, clock.seconds())
+            walk([Stream(decoder, parts, self.source, self.step)], ring, range(self.open[-1] + 1))
 
     def source(self, index: int) -> list[Tensor]:
         """Where a block is read: a finished one as it stands in the output, if that is what moved the states on."""
@@ -135,18 +122,18 @@ class _Run:
             return self.task.block_tensors(index)
         return list(read_header(self.job.path / self.shards[index]).values())
 
-    def step(self, block: Block, hidden: torch.Tensor | None) -> Write | None:
+    def step(self, block: Block, parts: Parts) -> Write | None:
         """Prunes an open block and moves the hidden states on; gives what writes the shard."""
-        onward = hidden is not None and block.index < self.open[-1]
+        onward = bool(parts) and block.index < self.open[-1]
         if block.index in self.open:
-            record = {"index": block.index, **self.prune_block(block, hidden, onward)}
-            self._spend(record["parts"])
+            record = {"index": block.index, **self.prune_block(block, parts, onward)}
+            add(self.spent, record["parts"])
             return partial(self.write_block, record)
-        if hidden is not None and onward:
+        if onward:
             clock = Clock(block.device)
             with clock.part("onward"):
-                advance(block, hidden, self.layout.batch)
-            self._spend(clock.seconds())
+                advance(block, parts)
+            add(self.spent, clock.seconds())
         return None
 
     def write_block(self, record: dict[str, Any], slot: Slot) -> None:
@@ -162,7 +149,7 @@ class _Run:
         self.job.record(name, record)
         self.notify(record)
 
-    def prune_block(self, block: Block, hidden: torch.Tensor | None, onward: bool) -> dict[str, Any]:
+    def prune_block(self, block: Block, parts: Parts, onward: bool) -> dict[str, Any]:
         """Prunes each selected linear and moves the hidden states on; gives the record of what came of it."""
         paths, statistic = self.task.selected[block.index], self.task.rule.statistic
         linears: dict[str, Any] = {}
@@ -170,13 +157,13 @@ class _Run:
         def prune(path: str, inputs: Any) -> None:
             linears[paths[path]] = self.prune_linear(block, path, paths[path], inputs)
 
-        if hidden is None or statistic is None:
+        if not parts or statistic is None:
             clock, passes = Clock(block.device), 0.0
             with clock.part("prune"):
                 for path in paths:
                     prune(path, None)
         else:
-            measuring = Measuring(block, hidden, self.layout.batch, statistic, paths, prune)
+            measuring = Measuring(block, parts, statistic, paths, prune)
             measuring.run(self.task.statistics, onward, self.layout.held)
             clock, passes = measuring.clock, measuring.passes
         return {"linears": linears, "passes": passes, "parts": clock.seconds()}
@@ -205,10 +192,6 @@ class _Run:
             "sparsity": zeros / weight.numel(),
             "seconds": time.perf_counter() - start,
         }
-
-    def _spend(self, seconds: dict[str, float]) -> None:
-        for part, spent in seconds.items():
-            self.spent[part] = self.spent.get(part, 0.0) + spent
 
 
 def shard_names(depth: int) -> list[str]:

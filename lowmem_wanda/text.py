@@ -58,20 +58,20 @@ def calibrate(
     if ids:
         tokens = _from_ids([Path(name) for name in ids], sequences, length, seed)
     elif texts:
-        readers = [
-            reader for text in texts for reader in (_download(text) if text in DATASETS else _documents(Path(text)))
-        ]
-        documents = [partial(lambda read: np.array(encode(read()), dtype=np.int64), reader) for reader in readers]
-        tokens = _windows(documents, sequences, length, seed, " and ".join(texts))
+        readers = [reader for text in texts for reader in _training(text)]
+        encoded = [partial(lambda read: np.array(encode(read()), dtype=np.int64), reader) for reader in readers]
+        tokens = _windows(encoded, sequences, length, seed, " and ".join(texts))
     else:
         tokens = _built_in(encode, sequences, length, seed)
+    check_ids(tokens, vocabulary, " and ".join(texts) or "the built-in text")
+    return Calibration(tokens, tuple(Path(text).name for text in texts) or ("built-in text",))
+
+
+def check_ids(tokens: np.ndarray, vocabulary: int, name: str) -> None:
+    """Raises CalibrationError for an id that the model does not have."""
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         wrong = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise CalibrationError(
-            f"{' and '.join(texts) or 'the built-in text'}: token id {wrong} is outside the model's "
-            f"vocabulary of {vocabulary}"
-        )
-    return Calibration(tokens, tuple(Path(text).name for text in texts) or ("built-in text",))
+        raise CalibrationError(f"{name}: token id {wrong} is outside the model's vocabulary of {vocabulary}")
 
 
 def holds_ids(texts: Sequence[str]) -> bool:
@@ -79,11 +79,16 @@ def holds_ids(texts: Sequence[str]) -> bool:
     return bool(texts) and all(text.endswith((".npy", ".safetensors")) for text in texts)
 
 
+def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Rows of token ids (sequences, length), `batch` at a time."""
+    return [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
+
+
 def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> np.ndarray:
     """Windows side by side of all built-in documents in one shuffled row: no token is used twice."""
-    documents = [document for path in sorted(BUILT_IN.glob("*.txt")) for document in _documents(path)]
-    random.Random(seed).shuffle(documents)
-    stream = np.array([token for document in documents for token in encode(document())], dtype=np.int64)
+    readers = [reader for path in sorted(BUILT_IN.glob("*.txt")) for reader in documents(path)]
+    random.Random(seed).shuffle(readers)
+    stream = np.array([token for reader in readers for token in encode(reader())], dtype=np.int64)
     held = len(stream) // length
     if held == 0:
         raise CalibrationError(
@@ -122,8 +127,19 @@ def _windows(
     return np.array(rows, dtype=np.int64)
 
 
-def _documents(path: Path) -> list[Callable[[], str]]:
-    """Readers of the documents of a text file; the file itself is not held in memory. Raises CalibrationError."""
+def _training(text: str) -> list[Callable[[], str]]:
+    """Readers of the documents of a file or a data set; WikiText-2 is one, as in the paper's code."""
+    if text not in DATASETS:
+        return documents(Path(text))
+    rows = download(text, "train")
+    return [lambda: " ".join(row() for row in rows)] if text == "wikitext2" else rows
+
+
+def documents(path: Path, strip: bool = True, longest: int | None = None) -> list[Callable[[], str]]:
+    """Readers of the documents of a text file; the file itself is not held in memory. Raises CalibrationError.
+
+    A plain text's are `strip`ped of space around them, and split where they have more than `longest` bytes (LONGEST).
+    """
     jsonl = path.suffix == ".jsonl"
     try:
         with open(path, "rb") as file:
@@ -136,8 +152,8 @@ def _documents(path: Path) -> list[Callable[[], str]]:
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}); give a text file to --text") from None
     if not jsonl:
-        spans = [piece for start, stop in spans for piece in _split(path, start, stop)]
-    return [partial(_read, path, start, stop, jsonl) for start, stop in spans]
+        spans = [piece for start, stop in spans for piece in _split(path, start, stop, longest or LONGEST)]
+    return [partial(_read, path, start, stop, jsonl, strip) for start, stop in spans]
 
 
 def _spans(mapped: mmap.mmap, separator: bytes) -> Iterator[tuple[int, int]]:
@@ -148,37 +164,38 @@ def _spans(mapped: mmap.mmap, separator: bytes) -> Iterator[tuple[int, int]]:
     yield start, len(mapped)
 
 
-def _split(path: Path, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Pieces of about LONGEST bytes that end with a line (or, without lines, where they must)."""
+def _split(path: Path, start: int, stop: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Pieces of about `longest` bytes that end with a line (or, without lines, where they must)."""
     with open(path, "rb") as file:
-        while stop - start > LONGEST:
+        while stop - start > longest:
             file.seek(start)
-            piece = file.read(LONGEST)
-            cut = piece.rfind(b"\n") + 1 or LONGEST
+            piece = file.read(longest)
+            cut = piece.rfind(b"\n") + 1 or longest
             yield start, start + cut
             start += cut
     yield start, stop
 
 
-def _read(path: Path, start: int, stop: int, jsonl: bool) -> str:
+def _read(path: Path, start: int, stop: int, jsonl: bool, strip: bool) -> str:
     with open(path, "rb") as file:
         file.seek(start)
         content = file.read(stop - start)
     if not jsonl:
         # a piece may be cut within a character, so what is no UTF-8 becomes U+FFFD
-        return content.decode("utf-8", errors="replace").strip()
+        text = content.decode("utf-8", errors="replace")
+        return text.strip() if strip else text
     try:
-        text = json.loads(content)["text"]
+        line = json.loads(content)["text"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
+        line = None
+    if not isinstance(line, str):
         raise CalibrationError(f'{path}: the line at byte {start} is no JSON object with a "text"; give one per line')
-    return text.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates, which tokenizers refuse
+    return line.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates, which tokenizers refuse
 
 
 def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> np.ndarray:
     """Rows of token ids as they stand; of one-dimensional ids, random windows."""
-    arrays = [_load_ids(path) for path in paths]
+    arrays = [load_ids(path) for path in paths]
     widths = {array.shape[1] for array in arrays if array.ndim == 2}
     if widths and (len(widths) > 1 or any(array.ndim == 1 for array in arrays)):
         raise CalibrationError(f"{' and '.join(map(str, paths))}: rows of different lengths; give files of one width")
@@ -189,7 +206,7 @@ def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> np.n
     )
 
 
-def _load_ids(path: Path) -> np.ndarray:
+def load_ids(path: Path) -> np.ndarray:
     """Integers of one or two dimensions from .npy (never pickled) or the one tensor of a .safetensors."""
     try:
         if path.suffix == ".npy":
@@ -214,23 +231,23 @@ def _load_ids(path: Path) -> np.ndarray:
     return np.asarray(array)
 
 
-def _download(name: str) -> list[Callable[[], str]]:
-    """Documents of C4 or WikiText-2 as the paper's code takes them, through `datasets`. Raises CalibrationError."""
+def download(name: str, split: str) -> list[Callable[[], str]]:
+    """Rows of C4 or WikiText-2, those of the paper's code, through `datasets`. Raises CalibrationError."""
     try:
         import datasets  # the extra "datasets": nothing else here needs the network
     except ImportError:
         raise CalibrationError(
             f"--text {name} downloads through a package that is not installed: pip install datasets"
         ) from None
+    pieces = {"train": 1024, "validation": 8}
     try:
         if name == "c4":
-            files = {"train": "en/c4-train.00000-of-01024.json.gz"}
-            rows = datasets.load_dataset("allenai/c4", data_files=files, split="train")
-            return [partial(lambda index: str(rows[index]["text"]), index) for index in range(len(rows))]
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")
+            files = {split: f"en/c4-{split}.00000-of-{pieces[split]:05d}.json.gz"}
+            rows = datasets.load_dataset("allenai/c4", data_files=files, split=split)
+        else:
+            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise CalibrationError(
             f"--text {name} could not be downloaded ({error}); give a file of text instead"
         ) from None
-    text = " ".join(rows["text"])
-    return [lambda: text]
+    return [partial(lambda index: str(rows[index]["text"]), index) for index in range(len(rows))]

@@ -1,38 +1,50 @@
 """The one loop over decoder blocks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from lowmem_wanda.decoder import Block, Decoder, micro_batches
+from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.memory import return_freed
 from lowmem_wanda.reading import Tensor
 from lowmem_wanda.ring import Ring, Write
 
+Parts = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
 Source = Callable[[int], list[Tensor]]  # block index -> where its tensors are read
-Step = Callable[[Block, torch.Tensor | None], Write | None]
+Step = Callable[[Block, Parts], Write | None]
 
 
-def walk(
-    decoder: Decoder, hidden: torch.Tensor | None, ring: Ring, source: Source, step: Step, indices: Sequence[int]
-) -> None:
-    """Lets `step` work on each block of `indices` and the hidden states; what it gives writes the block out.
+@dataclass(frozen=True)
+class Stream:
+    """A model on its way through its blocks: `step` works on each of them and the hidden states, which `advance`
+    updates in place (none where nothing is measured); what it gives writes the block out."""
 
-    Meanwhile the ring reads the next block and writes the last one. `hidden` is (sequences, length, width),
-    updated in place by `advance`; None where nothing is measured.
+    decoder: Decoder
+    parts: Parts
+    source: Source
+    step: Step
+
+
+def walk(streams: Sequence[Stream], ring: Ring, indices: Sequence[int]) -> None:
+    """Takes all streams through the blocks `indices`, side by side: a block of each, then the next of each.
+
+    Meanwhile the ring reads the next block and writes the last one.
     """
-    for index, slot in zip(indices, ring.arrivals(map(source, indices)), strict=True):
-        block = decoder.load(index, slot.stored)
-        write = step(block, hidden)
-        decoder.release(block)
+    stations = [(stream, index) for index in indices for stream in streams]
+    arrivals = ring.arrivals(stream.source(index) for stream, index in stations)
+    for (stream, index), slot in zip(stations, arrivals, strict=True):
+        block = stream.decoder.load(index, slot.stored)
+        write = stream.step(block, stream.parts)
+        stream.decoder.release(block)
         ring.give_back(slot, write)
         return_freed()
     ring.settle()
 
 
-def advance(block: Block, hidden: torch.Tensor, batch: int) -> None:
-    """Replaces the hidden states by the block's output, `batch` sequences at a time."""
-    for part in micro_batches(hidden, batch):
+def advance(block: Block, parts: Parts) -> None:
+    """Replaces the hidden states by the block's output."""
+    for part in parts:
         carry(block, part)
 
 

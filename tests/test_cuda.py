@@ -9,7 +9,8 @@ from lowmem_wanda.methods import METHODS
 from lowmem_wanda.patterns import parse
 from lowmem_wanda.prune import prune
 from lowmem_wanda.stats import SquaredNorm
-from lowmem_wanda.task import Limits, prepare
+from lowmem_wanda.task import prepare
+from lowmem_wanda.work import Limits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 

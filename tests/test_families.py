@@ -7,14 +7,15 @@ from conftest import EXPERTS, FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_wanda.checkpoint import Checkpoint
 from lowmem_wanda.decoder import Decoder
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.hollow import hollow
+from lowmem_wanda.head import Head
 from lowmem_wanda.prune import prune
 from lowmem_wanda.ring import Ring
 from lowmem_wanda.task import prepare
-from lowmem_wanda.walk import advance, walk
+from lowmem_wanda.text import in_batches
+from lowmem_wanda.walk import Stream, advance, walk
+from lowmem_wanda.work import open_work
 
 CPU = torch.device("cpu")
 BATCH = 4  # does not divide the six sequences
@@ -51,26 +52,16 @@ def whole_model_wanda(model, blocks, tokens, kept=2, of=4):
 def test_streamed_logits_are_the_whole_models(tiny, token_file, family):
     path, tokens = tiny(family), np.load(token_file)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    checkpoint = Checkpoint(path)
-    decoder = Decoder(hollow(checkpoint, torch.float32), checkpoint.tensors, CPU, torch.float32)
+    work = open_work(path, device="cpu")
+    decoder = Decoder(work.hollow, work.checkpoint.tensors, CPU, torch.float32)
     with torch.no_grad(), Ring(CPU, 1 << 20) as ring:
-        hidden = decoder.embed(tokens, BATCH)
-        walk(
-            decoder,
-            hidden,
-            ring,
-            lambda index: [
-                checkpoint.tensors[name] for name in sorted(set(decoder.hollow.block_tensors(index).values()))
-            ],
-            lambda block, hidden: advance(block, hidden, BATCH),
-            range(decoder.depth),
-        )
-        for start in range(0, len(tokens), BATCH):
-            part = slice(start, start + BATCH)
-            assert torch.equal(
-                decoder.logits(tokens[part], hidden[part]),
-                model(torch.from_numpy(tokens[part]), use_cache=False).logits,
-            )
+        parts = decoder.embed(in_batches(tokens, BATCH))
+        walk([Stream(decoder, parts, work.block_tensors, advance)], ring, range(decoder.depth))
+        head = Head(decoder)
+        head.load(slice(0, head.rows))
+        for ids, part in zip(in_batches(tokens, BATCH), parts, strict=True):
+            expected = model(torch.from_numpy(ids), use_cache=False).logits
+            assert torch.equal(decoder.finish(part).view_as(expected), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

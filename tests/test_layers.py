@@ -8,10 +8,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lowmem_wanda"
 LAYERS = (
-    ("errors", "fused", "lowest", "patterns", "stats", "methods", "system", "memory", "clock"),
-    ("reading", "checkpoint", "tensors", "ring", "writer", "states", "job", "text"),
-    ("hollow", "trace", "decoder", "walk", "orders"),
-    ("task", "layout", "plan", "report", "prune", "check"),
+    ("errors", "fused", "lowest", "patterns", "stats", "methods", "system", "memory", "clock", "losses"),
+    ("reading", "checkpoint", "tensors", "ring", "writer", "states", "job", "text", "windows"),
+    ("hollow", "trace", "decoder", "head", "walk", "orders"),
+    ("work", "layout", "scoring", "evaluate", "task", "plan", "report", "prune", "check"),
     ("screen", "main"),
 )
 ORDER = [module for layer in LAYERS for module in layer]

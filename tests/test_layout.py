@@ -14,7 +14,8 @@ from lowmem_wanda.layout import choose, layouts
 from lowmem_wanda.main import main
 from lowmem_wanda.memory import anonymous
 from lowmem_wanda.prune import prune
-from lowmem_wanda.task import Limits, prepare
+from lowmem_wanda.task import prepare
+from lowmem_wanda.work import Limits
 
 MB = 10**6
 

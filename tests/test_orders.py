@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_wanda.errors import LowmemError
 from lowmem_wanda.prune import prune
-from lowmem_wanda.task import Limits, prepare
+from lowmem_wanda.task import prepare
+from lowmem_wanda.work import Limits
 
 BATCH = 4
 
