@@ -78,10 +78,11 @@ class Decoder:
         self._embedded: torch.Tensor | None = None
         self._filled: dict[str, torch.Tensor] = {}
         self._compared: Compared = {}
-        self._cast_weight, self._casts = Buffer(device), Buffer(device)
         for index, block in enumerate(hollow.blocks):
             hollow.model.get_submodule(hollow.path)[index] = _Stub(block, partial(self._arrive, index))  # type: ignore[index, operator]
+        self._hooks: list[Any] = []
         self._fill_on_demand()
+        self.empty()
 
     @property
     def depth(self) -> int:
@@ -143,6 +144,11 @@ class Decoder:
             _put(block.module, name, self._get(block.module, name).to("meta"))
         for path in block.linears:
             block.module.get_submodule(path).__dict__.pop("forward", None)
+
+    def close(self) -> None:
+        """Takes its hooks out of the model, which another decoder may take up then."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _cast_and_call(self, linear: nn.Module, stored: torch.Tensor, hidden: torch.Tensor) -> Any:
         """A linear's own forward on its weight cast to the computing dtype, in the one place for such casts.
@@ -208,7 +214,7 @@ class Decoder:
                 if prefix + name in outside
             }
             if own and module is not head:
-                module.register_forward_pre_hook(partial(self._fill, own, prefix))
+                self._hooks.append(module.register_forward_pre_hook(partial(self._fill, own, prefix)))
         for name, buffer in self.hollow.model.named_buffers():
             if name not in outside and not name.startswith(f"{self.hollow.path}."):
                 _put(self.hollow.model, name, buffer.to(self.device))
@@ -222,7 +228,8 @@ class Decoder:
             _put(module, name, self._filled[tensor])
 
     def empty(self) -> None:
-        """Forgets what was loaded outside the blocks."""
+        """Forgets what was loaded outside the blocks, and what blocks were cast to."""
+        self._cast_weight, self._casts = Buffer(self.device), Buffer(self.device)
         for name, tensor in self.hollow.outside().items():
             if tensor in self._filled:
                 _put(self.hollow.model, name, self._get(self.hollow.model, name).to("meta"))

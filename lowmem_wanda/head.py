@@ -18,23 +18,22 @@ from lowmem_wanda.hollow import Hollow
 from lowmem_wanda.reading import Tensor
 from lowmem_wanda.tensors import read_cast
 
-CPU_ROWS, DEVICE_ROWS = 16 << 20, 256 << 20  # bytes of the weight that are held at a time
-CPU_LOGITS, DEVICE_LOGITS = 4 << 20, 128 << 20  # bytes of float32 logits that are made at a time
+LEAST, MOST = 16 << 20, 1 << 30  # bytes that a head may take; between these, half of a block
 
 
 class Head:
-    """The head of a decoder. Raises ModelError where its logits do not come from a linear."""
+    """The head of a decoder, in about `budget` bytes. Raises ModelError where its logits do not come from a linear."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, budget: int) -> None:
         self.decoder, self.linear = decoder, head_linear(decoder.hollow)
         names = {id(module): path for path, module in decoder.hollow.model.named_modules()}
         path, files = names[id(self.linear)], decoder.tensors
         self._weight = files[decoder.hollow.names[f"{path}.weight"]]
         self._bias = files.get(decoder.hollow.names.get(f"{path}.bias", ""))
         rows, width = self._weight.shape
-        on_host = decoder.device.type == "cpu"
-        self.rows = min(rows, max(1, (CPU_ROWS if on_host else DEVICE_ROWS) // (width * decoder.dtype.itemsize)))
-        self.tokens = max(1, (CPU_LOGITS if on_host else DEVICE_LOGITS) // (4 * self.rows))
+        row = width * decoder.dtype.itemsize
+        self.rows = min(rows, max(1, budget // 4 // row))
+        self.tokens = max(1, budget // 16 // max(row, 4 * self.rows))
         self._memory = torch.empty(self.rows, width, dtype=decoder.dtype, device=decoder.device)
         self._extra = torch.empty(self.rows, dtype=decoder.dtype, device=decoder.device)
 
@@ -69,11 +68,9 @@ def head_linear(hollow: Hollow) -> nn.Linear:
     return linear
 
 
-def head_bytes(hollow: Hollow, itemsize: int, on_host: bool) -> int:
-    """What a head holds of its weight, and its logits in some four forms."""
-    rows, width = head_linear(hollow).weight.shape
-    held = min(rows * width * itemsize, CPU_ROWS if on_host else DEVICE_ROWS)
-    return held + 4 * (CPU_LOGITS if on_host else DEVICE_LOGITS)
+def budget_of(block_bytes: int) -> int:
+    """Bytes that a head may take beside a model whose largest block, which is gone by then, took so many."""
+    return min(max(block_bytes // 2, LEAST), MOST)
 
 
 def rows_of(tensor: Tensor, piece: slice) -> Tensor:

@@ -92,15 +92,21 @@ def finished(path: Path) -> bool:
 
 def refuse(path: str | Path, source: str | Path) -> None:
     """Raises OutputError if the target is the source, lies within it, or holds something else."""
-    target, inside = Path(path).resolve(), Path(source).resolve()
-    if target == inside or inside in target.parents:
-        raise OutputError(f"{path}: is or lies in the source {source}, which is never written to; give another one")
+    refuse_within(path, source)
+    target = Path(path).resolve()
     with explained(Path(path)):
         if (target / JOB).exists() or not target.exists():
             return
         begun = {LOCK, f".{JOB}{PARTIAL}"}  # all that a kill in the first moment leaves
         if not target.is_dir() or any(entry.name not in begun for entry in target.iterdir()):
             raise OutputError(f"{path}: exists and is not a job of this program; give a new or empty directory")
+
+
+def refuse_within(path: str | Path, source: str | Path) -> None:
+    """Raises OutputError if the target is the source or lies within it."""
+    target, inside = Path(path).resolve(), Path(source).resolve()
+    if target == inside or inside in target.parents:
+        raise OutputError(f"{path}: is or lies in the source {source}, which is never written to; give another one")
 
 
 @contextmanager

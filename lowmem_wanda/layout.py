@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowmem_wanda.errors import BudgetError
-from lowmem_wanda.head import head_bytes
+from lowmem_wanda.head import budget_of
 from lowmem_wanda.memory import anonymous, free_memory
 from lowmem_wanda.patterns import CPU_CHUNK, DEVICE_CHUNK
 from lowmem_wanda.reading import PIECE
@@ -117,7 +117,8 @@ class Sizes:
         names = {tensor.name for tensor in linears}
         casts = [tensor.numel * size for tensor in linears if DTYPES[tensor.dtype] != work.dtype]
         small = [[t for t in block if DTYPES[t.dtype] != work.dtype and t.name not in names] for block in blocks]
-        self.casts = max(casts, default=0) + max(sum(t.numel * size for t in block) for block in small)
+        cast = max(casts, default=0) + max(sum(t.numel * size for t in block) for block in small)
+        self.casts = work.streams * cast
         widest = max(max(tensor.shape) for tensor in linears)
         self.columns = max(hollow.matrix_shape(tensor)[1] for tensor in linears)
         outside = [tensors[name] for name in set(hollow.outside().values())]
@@ -126,7 +127,7 @@ class Sizes:
         self.sequences, self.length = work.shape
         self.state = self.length * hollow.width * size  # of one sequence
         judging = work.streams * (not work.scores)  # models whose heads are applied
-        self.heads = judging * head_bytes(hollow, size, self.on_host) if judging else 0
+        self.heads = judging * budget_of(work.block_bytes)
         self.scored = judging * self.sequences * self.length * SCORED
         self.inner = self.length * widest * size
         self.attention = hollow.attention_heads * self.length**2 * (size + 8)

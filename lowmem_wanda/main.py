@@ -3,16 +3,20 @@
 import argparse
 import json
 import os
-import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_wanda import __version__
 from lowmem_wanda.errors import LowmemError
+from lowmem_wanda.flags import parser
 
 if TYPE_CHECKING:
     from lowmem_wanda.task import Task
+    from lowmem_wanda.windows import Windows
+    from lowmem_wanda.work import Work
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -20,10 +24,11 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and gives its exit code: 0, 1 (an error, in one sentence), 2 (usage) or 130 (Ctrl-C)."""
     arguments = parser().parse_args(argv)
-    if not {"c4", "wikitext2"} & set(getattr(arguments, "text", ())):
+    texts = {*getattr(arguments, "text", ()), *getattr(arguments, "calibration", ())}
+    if not {"c4", "wikitext2"} & texts and not getattr(arguments, "tasks", ()):
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched unless it was asked for
     try:
-        return int(arguments.run(arguments))
+        return RUN[arguments.command](arguments)
     except LowmemError as error:
         if arguments.debug:
             raise
@@ -39,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {printable(' '.join(str(error).split()) or 'memory is full')}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        how = "; run the same command again to continue" if arguments.command == "prune" else ""
+        how = "; run the same command again to continue" if arguments.command in ("prune", "compare") else ""
         print(f"\nstopped{how}", file=sys.stderr)
         return INTERRUPTED
 
@@ -49,92 +54,8 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="lowmem-wanda",
-        description="Prune Hugging Face language models with Wanda, one decoder block in memory at a time.",
-    )
-    top.add_argument("--version", action="version", version=__version__)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    common.add_argument("--debug", action="store_true", help="show a traceback with an error")
-
-    prune = commands.add_parser("prune", parents=[common], help="write a pruned copy of a checkpoint")
-    prune.add_argument("source", metavar="ckpt_dir", help="folder of a Hugging Face safetensors checkpoint")
-    prune.add_argument("target", metavar="out_dir", help="new folder, or that of an interrupted run to continue")
-    add_task_flags(prune)
-    prune.set_defaults(run=run_prune)
-
-    plan = commands.add_parser("plan", parents=[common], help="say what pruning would need; reads no weights")
-    plan.add_argument("source", metavar="ckpt_dir", help="folder of a Hugging Face safetensors checkpoint")
-    add_task_flags(plan)
-    plan.set_defaults(run=run_plan)
-
-    check = commands.add_parser("check", parents=[common], help="report the sparsity of a checkpoint and prove it")
-    check.add_argument("path", metavar="dir", help="folder of any safetensors checkpoint")
-    check.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this source but for zeros")
-    check.set_defaults(run=run_check)
-    return top
-
-
-def add_task_flags(command: argparse.ArgumentParser) -> None:
-    """What `prune` and `plan` take alike; the choices stand here so that --help imports nothing."""
-    add = command.add_argument
-    add("--pattern", default="2:4", help="N:M, N kept of each M inputs (2:4, 4:8), or a sparsity (0.5, 60%%); 2:4")
-    add("--method", default="wanda", choices=("wanda", "magnitude"), help="how weights are scored; wanda")
-    add("--group", choices=("row", "matrix"), help="what is compared for a sparsity; row for wanda, else matrix")
-    add("--text", nargs="+", default=(), metavar="FILE", help="calibration: plain text, .jsonl, token ids in .npy or "
-        ".safetensors, or c4 or wikitext2 (downloaded); a built-in text")  # fmt: skip
-    add("--sequences", type=positive, default=128, metavar="N", help="calibration sequences; 128")
-    add("--length", type=positive, default=2048, metavar="N", help="tokens of each, capped by the model; 2048")
-    add("--seed", type=int, default=0, help="of the calibration sample; 0")
-    add("--batch", type=positive, metavar="N", help="sequences computed at a time; as many as make "
-        "256 tokens, on a GPU 2048, or fewer where memory is short")  # fmt: skip
-    add("--statistics", default="block", choices=("block", "dense", "sequential"),
-        help="what linears are measured on: the dense block, pruned inputs (block, as the paper's code); dense inputs "
-        "(dense); the linears before them pruned, too (sequential, the fewest computations); block")  # fmt: skip
-    add("--include", nargs="+", default=(), metavar="GLOB", help="prune only tensors with such names")
-    add("--exclude", nargs="+", default=(), metavar="GLOB", help="leave tensors with such names dense")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="to compute in, not to store; auto: float32 on a CPU, else as stored")  # fmt: skip
-    add("--max-ram", type=byte_size, metavar="SIZE", help="host memory that this may take in all, as 8GB; what is free")
-    add("--max-vram", type=byte_size, metavar="SIZE", help="GPU memory that tensors may take, as 8GB; what is free")
-    add("--slots", type=int, choices=(1, 2, 3), help="blocks in host memory: 3 to read, compute and write at the same "
-        "time, 1 to do it in turn; 3 where they fit")  # fmt: skip
-    add("--read", default="pread", choices=("pread", "mmap"), help="how shards are read; pread")
-    add("--trust-remote-code", action="store_true", help="run, and copy, Python code that the checkpoint brings")
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
-def byte_size(text: str) -> int:
-    """Bytes of "8GB", "500MB", "7.5GiB"; a bare number is GB. For argparse."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?)b?|b)?", text.lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 8GB or 500MB")
-    number, prefix, binary = match[1], match[2], match[3]
-    if text.lower().endswith("b") and not prefix:
-        return int(float(number))
-    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix or "g") + 1))
-
-
 def run_prune(arguments: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from lowmem_wanda.job import refuse
     from lowmem_wanda.memory import map_blocks_from
@@ -143,20 +64,10 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
     map_blocks_from(1 << 20)
     refuse(arguments.target, arguments.source)
-    stderr = Console(stderr=True)
     task = prepared(arguments)
-    stderr.print(about(task), highlight=False, markup=False)
-    depth = task.depth
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        bar = progress.add_task("pruning", total=depth)
-
-        def show(record: dict[str, Any]) -> None:
-            progress.console.print(block_line(record, depth), highlight=False, markup=False)
-            progress.update(bar, completed=record["index"] + 1)
-
-        report = prune(task, arguments.target, show)
+    note(about(task))
+    with progress("pruning", task.depth) as show:
+        report = prune(task, arguments.target, lambda record: show(record, block_line(record, task.depth)))
     if arguments.json:
         print(json.dumps(report))
     else:
@@ -193,15 +104,174 @@ def run_check(arguments: argparse.Namespace) -> int:
     return FAILED if findings.problems else DONE
 
 
-def prepared(arguments: argparse.Namespace) -> "Task":
-    """The task of the flags that `add_task_flags` made."""
-    from lowmem_wanda.task import prepare
+def run_eval(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lowmem_wanda.memory import map_blocks_from
+    from lowmem_wanda.report import evaluation, report_folder, save
+    from lowmem_wanda.screen import curves, evaluation_table
+
+    map_blocks_from(1 << 20)
+    if not arguments.text and not arguments.tasks:
+        raise LowmemError("nothing to evaluate on: give --text FILE, --tasks NAME,... or both")
+    draw = curves() if arguments.plot else None
+    name = Path(arguments.sources[-1]).resolve().name
+    folder = report_folder(arguments.report or f"{name}-eval", "eval")
+    models, text = [], None
+    for source in arguments.sources:
+        text, result = evaluated(source, arguments)
+        models.append(result)
+        if arguments.json:
+            print(json.dumps(result), flush=True)
+    report = evaluation(text, models, asked(arguments))
+    save(folder, report)
+    if not arguments.json:
+        Console().print(evaluation_table(report))
+        print(f"report: {printable(str(folder / 'report.html'))}")
+    if draw:
+        print(draw({model["path"]: model.get("blocks", []) for model in models}))
+    return DONE
+
+
+def evaluated(source: str, arguments: argparse.Namespace) -> "tuple[Windows | None, dict[str, Any]]":
+    """One model's figures on the text and the tasks, and the text as its tokenizer has it."""
+    from lowmem_wanda.evaluate import evaluate
+    from lowmem_wanda.screen import damage_line
+    from lowmem_wanda.work import open_work
+
+    result: dict[str, Any] = {"path": source}
+    text = None
+    if arguments.text:
+        work = open_work(source, **machine(arguments))
+        text = windows_of(work, arguments)
+        dense = open_work(arguments.against, **machine(arguments)) if arguments.against else None
+        count, length = text.tokens.shape
+        note(f"{source}: {work.depth} blocks, on {work.device}")
+        note(f"{text.scored} tokens scored in {count} windows of {length} tokens from {', '.join(text.sources)}")
+        with progress("evaluating", work.depth) as show:
+            result = evaluate(work, text, dense, lambda record: show(record, damage_line(record, work.depth)))
+    if arguments.tasks:
+        try:
+            from lowmem_wanda.zeroshot import zeroshot
+        except ImportError:
+            raise LowmemError(
+                "--tasks runs lm-evaluation-harness, which is not installed: pip install lm-eval"
+            ) from None
+        with progress(f"{len(arguments.tasks)} tasks", None) as show:
+            result["tasks"] = zeroshot(source, arguments.tasks, include_path=arguments.include_path,
+                limit=arguments.limit, notify=lambda record: show(record, None), **machine(arguments))  # fmt: skip
+    return text, result
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lowmem_wanda.compare import compare, variants
+    from lowmem_wanda.job import refuse_within
+    from lowmem_wanda.memory import map_blocks_from
+    from lowmem_wanda.report import report_folder
+    from lowmem_wanda.screen import comparison_table, curves
+    from lowmem_wanda.work import open_work
+
+    map_blocks_from(1 << 20)
+    if not arguments.text:
+        raise LowmemError("nothing to evaluate on: give --text FILE")
+    draw = curves() if arguments.plot else None
+    refuse_within(arguments.target, arguments.source)
+    chosen = variants(arguments.methods, arguments.patterns, arguments.groups, arguments.statistics,
+                      arguments.sequences, arguments.seeds)  # fmt: skip
+    work = open_work(arguments.source, **machine(arguments))
+    text = windows_of(work, arguments)
+    folder = report_folder(arguments.target, "compare")
+    with progress("comparing", None) as show:
+        report = compare(Path(arguments.source), folder, chosen, text, calibration=arguments.calibration,
+            length=arguments.length, machine=machine(arguments), arguments=asked(arguments), keep=arguments.keep,
+            selection={"include": arguments.include, "exclude": arguments.exclude},
+            notify=lambda name, record: show(record, None, f"{name}: block"))  # fmt: skip
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        Console().print(comparison_table(report))
+        print(f"report: {printable(str(folder / 'report.html'))}")
+    if draw:
+        print(draw({row["name"]: row["blocks"] for row in report["rows"]}))
+    return DONE
+
+
+def windows_of(work: "Work", arguments: argparse.Namespace) -> "Windows":
+    """The windows of --text, by the model's own tokenizer."""
+    from lowmem_wanda.hollow import tokenizer
+    from lowmem_wanda.text import holds_ids
+    from lowmem_wanda.windows import windows
+
+    encode = (lambda _: []) if holds_ids(arguments.text) else tokenizer(work.checkpoint, work.trust_remote_code)
+    return windows(
+        arguments.text,
+        encode,
+        length=min(arguments.length, work.hollow.positions or arguments.length),
+        vocabulary=work.hollow.vocabulary,
+        stride=getattr(arguments, "stride", None),
+        convention=getattr(arguments, "convention", "windows"),
+        most=arguments.windows,
+    )
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A bar on stderr; what it gives takes a block's record, a line to print above the bar, and another title."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        bar = shown.add_task(what, total=total)
+
+        def show(record: dict[str, Any], line: str | None, title: str = what) -> None:
+            if line is not None:
+                shown.console.print(line, highlight=False, markup=False)
+            shown.update(bar, completed=record["index"] + 1, description=title)
+
+        yield show
+
+
+def note(line: str) -> None:
+    """A line on stderr."""
+    from rich.console import Console
+
+    Console(stderr=True).print(line, highlight=False, markup=False)
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags as they were given, for a report."""
+    shown = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug", "json")}
+    places = ("source", "sources", "target")
+    return {key if key in places else f"--{key.replace('_', '-')}": value for key, value in shown.items()}
+
+
+def machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_machine`, as `open_work` takes them."""
     from lowmem_wanda.work import Limits
 
-    names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "device", "dtype", "batch",
-             "statistics", "include", "exclude", "trust_remote_code")  # fmt: skip
     limits = Limits(arguments.max_ram, arguments.max_vram, arguments.slots, arguments.read)
-    return prepare(arguments.source, limits=limits, **{name: getattr(arguments, name) for name in names})
+    names = ("device", "dtype", "batch", "trust_remote_code")
+    return {"limits": limits, **{name: getattr(arguments, name) for name in names}}
+
+
+def prepared(arguments: argparse.Namespace) -> "Task":
+    """The task of the flags of `add_pruning` and `add_machine`."""
+    from lowmem_wanda.task import prepare
+
+    names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude")
+    settings = {name: getattr(arguments, name) for name in names}
+    return prepare(arguments.source, **settings, **machine(arguments))
 
 
 def about(task: "Task") -> str:
@@ -213,3 +283,6 @@ def about(task: "Task") -> str:
     if untouched := task.hollow.untouched:
         line += f"\nnot pruned, as the model does not use them: {len(untouched)} tensors, {untouched[0]} and so on"
     return line
+
+
+RUN = {"prune": run_prune, "plan": run_plan, "check": run_check, "eval": run_eval, "compare": run_compare}

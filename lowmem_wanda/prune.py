@@ -21,8 +21,9 @@ from lowmem_wanda.orders import Measuring
 from lowmem_wanda.patterns import survey
 from lowmem_wanda.plan import predict
 from lowmem_wanda.reading import PIECE, Tensor
-from lowmem_wanda.report import build
+from lowmem_wanda.report import build, save
 from lowmem_wanda.ring import Ring, Slot, Write
+from lowmem_wanda.scores import Sample
 from lowmem_wanda.states import hidden_states
 from lowmem_wanda.task import Task
 from lowmem_wanda.tensors import raw
@@ -172,6 +173,7 @@ class _Run:
         start = time.perf_counter()
         weight = block.weight(path)
         try:
+            sample = Sample(self.task.rule.score(weight, inputs), *weight.shape)
             pruned = self.task.rule.prune(weight, inputs, self.pattern)
         except NumberError as error:
             raise NumberError(f"tensor {name}: {error}") from None
@@ -190,6 +192,7 @@ class _Run:
             "holds": holds,
             "zeros": zeros,
             "sparsity": zeros / weight.numel(),
+            "score": sample.spread(weight),
             "seconds": time.perf_counter() - start,
         }
 
@@ -216,7 +219,7 @@ def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
         job.path / INDEX,
         {"metadata": {"total_size": task.checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
-    write_json(job.path / REPORT, report)
+    save(job.path, report)
     write_bytes(job.path / CONFIG, (task.checkpoint.path / CONFIG).read_bytes())
     job.end()
 

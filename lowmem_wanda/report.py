@@ -1,8 +1,11 @@
-"""report.json: what was asked, what was done to every linear, what it cost."""
+"""report.json and report.html: what was asked, what was done to every linear, what it cost."""
 
+import json
 import platform
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,19 @@ import torch
 import transformers
 
 from lowmem_wanda import __version__
+from lowmem_wanda.checkpoint import read_json
+from lowmem_wanda.errors import OutputError
+from lowmem_wanda.job import REPORT
 from lowmem_wanda.memory import Peak
+from lowmem_wanda.page import page
 from lowmem_wanda.plan import Plan
 from lowmem_wanda.task import Task
+from lowmem_wanda.windows import Windows
+from lowmem_wanda.work import Work
+from lowmem_wanda.writer import explained, write_bytes, write_json
+
+PAGE = "report.html"
+UNSEEDED = ("method", "pattern", "group", "statistics", "sequences")
 
 GIVES = (
     "A checkpoint of the same names, shapes and size in which the pruned weights are exactly zero; "
@@ -37,6 +50,7 @@ def build(
     shards = dict(sorted(finished.items()))
     blocks = [{"shard": name, **record} for name, record in shards.items() if "index" in record]
     return {
+        "kind": "prune",
         "source": str(task.checkpoint.path),
         "arguments": arguments,
         "versions": versions(),
@@ -53,6 +67,7 @@ def build(
             "device_predicted": plan.device_peak,
             "device_measured": peak.device,
         },
+        "memory": peak.series,
         "layout": {**asdict(plan.layout), "reading": task.limits.reading},
         "timing": timing,
         "copied_tensors": next(record["tensors"] for record in shards.values() if "tensors" in record),
@@ -94,3 +109,83 @@ def summarize(plan: Plan, shards: dict[str, dict[str, Any]], blocks: list[dict[s
         "gives": GIVES,
         "gives_not": GIVES_NOT,
     }
+
+
+def evaluation(text: Windows | None, models: Sequence[dict[str, Any]], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of an evaluation: what `evaluate` gives of each model, and `tasks` where they were run."""
+    return {
+        "kind": "eval",
+        "arguments": dict(arguments),
+        "versions": versions(),
+        **_windows(text),
+        "against": next((model["dense"] for model in models if "dense" in model), None),
+        "models": [{key: value for key, value in model.items() if key != "dense"} for model in models],
+    }
+
+
+def comparison(
+    dense: Work,
+    text: Windows,
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    rows: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """The report of a comparison; `spread` is over the rows that differ in their seed alone."""
+    spread = []
+    for row in rows:
+        alike = [other for other in rows if all(other[key] == row[key] for key in UNSEEDED)]
+        if len(alike) > 1 and row is alike[0]:
+            values = [other["perplexity"] for other in alike]
+            name = row["name"].replace(f" seed {row['seed']}", "")
+            mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
+            spread.append({"name": name, "rows": len(alike), "perplexity_mean": mean, "perplexity_sd": sd})
+    return {
+        "kind": "compare",
+        "source": str(dense.checkpoint.path),
+        "arguments": dict(arguments),
+        "settings": dict(settings),
+        "versions": versions(),
+        **_windows(text),
+        "dense": rows[0]["dense"] if rows else None,
+        "rows": list(rows),
+        "spread": spread,
+    }
+
+
+def read_rows(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a comparison that was begun in a folder. Raises OutputError where its settings are others."""
+    if not (folder / REPORT).exists():
+        return []
+    report = read_json(folder / REPORT)
+    before = report.get("settings", {})
+    for key, value in json.loads(json.dumps(settings)).items():
+        if before.get(key) != value:
+            raise OutputError(
+                f"{folder}: holds rows of another {key}; repeat the first command or give another directory"
+            )
+    return list(report["rows"])
+
+
+def report_folder(path: str | Path, kind: str) -> Path:
+    """A folder that takes a report: new, empty, or with one of the same kind. Raises OutputError."""
+    folder = Path(path)
+    with explained(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            held = folder / REPORT
+            if not held.is_file() or read_json(held).get("kind") != kind:
+                raise OutputError(f"{folder}: exists and holds no report of {kind}; give a new or empty directory")
+    return folder
+
+
+def save(folder: Path, report: dict[str, Any]) -> None:
+    """Writes report.html and report.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / PAGE, page(report).encode("utf-8"))
+    write_json(folder / REPORT, report)
+
+
+def _windows(text: Windows | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    count, length = text.tokens.shape
+    return {"text": list(text.sources), "convention": text.convention, "length": length, "windows": count}

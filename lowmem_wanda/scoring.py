@@ -15,7 +15,7 @@ import torch
 from lowmem_wanda.clock import Clock, add, timing
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import NumberError
-from lowmem_wanda.head import Head
+from lowmem_wanda.head import Head, budget_of
 from lowmem_wanda.layout import Layout
 from lowmem_wanda.losses import Divergence, Softmax
 from lowmem_wanda.memory import anonymous, limit_vram, map_blocks_from
@@ -75,6 +75,8 @@ class _Run:
     def do(self) -> Scores:
         start = time.perf_counter()
         with ExitStack() as stack:
+            for decoder in self.decoders:
+                stack.callback(decoder.close)
             self._embed(stack)
             self._walk()
             softmaxes, divergences = self._apply_heads()
@@ -114,6 +116,8 @@ class _Run:
         with Ring(self.device, size, layout.slots, layout.arriving, self.works[0].limits.reading) as ring:
             walk(streams, ring, range(self.works[0].depth))
             add(self.spent, ring.spent)
+        for decoder in self.decoders:
+            decoder.empty()
 
     def _step(self, number: int, block: Block, parts: Parts) -> None:
         """One model's block; the last model's closes the record of that block."""
@@ -136,7 +140,8 @@ class _Run:
 
     def _apply_heads(self) -> tuple[list[Softmax], list[Divergence]]:
         """Logits by slices of the vocabulary: of all models at once, so that none has to be kept."""
-        heads = [Head(decoder) for decoder in self.decoders]
+        budget = budget_of(max(work.block_bytes for work in self.works))
+        heads = [Head(decoder, budget) for decoder in self.decoders]
         targets = torch.from_numpy(np.concatenate([batch.targets for batch in self.batches])).to(self.device)
         softmaxes = [Softmax(len(targets), self.device) for _ in heads]
         divergences = [Divergence(len(targets), self.device) for _ in heads[1:]]

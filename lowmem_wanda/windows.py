@@ -8,6 +8,7 @@ llama.cpp   one after the other, each beginning with the tokenizer's first speci
 What is left at the end of the text is dropped.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,13 @@ class Windows:
     first: np.ndarray
     convention: str
     sources: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids and of what is scored."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes())
+        digest.update(np.ascontiguousarray(self.first, dtype="<i8").tobytes())
+        return digest.hexdigest()
 
     @property
     def scored(self) -> int:
@@ -64,7 +72,7 @@ def windows(
         if stride is not None:
             raise CalibrationError(f"{name}: holds rows of token ids, which --stride cannot overlap; give text")
         tokens = np.array(tokens[:most, :length])
-    elif len(tokens) < length or length < 2:
+    elif len(tokens) < length:
         raise CalibrationError(f"{name}: {len(tokens)} tokens, which is no window of --length {length}")
     else:
         starts = np.arange(0, len(tokens) - length + 1, step)[: most or _paper_windows(texts)]
@@ -76,6 +84,8 @@ def windows(
         first[:] = tokens.shape[1] // 2 + 1
         special = _first_special(encode)
         tokens[:, : len(special)] = special
+    if (tokens.shape[1] - first).sum() < 2:
+        raise CalibrationError(f"{name}: --length {length} leaves no tokens to score; give a larger one")
     return Windows(tokens, first, "stride" if stride else convention, tuple(Path(text).name for text in texts))
 
 

@@ -49,14 +49,14 @@ def test_every_other_command_is_what_make_does():
     assert "make demo VENV=" in ci and "make test VENV=" in ci
     for part in ("-m venv $(VENV)", "--constraint constraints.txt", '--editable ".[test]"', "-m pytest"):
         assert part in makefile
-    for command in OURS[:2]:
+    for command in OURS[:3]:
         assert command.removeprefix("python ") in makefile
 
 
 def test_the_first_command_is_before_line_30_and_files_are_named():
     assert (
         README.splitlines().index(
-            "make demo    # in a new .venv: install, prune the bundled demo model 2:4, prove the result"
+            "make demo    # in a new .venv: install, prune the bundled demo model 2:4, prove the result, perplexity before and after"
         )
         < 30
     )

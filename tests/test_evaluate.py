@@ -42,9 +42,8 @@ def whole_losses(path, tokens):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Slices of 7 ids (96 = 13 x 7 + 5), and at most 5 tokens at a time."""
-    monkeypatch.setattr(head, "CPU_ROWS", 7 * 32 * 4)
-    monkeypatch.setattr(head, "CPU_LOGITS", 5 * 4 * 7)
+    """Slices of 29 of 96 ids, and 7 tokens at a time, where the width is 32."""
+    monkeypatch.setattr(head, "LEAST", 15000)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

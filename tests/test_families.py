@@ -57,7 +57,7 @@ def test_streamed_logits_are_the_whole_models(tiny, token_file, family):
     with torch.no_grad(), Ring(CPU, 1 << 20) as ring:
         parts = decoder.embed(in_batches(tokens, BATCH))
         walk([Stream(decoder, parts, work.block_tensors, advance)], ring, range(decoder.depth))
-        head = Head(decoder)
+        head = Head(decoder, 1 << 20)
         head.load(slice(0, head.rows))
         for ids, part in zip(in_batches(tokens, BATCH), parts, strict=True):
             expected = model(torch.from_numpy(ids), use_cache=False).logits

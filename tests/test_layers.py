@@ -8,11 +8,25 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lowmem_wanda"
 LAYERS = (
-    ("errors", "fused", "lowest", "patterns", "stats", "methods", "system", "memory", "clock", "losses"),
+    ("errors", "fused", "lowest", "patterns", "scores", "stats", "methods", "system", "memory", "clock", "losses"),
     ("reading", "checkpoint", "tensors", "ring", "writer", "states", "job", "text", "windows"),
     ("hollow", "trace", "decoder", "head", "walk", "orders"),
-    ("work", "layout", "scoring", "evaluate", "task", "plan", "report", "prune", "check"),
-    ("screen", "main"),
+    (
+        "work",
+        "layout",
+        "scoring",
+        "evaluate",
+        "zeroshot",
+        "task",
+        "plan",
+        "plots",
+        "page",
+        "report",
+        "prune",
+        "compare",
+        "check",
+    ),
+    ("screen", "flags", "main"),
 )
 ORDER = [module for layer in LAYERS for module in layer]
 MODULES = [path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")]

@@ -159,3 +159,72 @@ def test_control_characters_are_shown_not_sent():
     from lowmem_wanda.main import printable
 
     assert printable("a\nerror: b\x1b[2Jä") == "a\\nerror: b\\x1b[2Jä"
+
+
+def test_eval_says_what_a_model_is_worth(source, token_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["prune", source, "out", "--text", str(token_file)]) == 0
+    capsys.readouterr()
+    assert main(["eval", source, "out", "--text", str(token_file), "--against", source, "--json"]) == 0
+    shown = capsys.readouterr()
+    dense, pruned = (json.loads(line) for line in shown.out.splitlines())
+    asked = {"perplexity", "perplexity_stderr", "tokens", "length", "kl_mean", "kl_p99", "top1_agreement"}
+    assert asked | {"perplexity_ratio"} <= pruned.keys() and (pruned["tokens"], pruned["length"]) == (90, 16)
+    assert dense["kl_max"] < 1e-6 < pruned["kl_mean"] and dense["top1_agreement"] == 1
+    assert "block 3/3  off by" in shown.err and "90 tokens scored in 6 windows of 16" in shown.err
+    report = json.loads((tmp_path / "out-eval/report.json").read_text())
+    assert report["kind"] == "eval" and len(report["models"]) == 2 and report["arguments"]["--against"] == source
+    assert "<html" in (tmp_path / "out-eval/report.html").read_text()
+
+
+def test_eval_shows_the_length_beside_the_perplexity_and_draws(source, token_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", source, "--text", str(token_file), "--against", source, "--plot"]) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity at 16" in shown and "±" in shown and "relative error of each block's output" in shown
+    assert "\x1b" not in shown and "-eval/report.html" in shown
+
+
+def test_compare_is_one_table(source, token_file, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    command = ["compare", source, out, "--text", str(token_file), "--calibration", str(token_file), "--plot"]
+    assert main([*command, "--patterns", "50%,2:4"]) == 0
+    shown = capsys.readouterr().out
+    lines = [line.split()[:2] for line in shown.splitlines() if line.startswith("  ") and "±" in line]
+    assert [line[0] for line in lines] == ["dense", "wanda", "magnitude", "wanda", "magnitude"]
+    assert "block's output" in shown and "out/report.html" in shown.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["eval", "SOURCE"], "give --text FILE, --tasks"),
+        (["compare", "SOURCE", "out"], "give --text FILE"),
+        (["compare", "SOURCE", "SOURCE/out", "--text", "IDS"], "never written to"),
+        (["eval", "SOURCE", "--text", "IDS", "--report", "SOURCE"], "holds no report of eval"),
+        (["eval", "nowhere", "--text", "IDS"], "nowhere"),
+        (["eval", "SOURCE", "--text", "IDS", "--length", "1"], "--length 1"),
+        (["eval", "SOURCE", "--text", "missing.npy"], "missing.npy"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_one_sentence(source, token_file, tmp_path, monkeypatch, capsys, command, says):
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("SOURCE", source).replace("IDS", str(token_file)) for word in command]
+    assert main(words) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and says in shown.err and shown.err.splitlines()[-1].startswith("error: ")
+    assert not list(tmp_path.glob("*eval/report.json"))
+
+
+@pytest.mark.parametrize(
+    ("package", "flags", "install"),
+    [("plotext", ["--plot"], 'pip install "plotext<6"'), ("lm_eval", ["--tasks", "boolq"], "pip install lm-eval")],
+)
+def test_an_extra_that_is_not_there_is_named(
+    source, token_file, tmp_path, monkeypatch, capsys, package, flags, install
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "lowmem_wanda.zeroshot", raising=False)
+    assert main(["eval", source, "--text", str(token_file), *flags]) == 1
+    assert install in capsys.readouterr().err
