@@ -46,7 +46,7 @@ def evaluate(
         "seconds": scores.timing["wall"],
         "timing": scores.timing,
         "layout": {**asdict(layout), "reading": work.limits.reading},
-        "memory": peak.series,
+        "memory": list(peak.series),
         "peak_memory": {
             "host_predicted": need.host,
             "host_measured": peak.host,

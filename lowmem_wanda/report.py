@@ -67,7 +67,7 @@ def build(
             "device_predicted": plan.device_peak,
             "device_measured": peak.device,
         },
-        "memory": peak.series,
+        "memory": list(peak.series),
         "layout": {**asdict(plan.layout), "reading": task.limits.reading},
         "timing": timing,
         "copied_tensors": next(record["tensors"] for record in shards.values() if "tensors" in record),

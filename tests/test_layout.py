@@ -106,7 +106,7 @@ def test_a_budget_is_refused_before_any_work(wide, tmp_path, capsys):
     [("8GB", 8 * 10**9), ("500MB", 5 * 10**8), ("1.5GiB", 3 << 29), ("2", 2 * 10**9), ("64 kb", 64000), ("100b", 100)],
 )
 def test_sizes_are_read_as_people_write_them(text, expected):
-    from lowmem_wanda.main import byte_size
+    from lowmem_wanda.flags import byte_size
 
     assert byte_size(text) == expected
 

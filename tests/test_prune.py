@@ -22,7 +22,7 @@ from lowmem_wanda.task import prepare
 
 def digests(path: Path) -> dict[str, str]:
     """Every file but the report, which tells the time."""
-    files = (file for file in path.rglob("*") if file.is_file() and file.name != "report.json")
+    files = (file for file in path.rglob("*") if file.is_file() and file.stem != "report")
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
