@@ -129,16 +129,21 @@ def hollow(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool =
 
 def tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Encode:
     """The checkpoint's own tokenizer as text -> ids, special tokens as it adds them. Raises CalibrationError."""
+    loaded = load_tokenizer(checkpoint, trust_remote_code)
+    return lambda text: loaded(text, verbose=False)["input_ids"]
+
+
+def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False, **settings: Any) -> Any:
+    """The checkpoint's own tokenizer as transformers makes it. Raises CalibrationError."""
     try:
-        loaded = AutoTokenizer.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
+        return AutoTokenizer.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code, **settings
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CalibrationError(
-            f"{checkpoint.path}: its tokenizer cannot be loaded ({_first_line(error)}); add "
+            f"{checkpoint.path}: its tokenizer cannot be loaded ({first_line(error)}); add "
             "tokenizer.json, or give token ids (.npy) to --text"
         ) from None
-    return lambda text: loaded(text, verbose=False)["input_ids"]
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -152,7 +157,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (*BUILD_ERRORS, StrictDataclassError) as error:
         raise ModelError(
-            f"config.json: transformers cannot build a causal language model of it ({_first_line(error)})"
+            f"config.json: transformers cannot build a causal language model of it ({first_line(error)})"
         ) from None
     built: nn.Module = model.eval().requires_grad_(False)
     return built
@@ -249,5 +254,6 @@ def _account(model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpect
     return tuple(unexpected)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -157,9 +157,13 @@ def evaluated(source: str, arguments: argparse.Namespace) -> "tuple[Windows | No
             raise LowmemError(
                 "--tasks runs lm-evaluation-harness, which is not installed: pip install lm-eval"
             ) from None
-        with progress(f"{len(arguments.tasks)} tasks", None) as show:
+        with progress("loading tasks", None) as show:
+
+            def tell(record: dict[str, Any]) -> None:
+                show(record, None, f"tasks, sweep {record['sweep'] + 1} of {record['sweeps']}: block")
+
             result["tasks"] = zeroshot(source, arguments.tasks, include_path=arguments.include_path,
-                limit=arguments.limit, notify=lambda record: show(record, None), **machine(arguments))  # fmt: skip
+                                       limit=arguments.limit, notify=tell, **machine(arguments))  # fmt: skip
     return text, result
 
 

@@ -16,6 +16,8 @@ LAYERS = (
         "layout",
         "scoring",
         "evaluate",
+        "sweeps",
+        "harness",
         "zeroshot",
         "task",
         "plan",
