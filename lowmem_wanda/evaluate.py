@@ -10,7 +10,7 @@ from lowmem_wanda.errors import ModelError
 from lowmem_wanda.head import head_linear
 from lowmem_wanda.layout import choose
 from lowmem_wanda.losses import against, perplexity
-from lowmem_wanda.memory import Peak
+from lowmem_wanda.memory import Peak, return_freed
 from lowmem_wanda.scoring import Batch, score
 from lowmem_wanda.text import in_batches
 from lowmem_wanda.windows import Windows
@@ -35,6 +35,7 @@ def evaluate(
     layout, need = choose(replace(larger, shape=text.tokens.shape, streams=len(works)))
     with Peak(work.device) as peak:
         scores = score(works, batches(text, layout.batch), layout, lambda record: notify(_flat(record)))
+    return_freed()
     figures = _figures(scores.losses[-1], text)
     if dense is not None:
         figures |= against(scores.losses[1], scores.losses[0], scores.divergence[0], scores.top[0] == scores.top[1])

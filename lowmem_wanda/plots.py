@@ -1,103 +1,156 @@
-"""Figures as SVG that stands in a page, by matplotlib, which is brought late; empty where it is not installed.
+"""Figures as SVG that stands in a page, by matplotlib, which is brought late; a line that says so without it.
 
-Text stays text, backgrounds are transparent and ink takes the page's colour, so that a figure reads in dark and light.
+Text stays text in the page's font, backgrounds are transparent and ink takes the page's colour, so that a figure reads
+in dark and light and on a phone.
 """
 
 import io
 import math
 import re
+import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from itertools import cycle
 from typing import Any
 
 INK = "#010203"  # stands for the page's own colour
-COLOURS = ("#4c8bf5", "#e8710a", "#1e9e5a", "#c93fb5", "#8f75e8", "#b0850f", "#0aa5b5", "#e0455e")
-WIDTH = 5.2  # inches
+COLOURS = ("#4c8bf5", "#e8710a", "#1e9e5a", "#c93fb5", "#8f75e8", "#b0850f", "#0899a8", "#e0455e")  # 3:1 on both papers
+MARKERS = "osD^v*X"  # one less than there are colours, so that the pair repeats late
+WIDTH = 5.2  # inches, which a phone shows at about 5 in. of 72 px: a point is a pixel there
+LINE = 0.17  # inches, of a legend
 NONE = "<p>No plots: pip install matplotlib</p>"
 STYLE = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.0, "axes.titlesize": 10.0, "text.color": INK,
+    "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 10.0, "axes.titlesize": 9.0, "text.color": INK,
     "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "axes.titlelocation": "left",
+    "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9.0, "grid.color": INK, "grid.alpha": 0.15,
+    "text.parse_math": False, "axes.unicode_minus": False, "axes.axisbelow": True,
 }  # fmt: skip
 
-Draw = Callable[[Any, Any], None]  # (figure, axes)
+Draw = Callable[[Any], None]  # what puts axes into a figure
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {name: (x values, y values)}
 
 
-def heat(name: str, title: str, rows: Sequence[str], values: Sequence[Sequence[float]], bar: str) -> str:
-    """A heat map of `values` [row][block]; NaN stays empty. `bar` is the title of its colour bar."""
+def heat(name: str, title: str, rows: Sequence[str], values: Sequence[Sequence[float]], share: bool = False) -> str:
+    """A heat map of `values` [row][block]; NaN stays empty. Shares are shown in percent, and if alike from 0 to 100."""
+    known = [value for line in values for value in line if math.isfinite(value)]
+    if not known:
+        return ""
+    factor = 100 if share else 1
+    limits = {"vmin": 0, "vmax": 100} if share and max(known) - min(known) < 0.001 else {}
 
-    def draw(figure: Any, axes: Any) -> None:
-        mesh = axes.pcolormesh([[*map(float, line)] for line in values], cmap="viridis")
-        axes.set_yticks([index + 0.5 for index in range(len(rows))], rows)
-        depth = max(map(len, values))
-        places = _places(depth)
-        axes.set_xticks([place + 0.5 for place in places], [str(place + 1) for place in places])
+    def draw(figure: Any) -> None:
+        from matplotlib import colormaps, colors
+
+        # of viridis neither end, which are too near to either paper; a bar of 50 colours would become a bitmap
+        shades = colors.ListedColormap([colormaps["viridis"](0.12 + 0.85 * step / 47) for step in range(48)])
+        axes = figure.add_subplot()
+        mesh = axes.pcolormesh([[factor * float(value) for value in line] for line in values], cmap=shades, **limits)
+        axes.set_yticks([index + 0.5 for index in range(len(rows))], [_label(row, 26) for row in rows])
+        _block_axis(axes, max(map(len, values)), first=0.5)
         axes.invert_yaxis()
-        axes.set_xlabel("block")
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        figure.colorbar(mesh, ax=axes, label=bar, pad=0.02)
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(mesh, ax=axes, pad=0.02, format="{x:.4g}%" if share else "{x:.4g}")
+        bar.outline.set_visible(False)
 
-    return _svg(name, title, 1.1 + 0.26 * len(rows), draw)
+    return _figure(name, title, 0.7 + 0.26 * len(rows), draw)
 
 
-def lines(
-    name: str, title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str,
-    level: tuple[str, float] | None = None,
-) -> str:  # fmt: skip
-    """Lines of (x values, y values) by name, and a dashed one at a `level`."""
+def bands(name: str, title: str, panels: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> str:
+    """A panel for each name, three beside each other: (block, low, middle, high), logarithmic; 0 has no place there."""
+    panels = {label: [point for point in points if point[1] > 0] for label, points in panels.items()}
+    panels = {label: points for label, points in panels.items() if points}
+    if not panels:
+        return ""
+    high = math.ceil(len(panels) / 3)
 
-    def draw(figure: Any, axes: Any) -> None:
-        for (label, (places, values)), colour in zip(series.items(), cycle(COLOURS)):
-            axes.plot(places, values, label=label, color=colour, marker="o" if len(places) < 40 else None, markersize=3)
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(high, min(3, len(panels)), sharex=True, sharey=True, squeeze=False).flatten()
+        depth = max(int(point[0]) for points in panels.values() for point in points)
+        for axes, (label, points) in zip(grid, panels.items(), strict=False):
+            blocks, lows, middles, highs = zip(*points, strict=True)
+            axes.fill_between(blocks, lows, highs, color=COLOURS[0], alpha=0.35, linewidth=0)
+            axes.plot(blocks, middles, color=COLOURS[0], linewidth=1.2, marker="o" if len(points) == 1 else None)
+            axes.set_title(_label(label, 22))
+            axes.set_yscale("log")
+            axes.set_xlim(0.5, depth + 0.5)
+            axes.grid(axis="y")
+            _plain_log(axes.yaxis, (1.0,), most=3)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[max(0, len(panels) - 3) : len(panels)]:  # the lowest of each column
+            _block_axis(axes, depth, most=3)
+            axes.set_xlabel(None)
+            axes.tick_params(labelbottom=True)
+        figure.supxlabel("block", fontsize=10)
+
+    return _figure(name, title, 0.5 + 0.95 * high, draw)
+
+
+def lines(name: str, title: str, series: Series, x: str, y: str, level: tuple[str, float] | None = None) -> str:
+    """Lines by name, and a dashed one at a `level`; the axis of "block" is one of whole numbers from 1."""
+    labels = [*series, level[0]] if level else list(series) if len(series) > 1 else []
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for (label, (places, values)), colour, marker in zip(series.items(), cycle(COLOURS), cycle(MARKERS)):
+            marks = {"marker": marker, "markersize": 4, "markevery": max(1, len(places) // 16)} if x == "block" else {}
+            axes.plot(places, values, label=_label(label), color=colour, linewidth=1.3, **marks)
         if level is not None:
-            axes.axhline(level[1], color=INK, linestyle="--", linewidth=0.8, label=level[0])
+            axes.axhline(level[1], color=INK, linestyle="--", linewidth=0.9, label=_label(level[0]))
         axes.set(xlabel=x, ylabel=y)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
         if x == "block":
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25, color=INK)
-        if len(series) > 1 or level is not None:
-            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+            _block_axis(axes, int(max(max(places) for places, _ in series.values())))
+        axes.grid()
+        _legend(figure, labels)
 
-    return _svg(name, title, 3.0 + 0.1 * len(series), draw)
+    return _figure(name, title, 2.5 + _legend_height(labels), draw)
 
 
 def stacks(name: str, title: str, parts: Mapping[str, Sequence[float]], y: str) -> str:
     """A bar for each block, in parts."""
 
-    def draw(figure: Any, axes: Any) -> None:
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
         depth = max(map(len, parts.values()))
         below = [0.0] * depth
         for (label, values), colour in zip(parts.items(), cycle(COLOURS)):
-            axes.bar(range(1, depth + 1), values, bottom=below, label=label, color=colour, width=0.85)
+            axes.bar(range(1, depth + 1), values, bottom=below, label=_label(label), color=colour, width=0.85)
             below = [one + other for one, other in zip(below, values, strict=True)]
-        axes.set_xticks([place + 1 for place in _places(depth)])
-        axes.set(xlabel="block", ylabel=y)
-        figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+        _block_axis(axes, depth)
+        axes.set_ylabel(y)
+        axes.grid(axis="y")
+        _legend(figure, list(parts))
 
-    return _svg(name, title, 2.9, draw)
+    return _figure(name, title, 2.3 + _legend_height(list(parts)), draw)
 
 
-def ranges(name: str, title: str, values: Mapping[str, tuple[float, float]], x: str) -> str:
-    """A point with its error for each name, on a logarithmic axis where they are far from each other."""
+def ranges(name: str, title: str, values: Mapping[str, tuple[float, float]], x: str, level: tuple[str, float]) -> str:
+    """A point with its error for each name beside a `level`; logarithmic where they are far from each other."""
+    names = [textwrap.fill(_label(label, 75), 26) for label in values]
+    height = 0.08 + 0.17 * max(label.count("\n") + 1 for label in names)
 
-    def draw(figure: Any, axes: Any) -> None:
-        for place, ((centre, error), colour) in enumerate(zip(values.values(), cycle(COLOURS))):
-            axes.errorbar(centre, place, xerr=error, fmt="o", color=colour, capsize=3)
-        centres = [centre for centre, _ in values.values()]
-        if max(centres) > 5 * min(centres):
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for place, (centre, error) in enumerate(values.values()):
+            axes.errorbar(centre, place, xerr=error, fmt="o", color=COLOURS[0], markersize=5, capsize=3)
+        axes.axvline(level[1], color=INK, linestyle="--", linewidth=0.9, label=_label(level[0]))
+        centres = [level[1], *(centre for centre, _ in values.values())]
+        if max(centres) > 3 * min(centres) > 0:
             axes.set_xscale("log")
-        axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
+            _plain_log(axes.xaxis, (1.0, 2.0, 3.0, 5.0, 7.0) if max(centres) < 100 * min(centres) else (1.0,))
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel(x)
-        axes.grid(alpha=0.25, color=INK, axis="x", which="both")
+        axes.grid(axis="x")
+        _legend(figure, [level[0]])
 
-    return _svg(name, title, 0.9 + 0.26 * len(values), draw)
+    return _figure(name, title, 0.7 + height * len(names), draw)
 
 
-def _svg(name: str, title: str, height: float, draw: Draw) -> str:
-    """An <svg> whose identifiers begin with `name`, or a line that says what to install."""
+def _figure(name: str, title: str, height: float, draw: Draw) -> str:
+    """A <figure> whose identifiers begin with `name`, the same for the same data; or what to install."""
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -105,24 +158,72 @@ def _svg(name: str, title: str, height: float, draw: Draw) -> str:
     except ImportError:
         return NONE
     written = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*missing from")  # the browser has glyphs for what this font has not
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure, figure.add_subplot(title=title))
+        draw(figure)
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = written.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'(\bid="|href="#|url\(#)', lambda match: f"{match[1]}{name}-", text)
-    label = title.replace("&", "and").replace('"', "'").replace("<", "(")
-    return re.sub(r'^<svg ([^>]*?)width="[^"]*" ', rf'<svg role="img" aria-label="{label}" \1', _unsized(text), count=1)
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r"<[^>]+>", lambda tag: _inlined(tag[0], name), text)  # in text, < and > are &lt; and &gt;
+    text = re.sub(r">\s+<", "><", text)
+    view = re.search(r'viewBox="[^"]*"', text)
+    opened = f'<svg role="img" aria-label="{escape(title)}" {view[0] if view else ""}>'
+    return f"<figure><figcaption>{escape(title)}</figcaption>{opened}{text[text.index('>') + 1 :].strip()}</figure>"
 
 
-def _unsized(text: str) -> str:
-    """Without the height of the figure: the page gives its width."""
-    return re.sub(r'^(<svg [^>]*?)height="[^"]*" ', r"\1", text, count=1)
+def _inlined(tag: str, name: str) -> str:
+    """A tag as it stands in a page: identifiers begin with `name`, font and ink are the page's, numbers short."""
+    for pattern, by in (
+        (r'( id="| xlink:href="#|url\(#)', rf"\1{name}-"),
+        (r" xmlns(:xlink)?=\"[^\"]*\"", ""),
+        (r" xlink:href=", " href="),
+        (r"\bfont: ([\d.]+px) [^;\"]*", r"font-size: \1"),
+        (r"font-family: [^;\"]*;? ?", ""),
+        (r"(\d\.\d\d)\d+", r"\1"),
+        (r"\s*\n\s*", ""),
+        (INK, "currentColor"),
+    ):
+        tag = re.sub(pattern, by, tag)
+    if "fill: " in tag and tag.startswith("<path") and "stroke" not in tag:  # a cell or a bar, of which there are many
+        tag = re.sub(r' clip-path="[^"]*"', "", tag)
+    return tag
 
 
-def _places(depth: int) -> list[int]:
-    """About eight blocks to name under an axis, from the first."""
-    return list(range(0, depth, max(1, math.ceil(depth / 8))))
+def _block_axis(axes: Any, depth: int, first: float = 1.0, most: int = 8) -> None:
+    """About `most` blocks to name under an axis, counted from 1, which stands at `first`."""
+    step = next(size for size in (1, 2, 5, 10, 20, 25, 50, 100, 10**9) if depth <= size * most)
+    named = range(1, depth + 1, step) if step < 5 else [1, *range(step, depth + 1, step)]
+    axes.set_xticks([place - 1 + first for place in named], [str(place) for place in named])
+    axes.set_xlabel("block")
+
+
+def _plain_log(axis: Any, steps: Sequence[float], most: int = 6) -> None:
+    """At most so many marks, at these multiples of powers of ten, in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=steps, numticks=most))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _label(text: str, most: int = 56) -> str:
+    """One line, its end where it is long; matplotlib takes no label that begins with _."""
+    line = " ".join(text.split())
+    line = line if len(line) <= most else f"…{line[1 - most :]}"
+    return f" {line}" if line.startswith("_") else line
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Of a legend, by its longest line: 5.3 points a letter, 50 for the rest of a column."""
+    return max(1, min(len(labels), int(72 * WIDTH / (50 + 5.3 * max(len(_label(label)) for label in labels)))))
+
+
+def _legend_height(labels: Sequence[str]) -> float:
+    return LINE * (1 + math.ceil(len(labels) / _columns(labels))) if labels else 0.0
+
+
+def _legend(figure: Any, labels: Sequence[str]) -> None:
+    if labels:
+        figure.legend(loc="outside lower center", ncols=_columns(labels))

@@ -112,11 +112,11 @@ def damage_line(record: dict[str, Any], depth: int) -> str:
 
 def evaluation_table(report: dict[str, Any]) -> Table:
     """A row for each model: its perplexity, the distance to the dense one, its tasks."""
-    table = Table(box=box.SIMPLE, title=_windows(report), title_justify="left")
+    table = Table(box=box.SIMPLE, title=_windows(report), title_justify="left", padding=(0, 1, 0, 0))
     models, dense = report["models"], report["against"]
-    table.add_column("model", overflow="fold")
+    table.add_column("model", overflow="fold", min_width=16)
     if "length" in report:
-        table.add_column(f"perplexity at {report['length']}", justify="right", no_wrap=True)
+        _perplexity_column(table, report)
     if dense:
         _distance_columns(table)
         table.add_row(escape(dense["path"]), *_perplexity(dense), "dense")
@@ -131,13 +131,13 @@ def evaluation_table(report: dict[str, Any]) -> Table:
 
 def comparison_table(report: dict[str, Any]) -> Table:
     """A row for each pruning: what it costs in quality, time and memory."""
-    table = Table(box=box.SIMPLE, title=_windows(report), title_justify="left")
-    table.add_column("pruned", no_wrap=True)
-    table.add_column(f"perplexity at {report['length']}", justify="right", no_wrap=True)
+    table = Table(box=box.SIMPLE, title=_windows(report), title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("pruned", min_width=13)
+    _perplexity_column(table, report)
     _distance_columns(table)
     on_gpu = any(row["device_bytes"] for row in report["rows"])
     for title in ("time", "host", "GPU")[: 3 if on_gpu else 2]:
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", min_width=7)
     table.add_row("dense", *_perplexity(report["dense"]))
     for row in report["rows"]:
         cost = [duration(row["seconds"]), size(row["host_bytes"]), size(row["device_bytes"])]
@@ -209,7 +209,11 @@ def _windows(report: dict[str, Any]) -> str | None:
 
 def _distance_columns(table: Table) -> None:
     for title in ("x dense", "KL", "KL 99%", "top-1"):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", min_width=5)
+
+
+def _perplexity_column(table: Table, report: dict[str, Any]) -> None:
+    table.add_column(f"perplexity\nat {report['length']}", justify="right", no_wrap=True)
 
 
 def _perplexity(figures: dict[str, Any]) -> list[str]:
