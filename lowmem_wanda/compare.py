@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.evaluate import evaluate
 from lowmem_wanda.hollow import tokenizer
-from lowmem_wanda.job import fingerprint
+from lowmem_wanda.job import JOB, fingerprint, finished
 from lowmem_wanda.methods import METHODS
 from lowmem_wanda.patterns import Ratio, parse
 from lowmem_wanda.prune import prune
@@ -23,6 +23,7 @@ from lowmem_wanda.text import Calibration, calibrate, holds_ids
 from lowmem_wanda.windows import Windows
 from lowmem_wanda.work import Work, describe_device, open_work
 
+Samples = dict[tuple[int | None, int | None], Calibration]  # by sequences and seed
 Notify = Callable[[str, dict[str, Any]], None]  # which variant, and the record of a block of it
 FIGURES = (
     "perplexity", "perplexity_stderr", "kl_mean", "kl_mean_stderr", "kl_p99", "top1_agreement", "perplexity_ratio",
@@ -109,28 +110,41 @@ def compare(
     `arguments` are for the report.
     """
     dense = open_work(source, **machine)
-    settings = _settings(dense, text) | {f"--{key}": list(globs) for key, globs in selection.items()}
+    given = {**{f"--{key}": list(globs) for key, globs in selection.items()}, "--calibration": list(calibration)}
+    settings = _settings(dense, text) | given | {"--length": length}
     rows = read_rows(target, settings)
     samples = _samples(dense, chosen, calibration, length)
-    titles = names(chosen)
-    save(target, comparison(dense, text, arguments, settings, rows))
+    chosen = tuple(dict.fromkeys(_as_sampled(variant, samples) for variant in chosen))
+    samples |= {(len(sample.tokens), seed): sample for (_, seed), sample in samples.items()}
+    titles = names([*chosen, *map(variant_of, rows)])
+    rows = [row | {"name": titles[variant_of(row)]} for row in rows]
+    save(target, report := comparison(dense, text, arguments, settings, rows))
     for variant in chosen:
         sample = samples.get((variant.sequences, variant.seed))
-        key = asdict(variant) | {"calibration sha256": sample.sha256 if sample else None}
+        folder = target / re.sub(r"[^\w.%]+", "-", titles[variant])
+        key = {"name": titles[variant], **asdict(variant), "calibration sha256": sample.sha256 if sample else None}
         same = [row for row in rows if all(row.get(part) == value for part, value in key.items())]
-        rows = [row for row in rows if row not in same]
-        if same:
-            rows.append(same[0] | {"name": titles[variant]})
+        rows = [row for row in rows if variant_of(row) != variant]
+        if same and (not keep or finished(folder)):
+            rows += same
         else:
-            folder = target / re.sub(r"[^\w.%]+", "-", titles[variant])
-            step = partial(notify, titles[variant])
             task = prepare(source, calibration=sample, **machine, **selection, **variant.flags)
-            rows.append({"name": titles[variant], **key, **_row(task, folder, dense, text, machine, step)})
-            if not keep:
-                shutil.rmtree(folder)
-        report = comparison(dense, text, arguments, settings, rows)
-        save(target, report)
+            rows.append(key | _row(task, folder, dense, text, machine, partial(notify, titles[variant])))
+        save(target, report := comparison(dense, text, arguments, settings, rows))
+        if not keep and (folder / JOB).exists():
+            shutil.rmtree(folder)
     return report
+
+
+def variant_of(row: Mapping[str, Any]) -> Variant:
+    """What a row of a report is of."""
+    return Variant(**{field.name: row[field.name] for field in fields(Variant)})
+
+
+def _as_sampled(variant: Variant, samples: Samples) -> Variant:
+    """With as many sequences as the text gave: a short one holds fewer than were asked for."""
+    sample = samples.get((variant.sequences, variant.seed))
+    return replace(variant, sequences=len(sample.tokens)) if sample else variant
 
 
 def _row(
@@ -148,7 +162,7 @@ def _row(
         **{key: result[key] for key in FIGURES},
         "dense": result["dense"],
         "sparsity": made["summary"]["sparsity"],
-        "seconds": made["timing"]["wall"],
+        "seconds": made["summary"]["seconds"],
         "eval_seconds": result["seconds"],
         "host_bytes": made["peak_memory"]["host_measured"],
         "device_bytes": made["peak_memory"]["device_measured"],
@@ -168,9 +182,7 @@ def _settings(dense: Work, text: Windows) -> dict[str, Any]:
     }
 
 
-def _samples(
-    dense: Work, chosen: Sequence[Variant], texts: Sequence[str], length: int
-) -> dict[tuple[int | None, int | None], Calibration]:
+def _samples(dense: Work, chosen: Sequence[Variant], texts: Sequence[str], length: int) -> Samples:
     """{(sequences, seed): calibration}; each seed's text is read once, and fewer sequences are the first of more."""
     wanted = {(variant.sequences, variant.seed) for variant in chosen if variant.sequences and variant.seed is not None}
     most: dict[int, int] = {}

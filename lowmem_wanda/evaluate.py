@@ -1,6 +1,6 @@
 """What a model is worth on a text: its perplexity, and how far it is from the dense one, by streaming."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -8,13 +8,14 @@ import numpy as np
 
 from lowmem_wanda.errors import ModelError
 from lowmem_wanda.head import head_linear
+from lowmem_wanda.hollow import tokenizer
 from lowmem_wanda.layout import choose
 from lowmem_wanda.losses import against, perplexity
 from lowmem_wanda.memory import Peak, return_freed
 from lowmem_wanda.scoring import Batch, score
-from lowmem_wanda.text import in_batches
-from lowmem_wanda.windows import Windows
-from lowmem_wanda.work import Work
+from lowmem_wanda.text import holds_ids, in_batches
+from lowmem_wanda.windows import Windows, windows
+from lowmem_wanda.work import Work, describe_device
 
 Notify = Callable[[dict[str, Any]], None]
 
@@ -31,8 +32,7 @@ def evaluate(
     works = [work] if dense is None else [dense, work]
     if dense is not None:
         _compare(work, dense)
-    larger = max(works, key=lambda one: one.block_bytes)
-    layout, need = choose(replace(larger, shape=text.tokens.shape, streams=len(works)))
+    layout, need = choose(replace(work, shape=text.tokens.shape, beside=tuple(works[:-1])))
     with Peak(work.device) as peak:
         scores = score(works, batches(text, layout.batch), layout, lambda record: notify(_flat(record)))
     return_freed()
@@ -44,6 +44,8 @@ def evaluate(
         "path": str(work.checkpoint.path),
         **figures,
         "blocks": [_flat(record) for record in scores.blocks],
+        "device": describe_device(work.device),
+        "dtype": str(work.dtype).removeprefix("torch."),
         "seconds": scores.timing["wall"],
         "timing": scores.timing,
         "layout": {**asdict(layout), "reading": work.limits.reading},
@@ -55,6 +57,17 @@ def evaluate(
             "device_measured": peak.device,
         },
     }
+
+
+def cut(
+    work: Work, texts: Sequence[str], length: int, stride: int | None = None, convention: str = "windows",
+    most: int | None = None,
+) -> Windows:  # fmt: skip
+    """`windows` of the texts by the model's own tokenizer, of no more tokens than the model has positions."""
+    encode = (lambda _: []) if holds_ids(texts) else tokenizer(work.checkpoint, work.trust_remote_code)
+    length = min(length, work.hollow.positions or length)
+    size = {"length": length, "vocabulary": work.hollow.vocabulary, "stride": stride, "most": most}
+    return windows(texts, encode, convention=convention, **size)  # type: ignore[arg-type]
 
 
 def batches(text: Windows, count: int) -> list[Batch]:
@@ -81,6 +94,11 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 def _compare(work: Work, dense: Work) -> None:
     """Raises ModelError where a model's blocks and logits have no counterpart in the dense one's."""
+    if (work.device, work.dtype) != (dense.device, dense.dtype):
+        raise ModelError(
+            f"{work.checkpoint.path}: is computed in {work.dtype} on {work.device}, {dense.checkpoint.path} in "
+            f"{dense.dtype} on {dense.device}; give --dtype"
+        )
     for what, one, other in (
         ("blocks", work.depth, dense.depth),
         ("as width of its hidden states", work.hollow.width, dense.hollow.width),

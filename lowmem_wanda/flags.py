@@ -148,7 +148,10 @@ def byte_size(text: str) -> int:
 
 def names(text: str) -> tuple[str, ...]:
     """The words of "a,b,c", for argparse."""
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return words
 
 
 def numbers(text: str) -> tuple[int, ...]:

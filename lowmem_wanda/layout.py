@@ -114,11 +114,7 @@ class Sizes:
         tensors, hollow, size = work.checkpoint.tensors, work.hollow, work.dtype.itemsize
         blocks = [work.block_tensors(index) for index in range(work.depth)]
         linears = [tensors[name] for index in range(len(blocks)) for name in hollow.linears(index).values()]
-        names = {tensor.name for tensor in linears}
-        casts = [tensor.numel * size for tensor in linears if DTYPES[tensor.dtype] != work.dtype]
-        small = [[t for t in block if DTYPES[t.dtype] != work.dtype and t.name not in names] for block in blocks]
-        cast = max(casts, default=0) + max(sum(t.numel * size for t in block) for block in small)
-        self.casts = work.streams * cast
+        self.casts = sum(map(cast_bytes, (work, *work.beside)))
         widest = max(max(tensor.shape) for tensor in linears)
         self.columns = max(hollow.matrix_shape(tensor)[1] for tensor in linears)
         outside = [tensors[name] for name in set(hollow.outside().values())]
@@ -164,6 +160,16 @@ class Sizes:
         moved = layout.batch * self.state if layout.states != "device" and not self.on_host else 0
         computing = max(self.activations(layout) + moved, scores) + layout.held * self.waiting(layout)
         return max(blocks + self.casts + computing, self.embedding, self.heads) + self.scored
+
+
+def cast_bytes(work: Work) -> int:
+    """What a decoder holds of a block in the computing dtype: one linear's weight, and all that is no linear."""
+    size, tensors = work.dtype.itemsize, work.checkpoint.tensors
+    blocks = [work.block_tensors(index) for index in range(work.depth)]
+    names = {name for index in range(work.depth) for name in work.hollow.linears(index).values()}
+    casts = [tensors[name].numel * size for name in names if DTYPES[tensors[name].dtype] != work.dtype]
+    small = [[t for t in block if DTYPES[t.dtype] != work.dtype and t.name not in names] for block in blocks]
+    return max(casts, default=0) + max(sum(t.numel * size for t in block) for block in small)
 
 
 def _hold(work: Work, layout: Layout, sizes: Sizes, free: int) -> Layout:

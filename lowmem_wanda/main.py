@@ -60,7 +60,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
     from lowmem_wanda.job import refuse
     from lowmem_wanda.memory import map_blocks_from
     from lowmem_wanda.prune import prune
-    from lowmem_wanda.screen import block_line, closing
+    from lowmem_wanda.screen import about, block_line, closing
 
     map_blocks_from(1 << 20)
     refuse(arguments.target, arguments.source)
@@ -117,14 +117,15 @@ def run_eval(arguments: argparse.Namespace) -> int:
     draw = curves() if arguments.plot else None
     name = Path(arguments.sources[-1]).resolve().name
     folder = report_folder(arguments.report or f"{name}-eval", "eval")
+    check_sources(arguments)
     models, text = [], None
     for source in arguments.sources:
         text, result = evaluated(source, arguments)
         models.append(result)
+        report = evaluation(text, models, asked(arguments))
+        save(folder, report)
         if arguments.json:
             print(json.dumps(result), flush=True)
-    report = evaluation(text, models, asked(arguments))
-    save(folder, report)
     if not arguments.json:
         Console().print(evaluation_table(report))
         print(f"report: {printable(str(folder / 'report.html'))}")
@@ -133,38 +134,60 @@ def run_eval(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def check_sources(arguments: argparse.Namespace) -> None:
+    """Raises a LowmemError, before any work, for what would stop it later."""
+    from lowmem_wanda.work import open_work
+
+    if arguments.tasks:
+        zeroshot_module()
+    sources = [*arguments.sources, *([arguments.against] if arguments.against else [])]
+    models = [open_work(source, **machine(arguments)).hollow for source in sources if len(sources) > 1]
+    lengths = sorted({min(arguments.length, model.positions or arguments.length) for model in models})
+    if arguments.text and len(lengths) > 1:
+        raise LowmemError(f"not all of these models have {lengths[1]} positions: give --length {lengths[0]}")
+
+
 def evaluated(source: str, arguments: argparse.Namespace) -> "tuple[Windows | None, dict[str, Any]]":
     """One model's figures on the text and the tasks, and the text as its tokenizer has it."""
     from lowmem_wanda.evaluate import evaluate
     from lowmem_wanda.screen import damage_line
     from lowmem_wanda.work import open_work
 
+    work = open_work(source, **machine(arguments))
+    text = windows_of(work, arguments) if arguments.text else None
+    tasks = run_tasks(source, arguments) if arguments.tasks else None
     result: dict[str, Any] = {"path": source}
-    text = None
-    if arguments.text:
-        work = open_work(source, **machine(arguments))
-        text = windows_of(work, arguments)
-        dense = open_work(arguments.against, **machine(arguments)) if arguments.against else None
+    if text is not None:
         count, length = text.tokens.shape
+        same = {**machine(arguments), "dtype": str(work.dtype).removeprefix("torch.")}
+        dense = open_work(arguments.against, **same) if arguments.against else None
         note(f"{source}: {work.depth} blocks, on {work.device}")
         note(f"{text.scored} tokens scored in {count} windows of {length} tokens from {', '.join(text.sources)}")
         with progress("evaluating", work.depth) as show:
             result = evaluate(work, text, dense, lambda record: show(record, damage_line(record, work.depth)))
-    if arguments.tasks:
-        try:
-            from lowmem_wanda.zeroshot import zeroshot
-        except ImportError:
-            raise LowmemError(
-                "--tasks runs lm-evaluation-harness, which is not installed: pip install lm-eval"
-            ) from None
-        with progress("loading tasks", None) as show:
+    return text, result | ({"tasks": tasks} if tasks else {})
 
-            def tell(record: dict[str, Any]) -> None:
-                show(record, None, f"tasks, sweep {record['sweep'] + 1} of {record['sweeps']}: block")
 
-            result["tasks"] = zeroshot(source, arguments.tasks, include_path=arguments.include_path,
-                                       limit=arguments.limit, notify=tell, **machine(arguments))  # fmt: skip
-    return text, result
+def run_tasks(source: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """One model's zero-shot metrics."""
+    with progress("loading tasks", None) as show:
+
+        def tell(record: dict[str, Any]) -> None:
+            show(record, None, f"tasks, sweep {record['sweep'] + 1} of {record['sweeps']}: block")
+
+        settings = {"include_path": arguments.include_path, "limit": arguments.limit, "notify": tell}
+        found: dict[str, dict[str, float]] = zeroshot_module().zeroshot(
+            source, arguments.tasks, **settings, **machine(arguments)
+        )
+    return found
+
+
+def zeroshot_module() -> Any:
+    try:
+        from lowmem_wanda import zeroshot
+    except ImportError:
+        raise LowmemError("--tasks runs lm-evaluation-harness, which is not installed: pip install lm-eval") from None
+    return zeroshot
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
@@ -204,20 +227,11 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 def windows_of(work: "Work", arguments: argparse.Namespace) -> "Windows":
     """The windows of --text, by the model's own tokenizer."""
-    from lowmem_wanda.hollow import tokenizer
-    from lowmem_wanda.text import holds_ids
-    from lowmem_wanda.windows import windows
+    from lowmem_wanda.evaluate import cut
 
-    encode = (lambda _: []) if holds_ids(arguments.text) else tokenizer(work.checkpoint, work.trust_remote_code)
-    return windows(
-        arguments.text,
-        encode,
-        length=min(arguments.length, work.hollow.positions or arguments.length),
-        vocabulary=work.hollow.vocabulary,
-        stride=getattr(arguments, "stride", None),
-        convention=getattr(arguments, "convention", "windows"),
-        most=arguments.windows,
-    )
+    convention = getattr(arguments, "convention", "windows")
+    stride = getattr(arguments, "stride", None)
+    return cut(work, arguments.text, arguments.length, stride, convention, arguments.windows)
 
 
 @contextmanager
@@ -276,17 +290,6 @@ def prepared(arguments: argparse.Namespace) -> "Task":
     names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude")
     settings = {name: getattr(arguments, name) for name in names}
     return prepare(arguments.source, **settings, **machine(arguments))
-
-
-def about(task: "Task") -> str:
-    """The line before the work: what is pruned how, on what, with which text."""
-    line = f"{task.checkpoint.path}: {task.depth} blocks, {task.method} {task.pattern}, on {task.device}"
-    if calibration := task.calibration:
-        sequences, length = calibration.tokens.shape
-        line += f"\ncalibration: {sequences} sequences of {length} tokens from {', '.join(calibration.sources)}"
-    if untouched := task.hollow.untouched:
-        line += f"\nnot pruned, as the model does not use them: {len(untouched)} tensors, {untouched[0]} and so on"
-    return line
 
 
 RUN = {"prune": run_prune, "plan": run_plan, "check": run_check, "eval": run_eval, "compare": run_compare}

@@ -23,7 +23,8 @@ def anonymous() -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that could be taken now, on the GPU or of the host."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # a container's limit ("max": none)
         group = Path("/sys/fs/cgroup")

@@ -116,6 +116,7 @@ class _Run:
                 parts = decoder.embed(in_batches(task.calibration.tokens, self.layout.batch), allocate)
             add(self.spent, clock.seconds())
             walk([Stream(decoder, parts, self.source, self.step)], ring, range(self.open[-1] + 1))
+            decoder.empty()
 
     def source(self, index: int) -> list[Tensor]:
         """Where a block is read: a finished one as it stands in the output, if that is what moved the states on."""

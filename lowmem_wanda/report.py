@@ -113,9 +113,10 @@ def summarize(plan: Plan, shards: dict[str, dict[str, Any]], blocks: list[dict[s
 
 def evaluation(text: Windows | None, models: Sequence[dict[str, Any]], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The report of an evaluation: what `evaluate` gives of each model, and `tasks` where they were run."""
+    computed = {f"--{key}": models[-1][key] for key in ("device", "dtype") if key in models[-1]}
     return {
         "kind": "eval",
-        "arguments": dict(arguments),
+        "arguments": {**arguments, **computed},
         "versions": versions(),
         **_windows(text),
         "against": next((model["dense"] for model in models if "dense" in model), None),
@@ -142,7 +143,7 @@ def comparison(
     return {
         "kind": "compare",
         "source": str(dense.checkpoint.path),
-        "arguments": dict(arguments),
+        "arguments": {**arguments, "--device": settings["device"], "--dtype": settings["dtype"]},
         "settings": dict(settings),
         "versions": versions(),
         **_windows(text),

@@ -15,7 +15,7 @@ import torch
 from lowmem_wanda.clock import Clock, add, timing
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import NumberError
-from lowmem_wanda.head import Head, budget_of
+from lowmem_wanda.head import Head, budget_of, head_linear
 from lowmem_wanda.layout import Layout
 from lowmem_wanda.losses import Divergence, Softmax
 from lowmem_wanda.memory import anonymous, limit_vram, map_blocks_from
@@ -54,6 +54,8 @@ def score(
     works: Sequence[Work], batches: Sequence[Batch], layout: Layout, notify: Notify = lambda record: None
 ) -> Scores:
     """Scores the batches under every model. Raises NumberError for logits that are NaN or infinite."""
+    for work in works:
+        head_linear(work.hollow)
     limit_vram(works[0].device, works[0].limits.max_vram)
     map_blocks_from(layout.mapped)
     with torch.no_grad():
@@ -94,9 +96,8 @@ class _Run:
         )
 
     def _embed(self, stack: ExitStack) -> None:
-        folder = Path(tempfile.gettempdir())
-
         def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowmem-wanda-")))
             return stack.enter_context(hidden_states(self.layout.states, shape, dtype, self.device, folder))
 
         clock = Clock(self.device)

@@ -13,6 +13,7 @@ from lowmem_wanda.errors import LowmemError
 if TYPE_CHECKING:  # `check` shows its findings without loading torch
     from lowmem_wanda.check import Findings
     from lowmem_wanda.plan import Plan
+    from lowmem_wanda.task import Task
 
 
 def size(count: float) -> str:
@@ -39,6 +40,17 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def about(task: "Task") -> str:
+    """The line before the work: what is pruned how, on what, with which text."""
+    line = f"{task.checkpoint.path}: {task.depth} blocks, {task.method} {task.pattern}, on {task.device}"
+    if calibration := task.calibration:
+        sequences, length = calibration.tokens.shape
+        line += f"\ncalibration: {sequences} sequences of {length} tokens from {', '.join(calibration.sources)}"
+    if untouched := task.hollow.untouched:
+        line += f"\nnot pruned, as the model does not use them: {len(untouched)} tensors, {untouched[0]} and so on"
+    return line
 
 
 def block_line(record: dict[str, Any], depth: int) -> str:

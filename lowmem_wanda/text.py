@@ -50,13 +50,8 @@ def calibrate(
     "wikitext2" (downloaded); none means the built-in text, of which as many windows are taken as it holds.
     Two-dimensional ids are used row by row as they stand. Raises CalibrationError.
     """
-    ids = [text for text in texts if holds_ids([text])]
-    if ids and not holds_ids(texts):
-        raise CalibrationError(
-            f"{ids[0]} holds token ids and {next(t for t in texts if t not in ids)} text: give one kind"
-        )
-    if ids:
-        tokens = _from_ids([Path(name) for name in ids], sequences, length, seed)
+    if holds_ids(texts):
+        tokens = _from_ids([Path(name) for name in texts], sequences, length, seed)
     elif texts:
         readers = [reader for text in texts for reader in _training(text)]
         encoded = [partial(lambda read: np.array(encode(read()), dtype=np.int64), reader) for reader in readers]
@@ -75,8 +70,13 @@ def check_ids(tokens: np.ndarray, vocabulary: int, name: str) -> None:
 
 
 def holds_ids(texts: Sequence[str]) -> bool:
-    """Whether all of `texts` are files of token ids, so that no tokenizer is needed."""
-    return bool(texts) and all(text.endswith((".npy", ".safetensors")) for text in texts)
+    """Whether `texts` are files of token ids, so that no tokenizer is needed. Raises CalibrationError for a mixture."""
+    ids = [text for text in texts if text.endswith((".npy", ".safetensors"))]
+    if ids and len(ids) < len(texts):
+        raise CalibrationError(
+            f"{ids[0]} holds token ids and {next(t for t in texts if t not in ids)} text: give one kind"
+        )
+    return bool(ids)
 
 
 def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:

@@ -37,7 +37,7 @@ class Work:
     """A model without weights, and how it is walked.
 
     `shape` is (sequences, length) of the tokens that go through it, (0, 0) for none, `batch` of the sequences at a
-    time (None: as `layout` finds); `streams` models are walked side by side, each with its own hidden states.
+    time (None: as `layout` finds); models `beside` it are walked with it, each with its own hidden states.
     """
 
     checkpoint: Checkpoint
@@ -48,7 +48,12 @@ class Work:
     limits: Limits = FREE
     trust_remote_code: bool = False
     shape: tuple[int, int] = (0, 0)
-    streams: int = 1
+    beside: tuple["Work", ...] = ()
+
+    @property
+    def streams(self) -> int:
+        """How many models are walked side by side."""
+        return 1 + len(self.beside)
 
     @property
     def depth(self) -> int:
@@ -71,8 +76,9 @@ class Work:
 
     @cached_property
     def block_bytes(self) -> int:
-        """What the largest block takes, laid in a buffer."""
-        return max(laid_bytes(wanted(self.block_tensors(index))) for index in range(self.depth))
+        """What the largest block takes, laid in a buffer, also of those `beside`."""
+        own = max(laid_bytes(wanted(self.block_tensors(index))) for index in range(self.depth))
+        return max([own, *(work.block_bytes for work in self.beside)])
 
 
 def open_work(

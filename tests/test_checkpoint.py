@@ -224,8 +224,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(single, monkeypatch):
 
 def test_old_buffers_are_copied_through(tmp_path, token_file):
     """Old GPT-2 files hold the causal mask as attn.bias; transformers ignores it, so it is no error."""
-    from lowmem_wanda.main import about
     from lowmem_wanda.prune import prune
+    from lowmem_wanda.screen import about
 
     path = save_tiny(tmp_path / "gpt2", "gpt2", shard="1GB")
     rewrite(path / "model.safetensors", lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}))

@@ -58,12 +58,23 @@ def test_rows_that_are_there_are_not_made_again(tiny, token_file, tmp_path, monk
     made = []
     monkeypatch.setattr(module, "prune", lambda task, *rest: made.append(task.method) or prune(task, *rest))
     both = run(tiny("llama"), tmp_path / "out", variants(["magnitude", "wanda"], ["2:4"]), token_file, keep=True)
-    assert made == ["magnitude"] and both["rows"][1] == first["rows"][0]
-    assert (tmp_path / "out/magnitude-2-4/config.json").exists()
-    np.save(tmp_path / "other.npy", np.load(token_file)[::-1])
-    run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"]), tmp_path / "other.npy" and token_file,
-        calibration=[str(tmp_path / "other.npy")])  # fmt: skip
+    assert made == ["magnitude", "wanda"] and both["rows"][1]["perplexity"] == first["rows"][0]["perplexity"]
+    run(tiny("llama"), tmp_path / "out", variants(["magnitude", "wanda"], ["2:4"]), token_file, keep=True)
     assert made == ["magnitude", "wanda"]
+    assert (tmp_path / "out/magnitude-2-4/config.json").exists()
+    with pytest.raises(OutputError, match="--calibration"):
+        run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"]), token_file, calibration=[])
+
+
+def test_rows_of_other_runs_have_names_of_their_own(tiny, token_file, tmp_path):
+    run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"], seeds=[0]), token_file)
+    report = run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"], seeds=[1]), token_file)
+    assert [row["name"] for row in report["rows"]] == ["wanda 2:4 seed 0", "wanda 2:4 seed 1"]
+
+
+def test_a_row_says_how_many_sequences_there_were(tiny, token_file, tmp_path):
+    report = run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"], sequences=[6, 64, 128]), token_file)
+    assert [row["sequences"] for row in report["rows"]] == [6]
 
 
 def test_rows_of_another_model_are_refused(tiny, token_file, tmp_path):
