@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,11 +184,11 @@ def run_tasks(source: str, arguments: argparse.Namespace) -> dict[str, dict[str,
 
 
 def zeroshot_module() -> Any:
+    """The module `zeroshot`. Raises LowmemError without lm-evaluation-harness."""
     try:
-        from lowmem_wanda import zeroshot
+        return import_module("lowmem_wanda.zeroshot")
     except ImportError:
         raise LowmemError("--tasks runs lm-evaluation-harness, which is not installed: pip install lm-eval") from None
-    return zeroshot
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
