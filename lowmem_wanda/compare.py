@@ -12,14 +12,13 @@ from typing import Any
 
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.evaluate import evaluate
-from lowmem_wanda.hollow import tokenizer
 from lowmem_wanda.job import JOB, fingerprint, finished
 from lowmem_wanda.methods import METHODS
 from lowmem_wanda.patterns import Ratio, parse
 from lowmem_wanda.prune import prune
 from lowmem_wanda.report import comparison, read_rows, save, versions
 from lowmem_wanda.task import Task, prepare
-from lowmem_wanda.text import Calibration, calibrate, holds_ids
+from lowmem_wanda.text import Calibration, calibrate
 from lowmem_wanda.windows import Windows
 from lowmem_wanda.work import Work, describe_device, open_work
 
@@ -177,7 +176,7 @@ def _settings(dense: Work, text: Windows) -> dict[str, Any]:
         "windows sha256": text.sha256,
         "convention": text.convention,
         "device": describe_device(dense.device),
-        "dtype": str(dense.dtype).removeprefix("torch."),
+        "dtype": dense.dtype_name,
         "versions": versions(),
     }
 
@@ -190,7 +189,7 @@ def _samples(dense: Work, chosen: Sequence[Variant], texts: Sequence[str], lengt
         most[seed] = max(most.get(seed, 0), count)
     if not most:
         return {}
-    encode = (lambda _: []) if holds_ids(texts) else tokenizer(dense.checkpoint, dense.trust_remote_code)
-    size = {"length": min(length, dense.hollow.positions or length), "vocabulary": dense.hollow.vocabulary}
+    encode = dense.encoder(texts)
+    size = {"length": dense.window(length), "vocabulary": dense.hollow.vocabulary}
     whole = {seed: calibrate(texts, encode, sequences=count, seed=seed, **size) for seed, count in most.items()}
     return {(count, seed): replace(whole[seed], tokens=whole[seed].tokens[:count]) for count, seed in wanted}

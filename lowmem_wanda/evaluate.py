@@ -8,12 +8,11 @@ import numpy as np
 
 from lowmem_wanda.errors import ModelError
 from lowmem_wanda.head import head_linear
-from lowmem_wanda.hollow import tokenizer
 from lowmem_wanda.layout import choose
 from lowmem_wanda.losses import against, perplexity
 from lowmem_wanda.memory import Peak, return_freed
 from lowmem_wanda.scoring import Batch, score
-from lowmem_wanda.text import holds_ids, in_batches
+from lowmem_wanda.text import in_batches
 from lowmem_wanda.windows import Windows, windows
 from lowmem_wanda.work import Work, describe_device
 
@@ -45,17 +44,12 @@ def evaluate(
         **figures,
         "blocks": [_flat(record) for record in scores.blocks],
         "device": describe_device(work.device),
-        "dtype": str(work.dtype).removeprefix("torch."),
+        "dtype": work.dtype_name,
         "seconds": scores.timing["wall"],
         "timing": scores.timing,
         "layout": {**asdict(layout), "reading": work.limits.reading},
         "memory": list(peak.series),
-        "peak_memory": {
-            "host_predicted": need.host,
-            "host_measured": peak.host,
-            "device_predicted": need.device,
-            "device_measured": peak.device,
-        },
+        "peak_memory": peak.beside(need.host, need.device),
     }
 
 
@@ -64,10 +58,8 @@ def cut(
     most: int | None = None,
 ) -> Windows:  # fmt: skip
     """`windows` of the texts by the model's own tokenizer, of no more tokens than the model has positions."""
-    encode = (lambda _: []) if holds_ids(texts) else tokenizer(work.checkpoint, work.trust_remote_code)
-    length = min(length, work.hollow.positions or length)
-    size = {"length": length, "vocabulary": work.hollow.vocabulary, "stride": stride, "most": most}
-    return windows(texts, encode, convention=convention, **size)  # type: ignore[arg-type]
+    size = {"length": work.window(length), "vocabulary": work.hollow.vocabulary, "stride": stride, "most": most}
+    return windows(texts, work.encoder(texts), convention=convention, **size)  # type: ignore[arg-type]
 
 
 def batches(text: Windows, count: int) -> list[Batch]:

@@ -142,8 +142,8 @@ def check_sources(arguments: argparse.Namespace) -> None:
     if arguments.tasks:
         zeroshot_module()
     sources = [*arguments.sources, *([arguments.against] if arguments.against else [])]
-    models = [open_work(source, **machine(arguments)).hollow for source in sources if len(sources) > 1]
-    lengths = sorted({min(arguments.length, model.positions or arguments.length) for model in models})
+    models = [open_work(source, **machine(arguments)) for source in sources if len(sources) > 1]
+    lengths = sorted({model.window(arguments.length) for model in models})
     if arguments.text and len(lengths) > 1:
         raise LowmemError(f"not all of these models have {lengths[1]} positions: give --length {lengths[0]}")
 
@@ -160,7 +160,7 @@ def evaluated(source: str, arguments: argparse.Namespace) -> "tuple[Windows | No
     result: dict[str, Any] = {"path": source}
     if text is not None:
         count, length = text.tokens.shape
-        same = {**machine(arguments), "dtype": str(work.dtype).removeprefix("torch.")}
+        same = {**machine(arguments), "dtype": work.dtype_name}
         dense = open_work(arguments.against, **same) if arguments.against else None
         note(f"{source}: {work.depth} blocks, on {work.device}")
         note(f"{text.scored} tokens scored in {count} windows of {length} tokens from {', '.join(text.sources)}")

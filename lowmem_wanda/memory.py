@@ -94,6 +94,15 @@ class Peak:
     def device(self) -> int:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
 
+    def beside(self, host: int, device: int) -> dict[str, int]:
+        """The peaks beside those that were predicted, in bytes."""
+        return {
+            "host_predicted": host,
+            "host_measured": self.host,
+            "device_predicted": device,
+            "device_measured": self.device,
+        }
+
     def __enter__(self) -> "Peak":
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

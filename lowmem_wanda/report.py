@@ -61,12 +61,7 @@ def build(
             "length": plan.length,
             "tokens": plan.tokens,
         },
-        "peak_memory": {
-            "host_predicted": plan.host_peak,
-            "host_measured": peak.host,
-            "device_predicted": plan.device_peak,
-            "device_measured": peak.device,
-        },
+        "peak_memory": peak.beside(plan.host_peak, plan.device_peak),
         "memory": list(peak.series),
         "layout": {**asdict(plan.layout), "reading": task.limits.reading},
         "timing": timing,

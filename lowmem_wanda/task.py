@@ -13,12 +13,12 @@ import transformers
 from lowmem_wanda import __version__
 from lowmem_wanda.checkpoint import Checkpoint
 from lowmem_wanda.errors import PatternError
-from lowmem_wanda.hollow import Hollow, tokenizer
+from lowmem_wanda.hollow import Hollow
 from lowmem_wanda.job import fingerprint
 from lowmem_wanda.methods import METHODS, Method
 from lowmem_wanda.orders import greenlets
 from lowmem_wanda.patterns import Pattern, Ratio, parse
-from lowmem_wanda.text import Calibration, calibrate, holds_ids
+from lowmem_wanda.text import Calibration, calibrate
 from lowmem_wanda.work import FREE, Limits, Work, describe_device, open_work
 from lowmem_wanda.writer import sha256_of, small_files
 
@@ -86,7 +86,7 @@ class Task(Work):
             "calibration shape": list(self.calibration.tokens.shape),
             "calibration sha256": self.calibration.sha256,
             "--statistics": self.statistics,
-            "--dtype": str(self.dtype).removeprefix("torch."),
+            "--dtype": self.dtype_name,
             "--batch": batch,
             "threads (OMP_NUM_THREADS)": torch.get_num_threads() if self.device.type == "cpu" else 0,
         }
@@ -127,9 +127,8 @@ def prepare(
     if METHODS[method].statistic is None:
         calibration = None
     elif calibration is None:
-        encode = (lambda _: []) if holds_ids(text) else tokenizer(checkpoint, trust_remote_code)
-        size = {"sequences": sequences, "length": min(length, model.positions or length)}
-        calibration = calibrate(text, encode, vocabulary=model.vocabulary, seed=seed, **size)
+        size = {"sequences": sequences, "length": work.window(length)}
+        calibration = calibrate(text, work.encoder(text), vocabulary=model.vocabulary, seed=seed, **size)
     shape = calibration.tokens.shape if calibration else (0, 0)
     settings = {field.name: getattr(work, field.name) for field in fields(Work)}
     return Task(

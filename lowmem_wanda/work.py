@@ -1,5 +1,6 @@
 """A model that is ready to be walked, and what the walk is held to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,9 +9,10 @@ import torch
 
 from lowmem_wanda.checkpoint import FLOATS, Checkpoint, refuse_unprunable
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.hollow import Hollow, hollow
+from lowmem_wanda.hollow import Hollow, hollow, tokenizer
 from lowmem_wanda.reading import Tensor
 from lowmem_wanda.tensors import DTYPES, laid_bytes, wanted
+from lowmem_wanda.text import Encode, holds_ids
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,19 @@ class Work:
     def waits(self) -> bool:
         """Whether micro-batches wait for each other within a block."""
         return False
+
+    @property
+    def dtype_name(self) -> str:
+        """Of the computing dtype, as flags have it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def window(self, length: int) -> int:
+        """`length`, or as many positions as the model has."""
+        return min(length, self.hollow.positions or length)
+
+    def encoder(self, texts: Sequence[str]) -> Encode:
+        """The model's own tokenizer; none is loaded for files of ids. Raises CalibrationError."""
+        return (lambda _: []) if holds_ids(texts) else tokenizer(self.checkpoint, self.trust_remote_code)
 
     def block_tensors(self, index: int) -> list[Tensor]:
         """The file tensors of one block."""
