@@ -2,8 +2,12 @@
 
 import argparse
 import re
+from typing import TYPE_CHECKING, Any
 
 from lowmem_wanda import __version__
+
+if TYPE_CHECKING:
+    from lowmem_wanda.task import Task
 
 METHODS, STATISTICS = ("wanda", "magnitude"), ("block", "dense", "sequential")
 TASKS = "boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa"
@@ -32,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
     for pruning in (prune, plan):
         add_pruning(pruning)
         add_machine(pruning)
+    imatrix = command("imatrix", "write a checkpoint's importance matrix, for llama.cpp's quantization")
+    add_source(imatrix)
+    imatrix.add_argument("target", metavar="out_file", help="new file: .gguf, or .dat for the older format")
+    add_calibration(imatrix)
+    add_machine(imatrix)
     check = command("check", "report the sparsity of a checkpoint and prove it")
     check.add_argument("path", metavar="dir", help="folder of any safetensors checkpoint")
     check.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this source but for zeros")
@@ -51,20 +60,29 @@ def add_source(command: argparse.ArgumentParser) -> None:
 
 
 def add_pruning(command: argparse.ArgumentParser) -> None:
-    """What is pruned, and on what it is calibrated."""
+    """What is pruned, and on what."""
     add = command.add_argument
     add("--pattern", default="2:4", help="N:M, N kept of each M inputs (2:4, 4:8), or a sparsity (0.5, 60%%); 2:4")
     add("--method", default="wanda", choices=METHODS, help="how weights are scored; wanda")
     add("--group", choices=("row", "matrix"), help="what is compared for a sparsity; row for wanda, else matrix")
+    add("--norms", metavar="FILE", help="an importance matrix of the dense model (.gguf, .dat): its norms, and no "
+        "calibration, no forward pass")  # fmt: skip
+    add("--imatrix", metavar="FILE", help="write the pruned model's importance matrix too, for llama.cpp (.gguf, .dat)")
+    add_calibration(command)
+    add("--statistics", default="block", choices=STATISTICS,
+        help="what linears are measured on: the dense block, pruned inputs (block, as the paper's code); dense inputs "
+        "(dense); the linears before them pruned, too (sequential, the fewest computations); block")  # fmt: skip
+    add_selection(command)
+
+
+def add_calibration(command: argparse.ArgumentParser) -> None:
+    """What is measured on."""
+    add = command.add_argument
     add("--text", nargs="+", default=(), metavar="FILE", help="calibration: plain text, .jsonl, token ids in .npy or "
         ".safetensors, or c4 or wikitext2 (downloaded); a built-in text")  # fmt: skip
     add("--sequences", type=positive, default=128, metavar="N", help="calibration sequences; 128")
     add("--length", type=positive, default=2048, metavar="N", help="tokens of each, capped by the model; 2048")
     add("--seed", type=int, default=0, help="of the calibration sample; 0")
-    add("--statistics", default="block", choices=STATISTICS,
-        help="what linears are measured on: the dense block, pruned inputs (block, as the paper's code); dense inputs "
-        "(dense); the linears before them pruned, too (sequential, the fewest computations); block")  # fmt: skip
-    add_selection(command)
 
 
 def add_selection(command: argparse.ArgumentParser) -> None:
@@ -160,3 +178,29 @@ def numbers(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(word) for word in names(text)))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,8,64") from None
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags as they were given, for a report."""
+    shown = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug", "json")}
+    places = ("source", "sources", "target")
+    return {key if key in places else f"--{key.replace('_', '-')}": value for key, value in shown.items()}
+
+
+def machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_machine`, as `open_work` takes them."""
+    from lowmem_wanda.work import Limits
+
+    limits = Limits(arguments.max_ram, arguments.max_vram, arguments.slots, arguments.read)
+    names = ("device", "dtype", "batch", "trust_remote_code")
+    return {"limits": limits, **{name: getattr(arguments, name) for name in names}}
+
+
+def prepared(arguments: argparse.Namespace) -> "Task":
+    """The task of the flags of `add_pruning` and `add_machine`."""
+    from lowmem_wanda.task import prepare
+
+    names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude",
+             "norms", "imatrix")  # fmt: skip
+    settings = {name: getattr(arguments, name) for name in names}
+    return prepare(arguments.source, **settings, **machine(arguments))

@@ -62,6 +62,11 @@ class Hollow:
             if isinstance(module, LINEARS)
         }
 
+    @property
+    def weights(self) -> list[str]:
+        """File tensors of the weights of all linears, block by block."""
+        return [name for index in range(len(self.blocks)) for name in self.linears(index).values()]
+
     @cached_property
     def transposed(self) -> frozenset[str]:
         """File tensors that hold (inputs, outputs): the weights of GPT-2's Conv1D."""

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_wanda.errors import LowmemError
-from lowmem_wanda.flags import parser
+from lowmem_wanda.flags import asked, machine, parser, prepared
 
 if TYPE_CHECKING:
-    from lowmem_wanda.task import Task
     from lowmem_wanda.windows import Windows
     from lowmem_wanda.work import Work
 
@@ -73,6 +72,33 @@ def run_prune(arguments: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         Console().print(closing(report, arguments.target))
+    return DONE
+
+
+def run_imatrix(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lowmem_wanda.gguf_names import package
+    from lowmem_wanda.imatrix import check_target
+    from lowmem_wanda.measure import imatrix
+    from lowmem_wanda.memory import map_blocks_from
+    from lowmem_wanda.screen import damage_line, imatrix_table
+    from lowmem_wanda.text import calibrate
+    from lowmem_wanda.work import open_work
+
+    map_blocks_from(1 << 20)
+    package("an importance matrix")
+    check_target(arguments.target, "out_file")
+    work = open_work(arguments.source, **machine(arguments))
+    size = {"sequences": arguments.sequences, "length": work.window(arguments.length), "seed": arguments.seed}
+    text = calibrate(arguments.text, work.encoder(arguments.text), vocabulary=work.hollow.vocabulary, **size)
+    note(f"{arguments.source}: {work.depth} blocks, on {work.device}")
+    with progress("measuring", work.depth) as show:
+        result = imatrix(work, text, arguments.target, lambda record: show(record, damage_line(record, work.depth)))
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        Console().print(imatrix_table(result))
     return DONE
 
 
@@ -268,29 +294,7 @@ def note(line: str) -> None:
     Console(stderr=True).print(line, highlight=False, markup=False)
 
 
-def asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags as they were given, for a report."""
-    shown = {key: value for key, value in vars(arguments).items() if key not in ("command", "debug", "json")}
-    places = ("source", "sources", "target")
-    return {key if key in places else f"--{key.replace('_', '-')}": value for key, value in shown.items()}
-
-
-def machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `add_machine`, as `open_work` takes them."""
-    from lowmem_wanda.work import Limits
-
-    limits = Limits(arguments.max_ram, arguments.max_vram, arguments.slots, arguments.read)
-    names = ("device", "dtype", "batch", "trust_remote_code")
-    return {"limits": limits, **{name: getattr(arguments, name) for name in names}}
-
-
-def prepared(arguments: argparse.Namespace) -> "Task":
-    """The task of the flags of `add_pruning` and `add_machine`."""
-    from lowmem_wanda.task import prepare
-
-    names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude")
-    settings = {name: getattr(arguments, name) for name in names}
-    return prepare(arguments.source, **settings, **machine(arguments))
-
-
-RUN = {"prune": run_prune, "plan": run_plan, "check": run_check, "eval": run_eval, "compare": run_compare}
+RUN = {
+    "prune": run_prune, "plan": run_plan, "check": run_check, "eval": run_eval, "compare": run_compare,
+    "imatrix": run_imatrix,
+}  # fmt: skip

@@ -18,23 +18,26 @@ from torch import nn
 from lowmem_wanda.clock import Clock
 from lowmem_wanda.decoder import Block, Stop
 from lowmem_wanda.errors import LowmemError
+from lowmem_wanda.recorder import Recorder, watched
 from lowmem_wanda.walk import Parts, advance, carry
 
 Prune = Callable[[str, Any], None]  # path of a linear, the statistic of its inputs
-Arrived = Callable[[str, torch.Tensor], None]  # path of a linear, its inputs
 
 
 class Measuring:
     """One block and the sequences that pass it: `run` calls `prune` once for every path in `paths`.
 
     Linears with the same input share a statistic (4 for the 7 linears of a Llama block), and no pass goes
-    beyond the last input that is measured unless the hidden states are to move on. After `run`, `passes`
+    beyond the last input that is measured unless the hidden states are to move on, which the `recorder` listens to:
+    to what the pruned block computes, in the dense order to what the dense one does. After `run`, `passes`
     is what was computed in linears, in units of one pass of all sequences through the whole block, and
     `clock` has the time of the parts measure, prune and onward.
     """
 
-    def __init__(self, block: Block, parts: Parts, statistic: type, paths: Collection[str], prune: Prune) -> None:
-        self.block, self.parts, self.prune = block, parts, prune
+    def __init__(
+        self, block: Block, parts: Parts, statistic: type, paths: Collection[str], prune: Prune, recorder: Recorder
+    ) -> None:
+        self.block, self.parts, self.prune, self.recorder = block, parts, prune, recorder
         self.clock = Clock(block.device)
         leaders = {path: block.trace.leaders[path] for path in paths}
         order = [path for path in block.trace.order if path in leaders.values()]
@@ -52,12 +55,13 @@ class Measuring:
             if order == "sequential" and self.groups:
                 self._sequential(onward, held)
             elif order == "dense" and self.groups:
-                self._measure(through=onward)
+                with self.recorder.listening():
+                    self._measure(through=onward)
             else:
                 if self.groups:
                     self._measure(through=False)
                 if onward:
-                    with self.clock.part("onward"):
+                    with self.clock.part("onward"), self.recorder.listening():
                         advance(self.block, self.parts)
 
     def _measure(self, through: bool) -> None:
@@ -69,7 +73,7 @@ class Measuring:
             if path == last and not through:
                 raise Stop
 
-        with self._hooked(arrived), self.clock.part("measure"):
+        with watched(self.block, self.groups, arrived), self.clock.part("measure"):
             for part in self.parts:
                 self._carry(part)
         for leader in self.groups:
@@ -89,13 +93,14 @@ class Measuring:
             hub.switch()
 
         waiting = [greenlet.greenlet(partial(self._carry, part)) for part in self.parts[:held]]
-        with self._hooked(arrived):
+        with self.recorder.listening(), watched(self.block, self.groups, arrived):
             for leader in self.groups:
                 with self.clock.part("measure"):
                     for flow in waiting:
                         flow.switch()
-                    for part in self.parts[held:]:
-                        self._carry(part)
+                    with self.recorder.pausing():
+                        for part in self.parts[held:]:
+                            self._carry(part)
                 self._prune(leader)
                 closed.add(leader)
             with self.clock.part("onward"):
@@ -115,19 +120,6 @@ class Measuring:
         with self.clock.part("prune"):
             for path in self.groups[leader]:
                 self.prune(path, self.statistics[leader])
-
-    @contextmanager
-    def _hooked(self, arrived: Arrived) -> Iterator[None]:
-        """Calls `arrived` before each linear whose inputs are measured."""
-
-        def before(path: str, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-            arrived(path, given[0])
-
-        with ExitStack() as stack:
-            for path in self.groups:
-                module = self.block.module.get_submodule(path)
-                stack.callback(module.register_forward_pre_hook(partial(before, path)).remove)
-            yield
 
     @contextmanager
     def _counting(self) -> Iterator[None]:

@@ -14,13 +14,16 @@ from lowmem_wanda.checkpoint import CONFIG, INDEX, read_header, read_json
 from lowmem_wanda.clock import Clock, add, timing
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import CheckpointError, ModelError, NumberError, OutputError
+from lowmem_wanda.imatrix import Store, check_target
 from lowmem_wanda.job import REPORT, Job, begun, check_disk, finished, refuse, working
 from lowmem_wanda.layout import Layout
+from lowmem_wanda.measure import save_imatrix
 from lowmem_wanda.memory import Peak, anonymous, limit_vram, map_blocks_from
 from lowmem_wanda.orders import Measuring
 from lowmem_wanda.patterns import survey
 from lowmem_wanda.plan import predict
 from lowmem_wanda.reading import PIECE, Tensor
+from lowmem_wanda.recorder import Recorder
 from lowmem_wanda.report import build, save
 from lowmem_wanda.ring import Ring, Slot, Write
 from lowmem_wanda.scores import Sample
@@ -43,11 +46,15 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
     """
     target = Path(target)
     refuse(target, task.checkpoint.path)
+    if task.imatrix and not finished(target):
+        check_target(task.imatrix, "--imatrix")
     before = begun(target).get("--batch") if task.batch is None else task.batch
     before = before if isinstance(before, int) else None
     if finished(target):
         with working(target):
-            return _verified(task, Job(target, task.arguments(before or 0)))
+            report = _verified(task, job := Job(target, task.arguments(before or 0)))
+            _end(task, job)
+        return report
     plan = predict(task, before)
     if not target.exists():
         check_disk(target, plan.disk)
@@ -73,6 +80,9 @@ class _Run:
         self.pattern = replace(task.pattern, chunk=layout.chunk)
         self.rest, *self.shards = shard_names(task.depth)
         self.open = [index for index, shard in enumerate(self.shards) if shard not in job.finished]
+        self.store = Store(job.path)
+        unrecorded = [index for index in range(task.depth) if task.imatrix and not self.store.has(index)]
+        self.walked = range(max([*self.open, *unrecorded], default=-1) + 1)  # by the hidden states
         self.wall, self.last = 0.0, time.perf_counter()
         self.spent: dict[str, float] = {}
 
@@ -83,7 +93,7 @@ class _Run:
         with Ring(device, self.task.block_bytes, layout.slots, layout.arriving, self.task.limits.reading) as ring:
             if self.rest not in self.job.finished:
                 ring.behind(self.write_rest)
-            if self.open:
+            if self.walked:
                 self.prune_blocks(ring)
             ring.settle()
         self.wall = time.perf_counter() - start
@@ -115,7 +125,7 @@ class _Run:
             with clock.part("embed"):
                 parts = decoder.embed(in_batches(task.calibration.tokens, self.layout.batch), allocate)
             add(self.spent, clock.seconds())
-            walk([Stream(decoder, parts, self.source, self.step)], ring, range(self.open[-1] + 1))
+            walk([Stream(decoder, parts, self.source, self.step)], ring, self.walked)
             decoder.empty()
 
     def source(self, index: int) -> list[Tensor]:
@@ -125,18 +135,18 @@ class _Run:
         return list(read_header(self.job.path / self.shards[index]).values())
 
     def step(self, block: Block, parts: Parts) -> Write | None:
-        """Prunes an open block and moves the hidden states on; gives what writes the shard."""
-        onward = bool(parts) and block.index < self.open[-1]
-        if block.index in self.open:
-            record = {"index": block.index, **self.prune_block(block, parts, onward)}
-            add(self.spent, record["parts"])
-            return partial(self.write_block, record)
-        if onward:
-            clock = Clock(block.device)
-            with clock.part("onward"):
-                advance(block, parts)
-            add(self.spent, clock.seconds())
-        return None
+        """Prunes an open block, moves the hidden states on and records the importance matrix of what they meet; gives
+        what writes the shard."""
+        pruned = block.index in self.open
+        recorder = Recorder(block, self.task.imatrix is not None and (pruned or not self.store.has(block.index)))
+        onward = bool(parts) and (recorder.on or block.index < self.walked[-1])
+        record = {"index": block.index, **self.prune_block(block, parts, onward, recorder)} if pruned else {}
+        if onward and not pruned:
+            record = {"parts": _advance(block, parts, recorder)}
+        if recorder.on:
+            self.store.put(block.index, recorder.entries())
+        add(self.spent, record.get("parts", {}))
+        return partial(self.write_block, record) if pruned else None
 
     def write_block(self, record: dict[str, Any], slot: Slot) -> None:
         """Runs in the writing thread."""
@@ -151,24 +161,24 @@ class _Run:
         self.job.record(name, record)
         self.notify(record)
 
-    def prune_block(self, block: Block, parts: Parts, onward: bool) -> dict[str, Any]:
+    def prune_block(self, block: Block, parts: Parts, onward: bool, recorder: Recorder) -> dict[str, Any]:
         """Prunes each selected linear and moves the hidden states on; gives the record of what came of it."""
-        paths, statistic = self.task.selected[block.index], self.task.rule.statistic
+        task, paths, statistic = self.task, self.task.selected[block.index], self.task.rule.statistic
         linears: dict[str, Any] = {}
 
         def prune(path: str, inputs: Any) -> None:
             linears[paths[path]] = self.prune_linear(block, path, paths[path], inputs)
 
-        if not parts or statistic is None:
-            clock, passes = Clock(block.device), 0.0
-            with clock.part("prune"):
-                for path in paths:
-                    prune(path, None)
-        else:
-            measuring = Measuring(block, parts, statistic, paths, prune)
-            measuring.run(self.task.statistics, onward, self.layout.held)
-            clock, passes = measuring.clock, measuring.passes
-        return {"linears": linears, "passes": passes, "parts": clock.seconds()}
+        if task.measures and statistic is not None:
+            measuring = Measuring(block, parts, statistic, paths, prune, recorder)
+            measuring.run(task.statistics, onward, self.layout.held)
+            return {"linears": linears, "passes": measuring.passes, "parts": measuring.clock.seconds()}
+        clock = Clock(block.device)
+        with clock.part("prune"):
+            for path, name in paths.items():
+                prune(path, task.norms.inputs(name, block.device) if task.norms else None)
+        moved = _advance(block, parts, recorder) if onward else {}
+        return {"linears": linears, "passes": float(onward), "parts": clock.seconds() | moved}
 
     def prune_linear(self, block: Block, path: str, name: str, inputs: Any) -> dict[str, Any]:
         start = time.perf_counter()
@@ -222,7 +232,32 @@ def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
     )
     save(job.path, report)
     write_bytes(job.path / CONFIG, (task.checkpoint.path / CONFIG).read_bytes())
+    _end(task, job)
+
+
+def _end(task: Task, job: Job) -> None:
+    """The importance matrix, where the job's directory holds what it is made of, and what only an unfinished job needs.
+
+    Raises OutputError where there is neither the file nor what it is made of, or another file in its place.
+    """
+    store, path = Store(job.path), task.imatrix
+    if path and not all(map(store.has, range(task.depth))):
+        if not path.exists():
+            raise OutputError(
+                f"{job.path}: is done, and holds nothing to make {path} of; make it by: imatrix {job.path} {path}"
+            )
+    elif path and task.calibration and not path.exists():
+        save_imatrix(path, task, task.calibration, task.names, store)
+    store.remove()
     job.end()
+
+
+def _advance(block: Block, parts: Parts, recorder: Recorder) -> dict[str, float]:
+    """Moves the hidden states on while the recorder listens; gives the seconds."""
+    clock = Clock(block.device)
+    with clock.part("onward"), recorder.listening():
+        advance(block, parts)
+    return clock.seconds()
 
 
 def _verified(task: Task, job: Job) -> dict[str, Any]:

@@ -79,16 +79,23 @@ def closing(report: dict[str, Any], target: str) -> Table:
     table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
     table.add_row("time", _timing(summary["seconds"], report["timing"]))
     table.add_row("passes", f"{summary['forward_passes_per_block']:.2f} forward passes per block")
-    table.add_row(
-        "host memory", f"{size(memory['host_measured'])} at most ({size(memory['host_predicted'])} predicted)"
-    )
+    table.add_row("host memory", _held(memory, "host"))
     if memory["device_measured"]:
-        table.add_row(
-            "device memory",
-            f"{size(memory['device_measured'])} at most ({size(memory['device_predicted'])} predicted)",
-        )
+        table.add_row("device memory", _held(memory, "device"))
     table.add_row("gives", summary["gives"])
     table.add_row("does not", summary["gives_not"])
+    return table
+
+
+def imatrix_table(result: dict[str, Any]) -> Table:
+    """What an importance matrix was computed on, and where it is."""
+    table = _pairs(f"importance matrix: {result['file']}")
+    table.add_row("entries", f"{result['entries']} weights of {escape(result['source'])}")
+    table.add_row("calibration", _calibration(result))
+    table.add_row("time", duration(result["seconds"]))
+    table.add_row("host memory", _held(result["peak_memory"], "host"))
+    if result["peak_memory"]["device_measured"]:
+        table.add_row("device memory", _held(result["peak_memory"], "device"))
     return table
 
 
@@ -261,6 +268,10 @@ def _timing(seconds: float, timing: dict[str, Any]) -> str:
         f"{duration(seconds)}, computing in {timing['compute_busy']:.0%} of it; all parts one after the other: "
         f"{timing['serial_over_wall']:.2f} times as long"
     )
+
+
+def _held(memory: dict[str, Any], where: str) -> str:
+    return f"{size(memory[f'{where}_measured'])} at most ({size(memory[f'{where}_predicted'])} predicted)"
 
 
 def _method(arguments: dict[str, Any]) -> str:

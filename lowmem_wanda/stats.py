@@ -1,5 +1,6 @@
 """What is remembered of a linear's inputs while the calibration sequences pass it."""
 
+import numpy as np
 import torch
 
 from lowmem_wanda.errors import NumberError
@@ -19,6 +20,14 @@ class SquaredNorm:
         precision = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(columns, dtype=precision, device=device)
         self.tokens = 0
+
+    @classmethod
+    def known(cls, sums: np.ndarray, tokens: int, device: torch.device) -> "SquaredNorm":
+        """One of `sums` (columns,) that were measured elsewhere."""
+        made = cls(len(sums), device)
+        made.sums.copy_(torch.from_numpy(np.array(sums, dtype=np.float64)))
+        made.tokens = tokens
+        return made
 
     def add(self, inputs: torch.Tensor) -> None:
         """Adds inputs (..., columns) of any float dtype."""

@@ -1,7 +1,7 @@
 """A pruning ready to start: everything that is checked and chosen before a weight is read."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,12 @@ import transformers
 
 from lowmem_wanda import __version__
 from lowmem_wanda.checkpoint import Checkpoint
-from lowmem_wanda.errors import PatternError
+from lowmem_wanda.errors import CalibrationError, PatternError
+from lowmem_wanda.gguf_names import gguf_names
 from lowmem_wanda.hollow import Hollow
 from lowmem_wanda.job import fingerprint
 from lowmem_wanda.methods import METHODS, Method
+from lowmem_wanda.norms import Norms, load_norms
 from lowmem_wanda.orders import greenlets
 from lowmem_wanda.patterns import Pattern, Ratio, parse
 from lowmem_wanda.text import Calibration, calibrate
@@ -27,7 +29,8 @@ from lowmem_wanda.writer import sha256_of, small_files
 class Task(Work):
     """One pruning, ready to start: the model without weights, the calibration tokens, and what is selected.
 
-    `selected` has for each block {path of a linear in it: file tensor of its weight}.
+    `selected` has for each block {path of a linear in it: file tensor of its weight}. `norms` stand for what would
+    be measured; `imatrix` is where an importance matrix goes, and `names` what its weights are called there.
     """
 
     method: str
@@ -38,6 +41,14 @@ class Task(Work):
     statistics: str
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    norms: Norms | None
+    imatrix: Path | None
+    names: Mapping[str, str]
+
+    @property
+    def measures(self) -> bool:
+        """Whether linears are measured on the calibration before they are pruned."""
+        return self.calibration is not None and self.norms is None and self.rule.statistic is not None
 
     @property
     def rule(self) -> Method:
@@ -54,7 +65,7 @@ class Task(Work):
 
     @property
     def waits(self) -> bool:
-        return self.statistics == "sequential" and self.calibration is not None
+        return self.statistics == "sequential" and self.measures
 
     def arguments(self, batch: int) -> dict[str, Any]:
         """All that can change a bit of the result, as it stands in job.json; `batch` sequences at a time."""
@@ -67,6 +78,7 @@ class Task(Work):
             "--group": self.pattern.group,
             "--include": list(self.include),
             "--exclude": list(self.exclude),
+            **({"--norms sha256": self.norms.sha256} if self.norms else {}),
             **self.measuring(batch),
             "--device": describe_device(self.device),
             "--trust-remote-code": self.trust_remote_code,
@@ -111,20 +123,28 @@ def prepare(
     exclude: Sequence[str] = (),
     trust_remote_code: bool = False,
     calibration: Calibration | None = None,
+    norms: str | None = None,
+    imatrix: str | Path | None = None,
 ) -> Task:
     """Checks everything that can be checked before work begins. Raises a LowmemError that says what is wrong.
 
     `sequences` of `length` tokens are calibrated on, `batch` of them at a time (default: as `layout` finds),
-    measured in one of `orders`; or on a `calibration` that is there already. `include` and `exclude` are globs on
-    tensor names, with or without ".weight".
+    measured in one of `orders`; or on a `calibration` that is there already; or `norms` of the dense model's inputs
+    are read from an importance matrix. `imatrix` is a file for that of the pruned model. `include` and `exclude`
+    are globs on tensor names, with or without ".weight".
     """
-    kind = _pattern(pattern, group, METHODS[method])
+    kind, rule = _pattern(pattern, group, METHODS[method]), METHODS[method]
+    if norms and rule.statistic is None:
+        raise CalibrationError(f"--norms {norms}: --method {method} needs no norms; leave one of them out")
     if statistics == "sequential":
         greenlets()
     work = open_work(source, device=device, dtype=dtype, limits=limits, trust_remote_code=trust_remote_code)
     checkpoint, model = work.checkpoint, work.hollow
     selected = _select(model, checkpoint, kind, include, exclude)
-    if METHODS[method].statistic is None:
+    names = gguf_names(model.weights, "--norms" if norms else "--imatrix") if norms or imatrix else {}
+    columns = {name: model.matrix_shape(checkpoint.tensors[name])[1] for block in selected for name in block.values()}
+    known = load_norms(norms, names, columns) if norms else None
+    if not imatrix and (known or rule.statistic is None):
         calibration = None
     elif calibration is None:
         size = {"sequences": sequences, "length": work.window(length)}
@@ -141,6 +161,9 @@ def prepare(
         statistics=statistics,
         include=tuple(include),
         exclude=tuple(exclude),
+        norms=known,
+        imatrix=Path(imatrix) if imatrix else None,
+        names=names,
     )
 
 

@@ -100,6 +100,22 @@ def replacing(path: Path, size: int = 0) -> Iterator["Growing"]:
             partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def named_partial(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, for libraries that open files themselves; the file is at `path` when all went well."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        with explained(path):
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            sync_directory(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 class Growing:
     """A file that is written from its start to its end, on the disk soon after: what is written is sent there
     at once and leaves the page cache two windows later, so that nothing is left for fsync to wait for

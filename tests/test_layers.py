@@ -9,8 +9,21 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lowmem_wanda"
 LAYERS = (
     ("errors", "fused", "lowest", "patterns", "scores", "stats", "methods", "system", "memory", "clock", "losses"),
-    ("reading", "checkpoint", "tensors", "ring", "writer", "states", "job", "text", "windows"),
-    ("hollow", "trace", "decoder", "head", "walk", "orders"),
+    (
+        "reading",
+        "checkpoint",
+        "tensors",
+        "ring",
+        "writer",
+        "states",
+        "job",
+        "text",
+        "windows",
+        "gguf_names",
+        "imatrix",
+        "norms",
+    ),
+    ("hollow", "trace", "decoder", "head", "recorder", "walk", "orders"),
     (
         "work",
         "layout",
@@ -21,6 +34,7 @@ LAYERS = (
         "zeroshot",
         "task",
         "plan",
+        "measure",
         "plots",
         "page",
         "report",
