@@ -1,0 +1,85 @@
+"""What quantization of a GGUF makes of pruned weights: a rule for every type, and advice.
+
+Measured with llama.cpp's own quantization (benchmarks/quants.py): a type keeps every zero where its grid has one in the
+same place in every block; an offset moves it, and a codebook may have none.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+KEEPS, OFFSET, CODEBOOK = "keeps", "offset", "codebook"
+RULES = {
+    KEEPS: "symmetric around a zero: every zero stays",
+    OFFSET: "its blocks have an offset: nearly every zero becomes a small weight",
+    CODEBOOK: "its codebook has no zero: every zero becomes a weight",
+}
+
+
+@dataclass(frozen=True)
+class Type:
+    """`bits` per weight, scales included; `grid` one of RULES."""
+
+    bits: float
+    grid: str
+
+
+TYPES = {
+    "F32": Type(32, KEEPS), "BF16": Type(16, KEEPS), "F16": Type(16, KEEPS), "Q8_0": Type(8.5, KEEPS),
+    "Q6_K": Type(6.5625, KEEPS), "Q5_1": Type(6, OFFSET), "Q5_K": Type(5.5, OFFSET), "Q5_0": Type(5.5, KEEPS),
+    "Q4_1": Type(5, OFFSET), "Q4_K": Type(4.5, OFFSET), "Q4_0": Type(4.5, KEEPS), "IQ4_NL": Type(4.5, CODEBOOK),
+    "NVFP4": Type(4.5, KEEPS), "IQ4_XS": Type(4.25, CODEBOOK), "MXFP4": Type(4.25, KEEPS),
+    "Q3_K": Type(3.4375, KEEPS), "IQ3_S": Type(3.4375, CODEBOOK), "IQ3_XXS": Type(3.0625, CODEBOOK),
+    "Q2_K": Type(2.625, OFFSET), "IQ2_S": Type(2.5625, CODEBOOK), "IQ2_XS": Type(2.3125, CODEBOOK),
+    "IQ2_XXS": Type(2.0625, CODEBOOK), "TQ2_0": Type(2.0625, KEEPS), "IQ1_M": Type(1.75, CODEBOOK),
+    "TQ1_0": Type(1.6875, KEEPS), "IQ1_S": Type(1.5625, CODEBOOK),
+}  # fmt: skip
+RUINOUS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")  # zeros become weights of one sign
+
+
+@dataclass
+class Remains:
+    """Sums over the weights of one or many tensors.
+
+    `pruned` weights, of which `zero` are still exactly zero; squares of what the others became and of the weights that
+    were kept, and of these, weighted by the importance matrix, the squares and those of the errors.
+    """
+
+    pruned: int = 0
+    zero: int = 0
+    kept: int = 0
+    leaked: float = 0.0
+    kept_squares: float = 0.0
+    squares: float = 0.0
+    errors: float = 0.0
+    holds: bool | None = None
+
+    def add(self, weight: np.ndarray, gone: np.ndarray, stored: np.ndarray, importance: np.ndarray) -> None:
+        """Rows of the checkpoint, which of their weights are pruned, the same rows dequantized, all (rows, columns);
+        and what errors in each column weigh (columns,)."""
+        left = ~gone
+        self.pruned += int(gone.sum())
+        self.zero += int((gone & (stored == 0)).sum())
+        self.kept += int(left.sum())
+        self.leaked += float(np.square(stored, where=gone, out=np.zeros_like(stored)).sum(dtype=np.float64))
+        squares = np.where(left, weight, 0) ** 2
+        self.kept_squares += float(squares.sum(dtype=np.float64))
+        self.squares += float((squares.sum(axis=0, dtype=np.float64) * importance).sum())
+        errors = np.where(left, weight - stored, 0) ** 2
+        self.errors += float((errors.sum(axis=0, dtype=np.float64) * importance).sum())
+
+    def merge(self, other: "Remains") -> None:
+        for name in ("pruned", "zero", "kept", "leaked", "kept_squares", "squares", "errors"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def figures(self) -> dict[str, Any]:
+        """Shares: `zero` of the pruned weights; `leak`, their size (root mean square) beside that of the kept ones;
+        `error` of the kept ones relative to them."""
+        leak = (self.leaked / max(1, self.pruned)) / max(self.kept_squares / max(1, self.kept), 1e-300)
+        return {
+            "pruned": self.pruned,
+            "zero": self.zero / max(1, self.pruned),
+            "leak": leak**0.5,
+            "error": (self.errors / max(self.squares, 1e-300)) ** 0.5,
+        }

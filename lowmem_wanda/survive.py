@@ -1,0 +1,244 @@
+"""What of a pruned checkpoint is left in a GGUF that was quantized from it, or would be.
+
+Needs numpy and the gguf package, neither torch nor transformers. A GGUF's tensors are dequantized some rows at a time
+out of a memory mapping.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowmem_wanda.checkpoint import FLOATS, Checkpoint, read_json
+from lowmem_wanda.errors import CheckpointError
+from lowmem_wanda.gguf_names import gguf_names, package
+from lowmem_wanda.imatrix import open_gguf
+from lowmem_wanda.imatrix import read as read_imatrix
+from lowmem_wanda.job import REPORT
+from lowmem_wanda.quants import TYPES, Remains
+from lowmem_wanda.reading import Tensor
+
+Rows = Callable[[int, int], np.ndarray]  # from an output to another -> their weights (rows, columns), float32
+IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+CHUNK = 1 << 18  # weights that are dequantized at a time
+SAMPLE = 1 << 20  # weights of all linears together that a prediction quantizes
+SEEN, COLUMNS = 64, 512  # rows and columns that tell in which order rows are stored
+ALIKE = 0.5  # cosine of a row and its quantized self, at least; of two different rows it is about 0.05
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A pruned matrix of a checkpoint: `pattern` (kept, of) where it holds one, `tiny` what pruned weights are beside
+    zero (0: they are), `transposed` where the file has (inputs, outputs)."""
+
+    tensor: Tensor
+    transposed: bool = False
+    pattern: tuple[int, int] | None = None
+    tiny: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        rows, columns = self.tensor.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def reader(self) -> Rows:
+        """What reads outputs from one to another, (rows, columns) in float32; of a transposed one it holds all."""
+        tensor = self.tensor
+        if self.transposed:
+            whole = np.ascontiguousarray(_floats(tensor).T)
+            return lambda start, stop: whole[start:stop]
+        size = tensor.nbytes // tensor.shape[0]
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            shape, offset = (stop - start, tensor.shape[1]), tensor.offset + start * size
+            return _floats(replace(tensor, shape=shape, offset=offset, nbytes=shape[0] * size))
+
+        return rows
+
+    def gone(self, weight: np.ndarray) -> np.ndarray:
+        """Which of some weights are pruned."""
+        gone: np.ndarray = (weight == 0) | (np.abs(weight) == np.float32(self.tiny))
+        return gone
+
+
+def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Path | None = None) -> dict[str, Any]:
+    """What quantization leaves of a pruned checkpoint: in the GGUF `model`, tensor by tensor, or as it is predicted
+    on some rows for every type that the gguf package can quantize to.
+
+    Errors on kept weights are weighted by an `imatrix`, if there is one. Raises CheckpointError, LowmemError.
+    """
+    linears = pruned_linears(Checkpoint(path))
+    names = gguf_names(list(linears), "survive")
+    known = read_imatrix(imatrix)[0] if imatrix else {}
+    importance = {}
+    for name, linear in linears.items():
+        entry, inputs = known.get(names[name]), linear.shape[1]
+        if known and (entry is None or entry.sums.shape != (1, inputs)):
+            raise CheckpointError(
+                f"{imatrix}: has no entry {names[name]} of {inputs} values; get that of this very model"
+            )
+        importance[name] = entry.means[0] if entry else np.ones(inputs)
+    report: dict[str, Any] = {"kind": "survive", "path": str(path), "imatrix": str(imatrix) if imatrix else None}
+    if model is None:
+        return report | {"types": predict(linears, importance)}
+    tensors = list(_compared(linears, names, importance, Path(model)))
+    return report | {"model": str(model), "tensors": tensors, "types": _by_type(tensors)}
+
+
+def pruned_linears(checkpoint: Checkpoint) -> dict[str, Linear]:
+    """{name: linear} of a checkpoint that was pruned, as report.json has them, or else all matrices in blocks."""
+    path, tensors = checkpoint.path, checkpoint.tensors
+    if not (path / REPORT).exists():
+        found = [t for t in tensors.values() if t.dtype in FLOATS and len(t.shape) == 2 and IN_BLOCK.search(t.name)]
+        return {tensor.name: Linear(tensor) for tensor in found}
+    try:
+        records = {name: one for block in read_json(path / REPORT)["blocks"] for name, one in block["linears"].items()}
+        return {name: _linear(tensors[name], record) for name, record in records.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path / REPORT}: is not what prune wrote; remove it to look at all matrices") from None
+
+
+def _linear(tensor: Tensor, record: Mapping[str, Any]) -> Linear:
+    match = re.fullmatch(r"(\d+):(\d+)", record["pattern"])
+    pattern = (int(match[1]), int(match[2])) if match else None
+    return Linear(tensor, record["transposed"], pattern, record.get("tiny", 0.0))
+
+
+def predict(linears: Mapping[str, Linear], importance: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """For each type of a GGUF what is left of some rows of all linears; for those that gguf cannot quantize to, the
+    rule alone, and likewise where no linear has inputs that its blocks divide."""
+    share = SAMPLE // max(1, len(linears))
+    samples = []
+    for name, linear in linears.items():
+        rows, columns = linear.shape
+        count = min(rows, max(1, share // columns))
+        middle = (rows - count) // 2
+        samples.append((linear, linear.reader()(middle, middle + count), importance[name]))
+    return [_predicted(kind, samples) for kind in TYPES]
+
+
+def _predicted(kind: str, samples: Iterable[tuple[Linear, np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    gguf = package("a prediction")
+    record: dict[str, Any] = {"type": kind, "bits": TYPES[kind].bits, "grid": TYPES[kind].grid}
+    qtype = getattr(gguf.GGMLQuantizationType, kind, None)
+    if qtype is None:
+        return record
+    remains, fitting = Remains(), 0
+    block = gguf.GGML_QUANT_SIZES[qtype][0]
+    for linear, weight, weights in samples:
+        if weight.shape[1] % block == 0:
+            try:
+                stored = gguf.dequantize(gguf.quantize(weight, qtype), qtype).reshape(weight.shape)
+            except NotImplementedError:
+                return record
+            remains.add(weight, linear.gone(weight), stored, weights)
+            fitting += 1
+    return record | {"linears": fitting} | (remains.figures() if fitting else {})
+
+
+def _compared(
+    linears: Mapping[str, Linear], names: Mapping[str, str], importance: Mapping[str, np.ndarray], model: Path
+) -> Iterator[dict[str, Any]]:
+    """A record for each linear. Raises CheckpointError for one that the GGUF does not hold as it is here."""
+    stored = {tensor.name: tensor for path in _parts(model) for tensor in open_gguf(path).tensors}
+    for name, linear in linears.items():
+        tensor = stored.get(names[name])
+        if tensor is None or tuple(int(size) for size in tensor.shape[::-1]) != linear.shape:
+            shape = "no such tensor" if tensor is None else f"{[int(size) for size in tensor.shape[::-1]]}"
+            raise CheckpointError(
+                f"{model}: {names[name]} should be {list(linear.shape)}, it has {shape}: give the GGUF that was made "
+                "of this very checkpoint"
+            )
+        yield {"name": name, "tensor": tensor.name, **_examine(linear, tensor, importance[name], model)}
+
+
+def _parts(model: Path) -> list[Path]:
+    """All files of a GGUF that is split in several."""
+    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", model.name)
+    if not match:
+        return [model]
+    return [model.with_name(f"{match[1]}-{part + 1:05d}-of-{match[2]}.gguf") for part in range(int(match[2]))]
+
+
+def _examine(linear: Linear, tensor: Any, importance: np.ndarray, model: Path) -> dict[str, Any]:
+    """What is left of one tensor, all of it."""
+    rows, columns = linear.shape
+    read, remains = linear.reader(), Remains()
+    order = _order(linear, read, tensor, model)
+    holds = linear.pattern is not None and columns % linear.pattern[1] == 0
+    for start in range(0, rows, step := max(1, CHUNK // columns)):
+        weight = read(start, min(start + step, rows))
+        stored = _dequantized(tensor, slice(start, start + step) if order is None else order[start : start + step])
+        remains.add(weight, linear.gone(weight), stored, importance)
+        if linear.pattern and holds:
+            kept, of = linear.pattern
+            holds = bool(((stored == 0).reshape(len(stored), -1, of).sum(axis=2) >= of - kept).all())
+    pattern = ":".join(map(str, linear.pattern)) if linear.pattern else ""
+    figures = remains.figures()
+    return {"type": tensor.tensor_type.name, "pattern": pattern, "holds": holds, **figures, "remains": remains}
+
+
+def _dequantized(tensor: Any, rows: Any) -> np.ndarray:
+    """Some rows of a GGUF's tensor, float32 (rows, columns)."""
+    data = np.ascontiguousarray(tensor.data[rows])
+    return package("survive").dequantize(data, tensor.tensor_type).reshape(len(data), -1)  # type: ignore[no-any-return]
+
+
+def _order(linear: Linear, read: Rows, tensor: Any, model: Path) -> np.ndarray | None:
+    """Which row of the GGUF each row of the checkpoint is; None where that is the same one.
+
+    The converter reorders rows of some families, as Llama's q and k for its rotary embedding. The order is found from
+    the values: rows that are alike. Raises CheckpointError where these are no rows of the checkpoint.
+    """
+    rows, columns = linear.shape
+    some = np.unique(np.linspace(0, rows - 1, SEEN).astype(int))
+    here = np.concatenate([read(row, row + 1) for row in some])
+    if (_cosines(here, _dequantized(tensor, some)) > ALIKE).mean() >= 0.9:
+        return None
+    width = min(columns, COLUMNS)
+    step = max(1, CHUNK // columns)
+    starts = range(0, rows, step)
+    mine = np.concatenate([read(at, min(at + step, rows))[:, :width] for at in starts])
+    theirs = _unit(np.concatenate([_dequantized(tensor, slice(at, at + step))[:, :width] for at in starts]))
+    order = np.concatenate([(_unit(mine[at : at + step]) @ theirs.T).argmax(axis=1) for at in starts])
+    if len(set(order.tolist())) < rows * 0.9 or (_cosines(mine, theirs[order]) > ALIKE).mean() < 0.9:
+        raise CheckpointError(f"{model}: {tensor.name} does not hold the weights of {linear.tensor.name}, in any order")
+    return order
+
+
+def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Of each row of one and the same row of the other; 1 for a row of zeros."""
+    cosines = (_unit(one) * _unit(other)).sum(axis=1)
+    return np.where(np.abs(one).max(axis=1) == 0, 1.0, cosines)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)  # type: ignore[no-any-return]
+
+
+def _by_type(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tensors' figures summed up, type by type, in the order of TYPES; takes the sums out of them."""
+    sums: dict[str, Remains] = {}
+    for tensor in tensors:
+        sums.setdefault(tensor["type"], Remains()).merge(tensor.pop("remains"))
+    made = []
+    for kind in sorted(sums, key=lambda kind: [*TYPES, kind].index(kind)):
+        own = [tensor for tensor in tensors if tensor["type"] == kind]
+        patterned = [tensor["holds"] for tensor in own if tensor["pattern"]]
+        known = {"bits": TYPES[kind].bits, "grid": TYPES[kind].grid} if kind in TYPES else {}
+        counts = {"linears": len(own), "patterned": len(patterned), "holding": sum(patterned)}
+        made.append({"type": kind, **known, **counts, **sums[kind].figures()})
+    return made
+
+
+def _floats(tensor: Tensor) -> np.ndarray:
+    """A tensor's values in float32, in its shape."""
+    raw = b"".join(tensor.pieces())
+    if tensor.dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    kind = f"<f{FLOATS[tensor.dtype]}"
+    return np.frombuffer(raw, kind).astype(np.float32).reshape(tensor.shape)
