@@ -19,12 +19,14 @@ from lowmem_wanda.reading import PIECE, Tensor
 from lowmem_wanda.writer import differing, sha256_of, small_files
 
 PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # kept, of; what holds the first holds more
+TINY = {"F64": 1 << 52, "F32": 1 << 23, "F16": 1 << 10, "BF16": 1 << 7}  # bits of the smallest normal number
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 
 
 @dataclass
 class Matrix:
-    """A matrix's zeros, and the N:M pattern that it holds along its inputs ("" for none).
+    """A matrix's zeros, what report.json has in their place (`filled`: the smallest number, of either sign), and the
+    N:M pattern that both hold along its inputs ("" for none).
 
     Transposed weights (GPT-2's Conv1D) hold theirs down the columns, which "2:4 (transposed)" says.
     """
@@ -35,10 +37,11 @@ class Matrix:
     zeros: int
     pattern: str
     kept: bool = True  # a pattern that report.json promises of it
+    filled: int = 0
 
     @property
     def sparsity(self) -> float:
-        return self.zeros / max(1, self.shape[0] * self.shape[1])
+        return (self.zeros + self.filled) / max(1, self.shape[0] * self.shape[1])
 
 
 @dataclass
@@ -71,13 +74,14 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     if report:
         _compare_report(path, report, promises, findings)
     if against is not None:
-        _compare_source(checkpoint, Checkpoint(against), findings)
+        _compare_source(checkpoint, Checkpoint(against), promises, findings)
     return findings
 
 
 def _examine(tensor: Tensor, promise: dict[str, Any] | None) -> Matrix:
     """Counts zeros, and keeps the patterns that no group of either direction breaks."""
-    zeros, promised = 0, None
+    zeros, filled, promised = 0, 0, None
+    tiny = TINY[tensor.dtype] if promise and promise.get("filled") else 0
     candidates = [(kept, of, axis) for axis in (1, 0) for kept, of in PATTERNS]
     if promise and (match := re.fullmatch(r"(\d+):(\d+)", str(promise.get("pattern")))):
         promised = (int(match[1]), max(1, int(match[2])), 0 if promise.get("transposed") else 1)
@@ -86,10 +90,14 @@ def _examine(tensor: Tensor, promise: dict[str, Any] | None) -> Matrix:
     for bits in _rows(tensor, math.lcm(*(of for _, of, axis in candidates if axis == 0))):
         zero = (bits << 1) == 0  # without the sign
         zeros += int(zero.sum())
+        if tiny:
+            small = (bits << 1) == tiny << 1
+            filled += int(small.sum())
+            zero |= small
         candidates = [entry for entry in candidates if _holds(zero, *entry)]
     pattern = next((f"{kept}:{of}" + ("" if axis else " (transposed)") for kept, of, axis in candidates), "")
     kept = promised is None or promised in candidates
-    return Matrix(tensor.name, tensor.dtype, (tensor.shape[0], tensor.shape[1]), zeros, pattern, kept)
+    return Matrix(tensor.name, tensor.dtype, (tensor.shape[0], tensor.shape[1]), zeros, pattern, kept, filled)
 
 
 def _holds(zero: np.ndarray, kept: int, of: int, axis: int) -> bool:
@@ -131,22 +139,30 @@ def _compare_report(
         if matrix is None or matrix.zeros != linear["zeros"]:
             zeros = matrix.zeros if matrix else "no"
             findings.problems.append(f"{name}: has {zeros} zeros, {REPORT} says {linear['zeros']}")
+        elif matrix.filled != linear.get("filled", 0):
+            findings.problems.append(
+                f"{name}: has {matrix.filled} of the smallest number, {REPORT} says {linear['filled']}"
+            )
         elif not matrix.kept:
             findings.problems.append(f"{name}: does not hold {linear['pattern']}, which {REPORT} says it does")
 
 
-def _compare_source(pruned: Checkpoint, source: Checkpoint, findings: Findings) -> None:
-    """Every weight of a block's matrix must be the source's or +0.0, all else and every small file the same bytes."""
+def _compare_source(
+    pruned: Checkpoint, source: Checkpoint, promises: dict[str, dict[str, Any]], findings: Findings
+) -> None:
+    """Every weight of a block's matrix must be the source's or +0.0, or where report.json says so the smallest number
+    of either sign; all else and every small file the same bytes."""
     for name in sorted(pruned.tensors.keys() ^ source.tensors.keys()):
         where = pruned.path if name in source.tensors else source.path
         findings.problems.append(f"{name}: is missing in {where}")
     for name in sorted(pruned.tensors.keys() & source.tensors.keys()):
-        _compare_tensor(pruned.tensors[name], source.tensors[name], findings)
+        filled = bool(promises.get(name, {}).get("filled"))
+        _compare_tensor(pruned.tensors[name], source.tensors[name], filled, findings)
     for file in differing(small_files(source.path), source.path, pruned.path):
         findings.problems.append(f"{file}: is missing or differs from the source's")
 
 
-def _compare_tensor(ours: Tensor, theirs: Tensor, findings: Findings) -> None:
+def _compare_tensor(ours: Tensor, theirs: Tensor, filled: bool, findings: Findings) -> None:
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         is_, was = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (ours, theirs))
         findings.problems.append(f"{ours.name}: is {is_}, the source's {was}")
@@ -157,8 +173,9 @@ def _compare_tensor(ours: Tensor, theirs: Tensor, findings: Findings) -> None:
             kind = f"<u{FLOATS.get(ours.dtype, 1)}"
             mine_bits, source_bits = np.frombuffer(mine, kind), np.frombuffer(source, kind)
             differs = mine_bits != source_bits
-            zeroed += int((differs & (mine_bits == 0)).sum())
-            changed += int((differs & (mine_bits != 0)).sum())
+            gone = mine_bits << 1 == TINY[ours.dtype] << 1 if filled else mine_bits == 0
+            zeroed += int((differs & gone).sum())
+            changed += int((differs & ~gone).sum())
     prunable = ours.dtype in FLOATS and len(ours.shape) == 2 and IN_BLOCK.search(ours.name)
     if changed:
         findings.problems.append(f"{ours.name}: {changed} weights are neither the source's nor zero")

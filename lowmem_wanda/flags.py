@@ -44,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
     check = command("check", "report the sparsity of a checkpoint and prove it")
     check.add_argument("path", metavar="dir", help="folder of any safetensors checkpoint")
     check.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this source but for zeros")
+    survive = command("survive", "say what quantization for llama.cpp leaves of a pruned checkpoint")
+    survive.add_argument("path", metavar="out_dir", help="folder of a pruned checkpoint")
+    survive.add_argument(
+        "model", nargs="?", metavar="model.gguf", help="a GGUF that was made of it; without, a prediction"
+    )
+    survive.add_argument("--imatrix", metavar="FILE", help="weighs the errors of kept weights (.gguf, .dat)")
     evaluate = command("eval", "measure perplexity, distance to the dense model, zero-shot accuracy")
     add_evaluation(evaluate)
     compare = command("compare", "prune by several methods and patterns, and evaluate each")
@@ -68,6 +74,8 @@ def add_pruning(command: argparse.ArgumentParser) -> None:
     add("--norms", metavar="FILE", help="an importance matrix of the dense model (.gguf, .dat): its norms, and no "
         "calibration, no forward pass")  # fmt: skip
     add("--imatrix", metavar="FILE", help="write the pruned model's importance matrix too, for llama.cpp (.gguf, .dat)")
+    add("--zeros", default="exact", choices=("exact", "signed-tiny"), help="what pruned weights become: +0.0, or the "
+        "smallest number of a random sign, for IQ2 and IQ3 types of llama.cpp alone; exact")  # fmt: skip
     add_calibration(command)
     add("--statistics", default="block", choices=STATISTICS,
         help="what linears are measured on: the dense block, pruned inputs (block, as the paper's code); dense inputs "
@@ -201,6 +209,6 @@ def prepared(arguments: argparse.Namespace) -> "Task":
     from lowmem_wanda.task import prepare
 
     names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude",
-             "norms", "imatrix")  # fmt: skip
+             "norms", "imatrix", "zeros")  # fmt: skip
     settings = {name: getattr(arguments, name) for name in names}
     return prepare(arguments.source, **settings, **machine(arguments))

@@ -49,14 +49,26 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def given(arguments: argparse.Namespace, result: Any, *shown: Any) -> int:
+    """Prints a result: with --json as one object, else the lines and tables in which it is `shown`."""
+    from rich.console import Console
+
+    if arguments.json:
+        print(json.dumps(result))
+    for part in () if arguments.json else shown:
+        if isinstance(part, str):
+            print(printable(part))
+        else:
+            Console().print(part)
+    return DONE
+
+
 def printable(text: str) -> str:
     """One line without control characters: names in a file may hold anything."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def run_prune(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from lowmem_wanda.job import refuse
     from lowmem_wanda.memory import map_blocks_from
     from lowmem_wanda.prune import prune
@@ -68,21 +80,16 @@ def run_prune(arguments: argparse.Namespace) -> int:
     note(about(task))
     with progress("pruning", task.depth) as show:
         report = prune(task, arguments.target, lambda record: show(record, block_line(record, task.depth)))
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        Console().print(closing(report, arguments.target))
-    return DONE
+    return given(arguments, report, closing(report, arguments.target))
 
 
 def run_imatrix(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from lowmem_wanda.gguf_names import package
     from lowmem_wanda.imatrix import check_target
     from lowmem_wanda.measure import imatrix
     from lowmem_wanda.memory import map_blocks_from
-    from lowmem_wanda.screen import damage_line, imatrix_table
+    from lowmem_wanda.screen import imatrix_table
+    from lowmem_wanda.tables import damage_line
     from lowmem_wanda.text import calibrate
     from lowmem_wanda.work import open_work
 
@@ -95,26 +102,16 @@ def run_imatrix(arguments: argparse.Namespace) -> int:
     note(f"{arguments.source}: {work.depth} blocks, on {work.device}")
     with progress("measuring", work.depth) as show:
         result = imatrix(work, text, arguments.target, lambda record: show(record, damage_line(record, work.depth)))
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        Console().print(imatrix_table(result))
-    return DONE
+    return given(arguments, result, imatrix_table(result))
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from lowmem_wanda.plan import predict
     from lowmem_wanda.screen import plan_table
 
     task = prepared(arguments)
     plan = predict(task)
-    if arguments.json:
-        print(json.dumps(asdict(plan)))
-    else:
-        Console().print(plan_table(plan, task.method, str(task.pattern), arguments.source))
-    return DONE
+    return given(arguments, asdict(plan), plan_table(plan, task.method, str(task.pattern), arguments.source))
 
 
 def run_check(arguments: argparse.Namespace) -> int:
@@ -122,13 +119,18 @@ def run_check(arguments: argparse.Namespace) -> int:
     from lowmem_wanda.screen import check_lines
 
     findings = check(arguments.path, arguments.against)
-    if arguments.json:
-        print(json.dumps(asdict(findings)))
-    else:
-        print("\n".join(printable(line) for line in check_lines(findings)))
+    given(arguments, asdict(findings), *check_lines(findings))
     for problem in findings.problems:
         print(f"error: {printable(problem)}", file=sys.stderr)
     return FAILED if findings.problems else DONE
+
+
+def run_survive(arguments: argparse.Namespace) -> int:
+    from lowmem_wanda.screen import survival_lines, survival_table
+    from lowmem_wanda.survive import survive
+
+    report = survive(arguments.path, arguments.model, arguments.imatrix)
+    return given(arguments, report, *survival_lines(report), survival_table(report), *report["advice"])
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
@@ -136,7 +138,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
     from lowmem_wanda.memory import map_blocks_from
     from lowmem_wanda.report import evaluation, report_folder, save
-    from lowmem_wanda.screen import curves, evaluation_table
+    from lowmem_wanda.tables import curves, evaluation_table
 
     map_blocks_from(1 << 20)
     if not arguments.text and not arguments.tasks:
@@ -177,7 +179,7 @@ def check_sources(arguments: argparse.Namespace) -> None:
 def evaluated(source: str, arguments: argparse.Namespace) -> "tuple[Windows | None, dict[str, Any]]":
     """One model's figures on the text and the tasks, and the text as its tokenizer has it."""
     from lowmem_wanda.evaluate import evaluate
-    from lowmem_wanda.screen import damage_line
+    from lowmem_wanda.tables import damage_line
     from lowmem_wanda.work import open_work
 
     work = open_work(source, **machine(arguments))
@@ -218,13 +220,11 @@ def zeroshot_module() -> Any:
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from lowmem_wanda.compare import compare, variants
     from lowmem_wanda.job import refuse_within
     from lowmem_wanda.memory import map_blocks_from
     from lowmem_wanda.report import report_folder
-    from lowmem_wanda.screen import comparison_table, curves
+    from lowmem_wanda.tables import comparison_table, curves
     from lowmem_wanda.work import open_work
 
     map_blocks_from(1 << 20)
@@ -242,11 +242,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
             length=arguments.length, machine=machine(arguments), arguments=asked(arguments), keep=arguments.keep,
             selection={"include": arguments.include, "exclude": arguments.exclude},
             notify=lambda name, record: show(record, None, f"{name}: block"))  # fmt: skip
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        Console().print(comparison_table(report))
-        print(f"report: {printable(str(folder / 'report.html'))}")
+    given(arguments, report, comparison_table(report), f"report: {folder / 'report.html'}")
     if draw:
         print(draw({row["name"]: row["blocks"] for row in report["rows"]}))
     return DONE
@@ -296,5 +292,5 @@ def note(line: str) -> None:
 
 RUN = {
     "prune": run_prune, "plan": run_plan, "check": run_check, "eval": run_eval, "compare": run_compare,
-    "imatrix": run_imatrix,
+    "imatrix": run_imatrix, "survive": run_survive,
 }  # fmt: skip

@@ -5,6 +5,7 @@ The paper's code (arXiv 2306.11695, `prune_n:prune_m`) counts the zeros; for 1:4
 """
 
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -229,6 +230,23 @@ def survey(weight: torch.Tensor, pattern: Pattern) -> tuple[int, bool]:
         zeros += counts.sum(dtype=torch.int64)
         holds &= (counts >= pattern.least(weight.shape[1])).all()
     return int(zeros), bool(holds) and int(zeros) >= pattern.at_least(weight.numel())
+
+
+def sign_zeros(weight: torch.Tensor, seed: int, name: str) -> tuple[int, float]:
+    """Puts the smallest normal number of its dtype, with a sign at random, where the weight (rows, columns) is zero;
+    in place. Gives how many those are, and that number.
+
+    For codebooks without a zero, which give all zeros one sign. The signs depend on the seed and the name alone.
+    """
+    tiny, filled = float(torch.finfo(weight.dtype).smallest_normal), 0
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    for part in row_chunks(len(weight), weight.shape[1], DEVICE_CHUNK):
+        rows = weight[part]
+        signs = torch.from_numpy(rng.integers(0, 2, tuple(rows.shape), dtype=np.int8)).to(weight.device)
+        zero = rows == 0
+        rows.copy_(torch.where(zero, (signs * 2 - 1).to(weight.dtype) * tiny, rows))
+        filled += int(zero.sum())
+    return filled, tiny
 
 
 def chunk_of(weight: torch.Tensor, pattern: Pattern) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowmem_wanda.checkpoint import CONFIG, INDEX, read_header, read_json
+from lowmem_wanda.checkpoint import CONFIG, INDEX, Checkpoint, read_header, read_json
 from lowmem_wanda.clock import Clock, add, timing
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import CheckpointError, ModelError, NumberError, OutputError
@@ -20,7 +20,7 @@ from lowmem_wanda.layout import Layout
 from lowmem_wanda.measure import save_imatrix
 from lowmem_wanda.memory import Peak, anonymous, limit_vram, map_blocks_from
 from lowmem_wanda.orders import Measuring
-from lowmem_wanda.patterns import survey
+from lowmem_wanda.patterns import sign_zeros, survey
 from lowmem_wanda.plan import predict
 from lowmem_wanda.reading import PIECE, Tensor
 from lowmem_wanda.recorder import Recorder
@@ -28,6 +28,7 @@ from lowmem_wanda.report import build, save
 from lowmem_wanda.ring import Ring, Slot, Write
 from lowmem_wanda.scores import Sample
 from lowmem_wanda.states import hidden_states
+from lowmem_wanda.survive import outlook
 from lowmem_wanda.task import Task
 from lowmem_wanda.tensors import raw
 from lowmem_wanda.text import in_batches
@@ -196,14 +197,19 @@ class _Run:
                 f"tensor {name}: does not hold {self.pattern} after pruning ({zeros} zeros of "
                 f"{weight.numel()}); report this bug"
             )
+        spread, filled = sample.spread(weight), {}
+        if self.task.zeros == "signed-tiny":
+            count, tiny = sign_zeros(weight, self.task.seed, name)
+            filled = {"filled": count, "tiny": tiny}
         return {
             "shape": list(weight.shape),
             "transposed": name in self.task.hollow.transposed,
             "pattern": str(self.pattern),
             "holds": holds,
-            "zeros": zeros,
+            "zeros": 0 if filled else zeros,
+            **filled,
             "sparsity": zeros / weight.numel(),
-            "score": sample.spread(weight),
+            "score": spread,
             "seconds": time.perf_counter() - start,
         }
 
@@ -230,6 +236,7 @@ def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
         job.path / INDEX,
         {"metadata": {"total_size": task.checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
+    report["quantization"] = outlook(Checkpoint(job.path), report)
     save(job.path, report)
     write_bytes(job.path / CONFIG, (task.checkpoint.path / CONFIG).read_bytes())
     _end(task, job)

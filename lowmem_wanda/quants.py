@@ -4,17 +4,15 @@ Measured with llama.cpp's own quantization (benchmarks/quants.py): a type keeps 
 same place in every block; an offset moves it, and a codebook may have none.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 KEEPS, OFFSET, CODEBOOK = "keeps", "offset", "codebook"
-RULES = {
-    KEEPS: "symmetric around a zero: every zero stays",
-    OFFSET: "its blocks have an offset: nearly every zero becomes a small weight",
-    CODEBOOK: "its codebook has no zero: every zero becomes a weight",
-}
+RULES = {KEEPS: "zeros stay", OFFSET: "an offset moves zeros", CODEBOOK: "no zero in codebook"}
+ONE_SIGN = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")  # codebooks that make all or most zeros positive
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,24 @@ TYPES = {
     "IQ2_XXS": Type(2.0625, CODEBOOK), "TQ2_0": Type(2.0625, KEEPS), "IQ1_M": Type(1.75, CODEBOOK),
     "TQ1_0": Type(1.6875, KEEPS), "IQ1_S": Type(1.5625, CODEBOOK),
 }  # fmt: skip
-RUINOUS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")  # zeros become weights of one sign
+ADVICE = (
+    "Quantize a pruned model to Q8_0, Q6_K, Q5_K, Q4_K or Q3_K: none costs it more than it costs the dense model.",
+    "Not to IQ2: zeros become weights of one sign there, which ruins the model; nor to IQ3 without the pruned model's "
+    "own importance matrix (--imatrix).",
+    "For IQ2 and IQ3, prune with --zeros signed-tiny, and convert with --outtype bf16 or f32.",
+    "Zeros make no GGUF smaller or faster, and a dense model at fewer bits can be better than a pruned one at more.",
+)
+
+
+def advice(types: Sequence[Mapping[str, Any]] = (), tiny: bool = False) -> list[str]:
+    """What to do; first of all about the types that a GGUF has. `tiny`: pruned weights were given random signs."""
+    ruined = [one for one in types if one["type"] in ONE_SIGN and one["pruned"] and not tiny]
+    first = [
+        f"{one['linears']} linears are {one['type']}, whose zeros became weights: quantize again." for one in ruined
+    ]
+    if types and all(one["zero"] == 1 for one in types):
+        first = ["Every pruned weight is zero in this GGUF."]
+    return [*first, *ADVICE]
 
 
 @dataclass

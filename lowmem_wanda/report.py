@@ -32,6 +32,10 @@ GIVES = (
     "A checkpoint of the same names, shapes and size in which the pruned weights are exactly zero; "
     "it loads and converts wherever the source does."
 )
+GIVES_TINY = (
+    "A checkpoint of the same names, shapes and size in which the pruned weights are no zeros, but the smallest "
+    "numbers of their dtype with random signs, for IQ2 and IQ3 types of llama.cpp alone."
+)
 GIVES_NOT = (
     "Zeros are stored like other numbers: files, a GGUF made of them and memory in use stay as large, "
     "and no program runs faster that does not use the zeros."
@@ -91,17 +95,18 @@ def summarize(plan: Plan, shards: dict[str, dict[str, Any]], blocks: list[dict[s
     """Sums over all linears and blocks, and what they amount to."""
     linears = [linear for block in blocks for linear in block["linears"].values()]
     weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
-    zeros = sum(linear["zeros"] for linear in linears)
+    zeros, filled = (sum(linear.get(key, 0) for linear in linears) for key in ("zeros", "filled"))
     return {
         "parameters": plan.parameters,
         "linears": len(linears),
         "weights": weights,
         "zeros": zeros,
-        "sparsity": zeros / weights,
+        "filled": filled,
+        "sparsity": (zeros + filled) / weights,
         "bytes": sum(record["nbytes"] for record in shards.values()),
         "seconds": sum(block["seconds"] for block in blocks),
         "forward_passes_per_block": sum(block["passes"] for block in blocks) / len(blocks),
-        "gives": GIVES,
+        "gives": GIVES_TINY if filled else GIVES,
         "gives_not": GIVES_NOT,
     }
 

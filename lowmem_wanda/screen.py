@@ -1,14 +1,12 @@
 """What a person sees: tables and lines as rich renderables. Nothing here prints."""
 
-from collections.abc import Callable
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lowmem_wanda.errors import LowmemError
+from lowmem_wanda.quants import RULES
 
 if TYPE_CHECKING:  # `check` shows its findings without loading torch
     from lowmem_wanda.check import Findings
@@ -57,10 +55,11 @@ def block_line(record: dict[str, Any], depth: int) -> str:
     """One aligned line for a finished block."""
     linears = record["linears"].values()
     weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
-    sparsity = sum(linear["zeros"] for linear in linears) / max(1, weights)
+    gone = sum(linear["zeros"] + linear.get("filled", 0) for linear in linears) / max(1, weights)
+    what = "tiny" if any("filled" in linear for linear in linears) else "zero"
     digits = len(str(depth))
     return (
-        f"block {record['index'] + 1:>{digits}}/{depth}  {len(linears):2d} linears  {sparsity:6.2%} zero"
+        f"block {record['index'] + 1:>{digits}}/{depth}  {len(linears):2d} linears  {gone:6.2%} {what}"
         f"  {record['seconds']:8.2f} s  host {size(record['host_bytes']):>9}"
     )
 
@@ -73,7 +72,8 @@ def closing(report: dict[str, Any], target: str) -> Table:
     table.add_row("calibration", _calibration(report["calibration"]))
     table.add_row(
         "pruned",
-        f"{summary['linears']} linears, {number(summary['zeros'])} of {number(summary['weights'])} weights "
+        f"{summary['linears']} linears, {number(summary['zeros'] + summary['filled'])} of "
+        f"{number(summary['weights'])} weights "
         f"({summary['sparsity']:.2%}); {number(summary['parameters'])} parameters in all",
     )
     table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
@@ -99,6 +99,38 @@ def imatrix_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def survival_table(report: dict[str, Any]) -> Table:
+    """A row for each type of a GGUF: what is left of the pruned weights, and of the others."""
+    made = "model" in report
+    table = Table(box=box.SIMPLE, title_justify="left", caption_justify="left")
+    table.title = escape(f"{report['path']}: {report['model'] if made else 'predicted on some rows of each linear'}")
+    for title in ("type", "bits", *(("linears",) if made else ()), "still zero", "leak", "error"):
+        table.add_column(title, justify="left" if title == "type" else "right", no_wrap=True)
+    table.add_column("pattern" if made else "")
+    for one in report["types"]:
+        figures = [f"{one[key]:.2%}" if key in one else "" for key in ("zero", "leak", "error")]
+        kept = f"in {one['holding']} of {one['patterned']}" if one.get("patterned") else ""
+        rest = [str(one["linears"]), *figures, kept] if made else [*figures, RULES[one["grid"]]]
+        table.add_row(one["type"], f"{one['bits']:g}" if "bits" in one else "", *rest)
+    weighted = "weighted by the importance matrix" if report["imatrix"] else "unweighted, as there is no --imatrix"
+    table.caption = (
+        "still zero: of the pruned weights; leak: size of what they became beside that of the kept ones; error: of the "
+        f"kept ones, {weighted}"
+    )
+    return table
+
+
+def survival_lines(report: dict[str, Any]) -> list[str]:
+    """A line for each tensor of the GGUF."""
+    width = max((len(tensor["tensor"]) for tensor in report.get("tensors", ())), default=0)
+    return [
+        f"{one['tensor']:<{width}}  {one['type']:>7}  {one['zero']:8.2%} still zero  leak {one['leak']:7.2%}"
+        f"  error {one['error']:7.2%}"
+        + (f"  {one['pattern']} {'holds' if one['holds'] else 'broken'}" if one["pattern"] else "")
+        for one in report.get("tensors", ())
+    ]
+
+
 def plan_table(plan: "Plan", method: str, pattern: str, source: str) -> Table:
     table = _pairs(f"plan: {source}, {method} {pattern}")
     table.add_row("parameters", f"{number(plan.parameters)}, of which {number(plan.prunable)} can be pruned")
@@ -119,94 +151,21 @@ def plan_table(plan: "Plan", method: str, pattern: str, source: str) -> Table:
     return table
 
 
-def damage_line(record: dict[str, Any], depth: int) -> str:
-    """One aligned line for a block that was evaluated."""
-    digits = len(str(depth))
-    error = f"  off by {record['relative_error']:7.2%}" if "relative_error" in record else ""
-    return (
-        f"block {record['index'] + 1:>{digits}}/{depth}{error}  {record['seconds']:8.2f} s"
-        f"  host {size(record['host_bytes']):>9}"
-    )
-
-
-def evaluation_table(report: dict[str, Any]) -> Table:
-    """A row for each model: its perplexity, the distance to the dense one, its tasks."""
-    table = Table(box=box.SIMPLE, title=_windows(report), title_justify="left", padding=(0, 1, 0, 0))
-    models, dense = report["models"], report["against"]
-    table.add_column("model", overflow="fold", min_width=16)
-    if "length" in report:
-        _perplexity_column(table, report)
-    if dense:
-        _distance_columns(table)
-        table.add_row(escape(dense["path"]), *_perplexity(dense), "dense")
-    tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
-    for task in tasks:
-        table.add_column(escape(task), justify="right")
-    for model in models:
-        cells = [*_perplexity(model), *(_distance(model) if dense else [])]
-        table.add_row(escape(model["path"]), *cells, *(_accuracy(model["tasks"].get(task)) for task in tasks))
-    return table
-
-
-def comparison_table(report: dict[str, Any]) -> Table:
-    """A row for each pruning: what it costs in quality, time and memory."""
-    table = Table(box=box.SIMPLE, title=_windows(report), title_justify="left", padding=(0, 1, 0, 0))
-    table.add_column("pruned", min_width=13)
-    _perplexity_column(table, report)
-    _distance_columns(table)
-    on_gpu = any(row["device_bytes"] for row in report["rows"])
-    for title in ("time", "host", "GPU")[: 3 if on_gpu else 2]:
-        table.add_column(title, justify="right", min_width=7)
-    table.add_row("dense", *_perplexity(report["dense"]))
-    for row in report["rows"]:
-        cost = [duration(row["seconds"]), size(row["host_bytes"]), size(row["device_bytes"])]
-        table.add_row(escape(row["name"]), *_perplexity(row), *_distance(row), *cost[: 3 if on_gpu else 2])
-    for spread in report["spread"]:
-        mean = f"{spread['perplexity_mean']:.2f} sd {spread['perplexity_sd']:.2f}"
-        table.add_row(escape(f"{spread['name']}, {spread['rows']} seeds"), mean)
-    return table
-
-
-def curves() -> Callable[[dict[str, list[dict[str, Any]]]], str]:
-    """What draws each model's block errors against depth in the terminal. Raises LowmemError without plotext."""
-    try:
-        import plotext
-    except ImportError:
-        raise LowmemError('--plot draws through a package that is not installed: pip install "plotext<6"') from None
-
-    def draw(models: dict[str, list[dict[str, Any]]]) -> str:
-        plotext.clear_figure()
-        plotext.theme("clear")
-        plotext.plotsize(78, 20)
-        plotext.title("relative error of each block's output")
-        plotext.xlabel("block")
-        drawn = {name: blocks for name, blocks in models.items() if blocks and "relative_error" in blocks[0]}
-        if not drawn:
-            return "no block errors to draw: they are measured with --against"
-        for (name, blocks), marker in zip(drawn.items(), cycle("•+xo#*@%")):
-            errors = [block["relative_error"] for block in blocks]
-            plotext.plot([block["index"] + 1 for block in blocks], errors, label=name, marker=marker)
-        most = max(len(blocks) for blocks in drawn.values())
-        plotext.xticks(sorted({1 + round(step * (most - 1) / 6) for step in range(7)}))
-        return str(plotext.uncolorize(plotext.build()))
-
-    return draw
-
-
 def check_lines(findings: "Findings") -> list[str]:
     """A line for each matrix, and what was proved."""
     width = max((len(matrix.name) for matrix in findings.matrices), default=0)
     lines = [
         f"{matrix.name:<{width}}  {matrix.dtype:>4} {matrix.shape[0]:>6} x {matrix.shape[1]:<6}"
-        f"  {matrix.sparsity:7.2%} zero  {matrix.pattern}".rstrip()
+        f"  {matrix.sparsity:7.2%} {'tiny' if matrix.filled else 'zero'}  {matrix.pattern}".rstrip()
         for matrix in findings.matrices
     ]
     if findings.shards_verified:
         lines.append(f"{findings.shards_verified} shards have the checksums of report.json")
     if findings.identical or findings.masked:
+        what = "the smallest number" if any(matrix.filled for matrix in findings.matrices) else "zero"
         lines.append(
             f"{findings.identical} tensors are the source's to the byte; {findings.masked} are the source's "
-            f"but for {findings.zeroed} weights that are zero"
+            f"but for {findings.zeroed} weights that are {what}"
         )
     return lines
 
@@ -216,48 +175,6 @@ def _pairs(title: str) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _windows(report: dict[str, Any]) -> str | None:
-    """Which text, in which windows."""
-    if "text" not in report:
-        return None
-    windows = f"{report['windows']} windows of {report['length']} tokens ({report['convention']})"
-    return escape(f"{', '.join(report['text'])}: {windows}")
-
-
-def _distance_columns(table: Table) -> None:
-    for title in ("x dense", "KL", "KL 99%", "top-1"):
-        table.add_column(title, justify="right", min_width=5)
-
-
-def _perplexity_column(table: Table, report: dict[str, Any]) -> None:
-    table.add_column(f"perplexity\nat {report['length']}", justify="right", no_wrap=True)
-
-
-def _perplexity(figures: dict[str, Any]) -> list[str]:
-    if "perplexity" not in figures:
-        return []
-    digits = 3 if figures["perplexity"] < 10 else 2
-    return [f"{figures['perplexity']:.{digits}f} ± {figures['perplexity_stderr']:.{digits}f}"]
-
-
-def _distance(figures: dict[str, Any]) -> list[str]:
-    return [
-        f"{figures['perplexity_ratio']:.2f}",
-        f"{figures['kl_mean']:.3f}",
-        f"{figures['kl_p99']:.3f}",
-        f"{figures['top1_agreement']:.1%}",
-    ]
-
-
-def _accuracy(metrics: dict[str, float] | None) -> str:
-    """A task's accuracy, by length where it has one, with its standard error."""
-    if not metrics:
-        return ""
-    name = next((name for name in ("acc_norm", "acc") if name in metrics), next(iter(metrics)))
-    error = metrics.get(f"{name}_stderr")
-    return f"{metrics[name]:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
 
 
 def _timing(seconds: float, timing: dict[str, Any]) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from lowmem_wanda.checkpoint import FLOATS, Checkpoint, read_json
-from lowmem_wanda.errors import CheckpointError
+from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.gguf_names import gguf_names, package
 from lowmem_wanda.imatrix import open_gguf
 from lowmem_wanda.imatrix import read as read_imatrix
 from lowmem_wanda.job import REPORT
-from lowmem_wanda.quants import TYPES, Remains
+from lowmem_wanda.quants import TYPES, Remains, advice
 from lowmem_wanda.reading import Tensor
 
 Rows = Callable[[int, int], np.ndarray]  # from an output to another -> their weights (rows, columns), float32
@@ -71,7 +71,7 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
 
     Errors on kept weights are weighted by an `imatrix`, if there is one. Raises CheckpointError, LowmemError.
     """
-    linears = pruned_linears(Checkpoint(path))
+    linears = pruned_linears(Checkpoint(path), _report(Path(path)))
     names = gguf_names(list(linears), "survive")
     known = read_imatrix(imatrix)[0] if imatrix else {}
     importance = {}
@@ -82,24 +82,41 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
                 f"{imatrix}: has no entry {names[name]} of {inputs} values; get that of this very model"
             )
         importance[name] = entry.means[0] if entry else np.ones(inputs)
-    report: dict[str, Any] = {"kind": "survive", "path": str(path), "imatrix": str(imatrix) if imatrix else None}
+    report: dict[str, Any] = {"path": str(path), "imatrix": str(imatrix) if imatrix else None}
     if model is None:
-        return report | {"types": predict(linears, importance)}
+        return report | {"types": predict(linears, importance), "advice": advice()}
     tensors = list(_compared(linears, names, importance, Path(model)))
-    return report | {"model": str(model), "tensors": tensors, "types": _by_type(tensors)}
+    types, tiny = _by_type(tensors), any(linear.tiny for linear in linears.values())
+    return report | {"model": str(model), "tensors": tensors, "types": types, "advice": advice(types, tiny)}
 
 
-def pruned_linears(checkpoint: Checkpoint) -> dict[str, Linear]:
-    """{name: linear} of a checkpoint that was pruned, as report.json has them, or else all matrices in blocks."""
-    path, tensors = checkpoint.path, checkpoint.tensors
-    if not (path / REPORT).exists():
+def outlook(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The prediction for a checkpoint that was just pruned; without the gguf package the rules alone."""
+    linears = pruned_linears(checkpoint, report)
+    try:
+        types = predict(linears, {name: np.ones(linear.shape[1]) for name, linear in linears.items()})
+    except LowmemError:
+        types = [{"type": kind, "bits": known.bits, "grid": known.grid} for kind, known in TYPES.items()]
+    return {"types": types, "advice": advice()}
+
+
+def _report(path: Path) -> dict[str, Any]:
+    return read_json(path / REPORT) if (path / REPORT).exists() else {}
+
+
+def pruned_linears(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Linear]:
+    """{name: linear} of a checkpoint that was pruned, as its report has them, or without one all matrices in blocks."""
+    tensors = checkpoint.tensors
+    if not report:
         found = [t for t in tensors.values() if t.dtype in FLOATS and len(t.shape) == 2 and IN_BLOCK.search(t.name)]
         return {tensor.name: Linear(tensor) for tensor in found}
     try:
-        records = {name: one for block in read_json(path / REPORT)["blocks"] for name, one in block["linears"].items()}
+        records = {name: one for block in report["blocks"] for name, one in block["linears"].items()}
         return {name: _linear(tensors[name], record) for name, record in records.items()}
     except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path / REPORT}: is not what prune wrote; remove it to look at all matrices") from None
+        raise CheckpointError(
+            f"{checkpoint.path / REPORT}: is not what prune wrote; remove it to look at all matrices"
+        ) from None
 
 
 def _linear(tensor: Tensor, record: Mapping[str, Any]) -> Linear:

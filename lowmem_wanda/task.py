@@ -30,7 +30,8 @@ class Task(Work):
     """One pruning, ready to start: the model without weights, the calibration tokens, and what is selected.
 
     `selected` has for each block {path of a linear in it: file tensor of its weight}. `norms` stand for what would
-    be measured; `imatrix` is where an importance matrix goes, and `names` what its weights are called there.
+    be measured; `imatrix` is where an importance matrix goes, and `names` what its weights are called there. `zeros`
+    is "exact", or "signed-tiny" for what is put in their place.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Task(Work):
     norms: Norms | None
     imatrix: Path | None
     names: Mapping[str, str]
+    zeros: str
 
     @property
     def measures(self) -> bool:
@@ -78,7 +80,8 @@ class Task(Work):
             "--group": self.pattern.group,
             "--include": list(self.include),
             "--exclude": list(self.exclude),
-            **({"--norms sha256": self.norms.sha256} if self.norms else {}),
+            **({"--norms": self.norms.path, "norms sha256": self.norms.sha256} if self.norms else {}),
+            **({"--zeros": self.zeros, "--seed": self.seed} if self.zeros != "exact" else {}),
             **self.measuring(batch),
             "--device": describe_device(self.device),
             "--trust-remote-code": self.trust_remote_code,
@@ -125,6 +128,7 @@ def prepare(
     calibration: Calibration | None = None,
     norms: str | None = None,
     imatrix: str | Path | None = None,
+    zeros: str = "exact",
 ) -> Task:
     """Checks everything that can be checked before work begins. Raises a LowmemError that says what is wrong.
 
@@ -164,6 +168,7 @@ def prepare(
         norms=known,
         imatrix=Path(imatrix) if imatrix else None,
         names=names,
+        zeros=zeros,
     )
 
 
