@@ -234,7 +234,7 @@ def survey(weight: torch.Tensor, pattern: Pattern) -> tuple[int, bool]:
 
 def sign_zeros(weight: torch.Tensor, seed: int, name: str) -> tuple[int, float]:
     """Puts the smallest normal number of its dtype, with a sign at random, where the weight (rows, columns) is zero;
-    in place. Gives how many those are, and that number.
+    in place. Gives how many weights have that size then, and it.
 
     For codebooks without a zero, which give all zeros one sign. The signs depend on the seed and the name alone.
     """
@@ -243,9 +243,8 @@ def sign_zeros(weight: torch.Tensor, seed: int, name: str) -> tuple[int, float]:
     for part in row_chunks(len(weight), weight.shape[1], DEVICE_CHUNK):
         rows = weight[part]
         signs = torch.from_numpy(rng.integers(0, 2, tuple(rows.shape), dtype=np.int8)).to(weight.device)
-        zero = rows == 0
-        rows.copy_(torch.where(zero, (signs * 2 - 1).to(weight.dtype) * tiny, rows))
-        filled += int(zero.sum())
+        rows.copy_(torch.where(rows == 0, (signs * 2 - 1).to(weight.dtype) * tiny, rows))
+        filled += int((rows.abs() == tiny).sum())
     return filled, tiny
 
 

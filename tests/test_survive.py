@@ -205,7 +205,8 @@ def test_signed_tiny_is_known_to_check_and_survives_a_stop(token_file, tmp_path,
         signs.append((weight[tiny] > 0).mean())
     assert 0.4 < min(signs) < max(signs) < 0.6
     findings = check(tmp_path / "out", source)
-    assert not findings.problems and findings.zeroed == report["summary"]["filled"]
+    assert not findings.problems  # a few weights of float16 have that size from the start
+    assert 0 <= report["summary"]["filled"] - findings.zeroed < 9 * (dtype == torch.float16) + 1
     assert {matrix.pattern for matrix in findings.matrices if matrix.filled} == {"2:4"}
 
     def stop(record):
