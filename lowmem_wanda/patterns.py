@@ -37,6 +37,7 @@ class Scaled:
 # torch shares among its threads: waiting for each other at every small operation took them 10 times as long as the
 # work where another program kept a core busy. On a GPU 80 MB: its launches like it large.
 CPU_CHUNK, DEVICE_CHUNK = (1 << 15) - 1, 1 << 22
+SIGNED_CHUNK = 1 << 18  # weights that get signs at a time, the same everywhere: the signs depend on it
 
 
 @dataclass(frozen=True)
@@ -239,8 +240,8 @@ def sign_zeros(weight: torch.Tensor, seed: int, name: str) -> tuple[int, float]:
     For codebooks without a zero, which give all zeros one sign. The signs depend on the seed and the name alone.
     """
     tiny, filled = float(torch.finfo(weight.dtype).smallest_normal), 0
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    for part in row_chunks(len(weight), weight.shape[1], DEVICE_CHUNK):
+    rng = np.random.default_rng([seed % (1 << 32), zlib.crc32(name.encode())])
+    for part in row_chunks(len(weight), weight.shape[1], SIGNED_CHUNK):
         rows = weight[part]
         signs = torch.from_numpy(rng.integers(0, 2, tuple(rows.shape), dtype=np.int8)).to(weight.device)
         rows.copy_(torch.where(rows == 0, (signs * 2 - 1).to(weight.dtype) * tiny, rows))

@@ -5,7 +5,7 @@ out of a memory mapping.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,33 +128,34 @@ def _linear(tensor: Tensor, record: Mapping[str, Any]) -> Linear:
 def predict(linears: Mapping[str, Linear], importance: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """For each type of a GGUF what is left of some rows of all linears; for those that gguf cannot quantize to, the
     rule alone, and likewise where no linear has inputs that its blocks divide."""
-    share = SAMPLE // max(1, len(linears))
-    samples = []
+    gguf, share = package("a prediction"), SAMPLE // max(1, len(linears))
+    kinds = [getattr(gguf.GGMLQuantizationType, kind, None) for kind in TYPES]
+    kinds = [kind for kind in kinds if kind is not None and _can_quantize(gguf, kind)]
+    sums, fitting = {kind.name: Remains() for kind in kinds}, dict.fromkeys((kind.name for kind in kinds), 0)
     for name, linear in linears.items():
         rows, columns = linear.shape
         count = min(rows, max(1, share // columns))
-        middle = (rows - count) // 2
-        samples.append((linear, linear.reader()(middle, middle + count), importance[name]))
-    return [_predicted(kind, samples) for kind in TYPES]
+        weight = linear.reader()((rows - count) // 2, (rows - count) // 2 + count)
+        for kind in kinds:
+            if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+                stored = gguf.dequantize(gguf.quantize(weight, kind), kind).reshape(weight.shape)
+                sums[kind.name].add(weight, linear.gone(weight), stored, importance[name])
+                fitting[kind.name] += 1
+    records = []
+    for kind, known in TYPES.items():
+        figures = {"linears": fitting[kind]} if kind in sums else {}
+        figures |= sums[kind].figures() if fitting.get(kind) else {}
+        records.append({"type": kind, "bits": known.bits, "grid": known.grid, **figures})
+    return records
 
 
-def _predicted(kind: str, samples: Iterable[tuple[Linear, np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    gguf = package("a prediction")
-    record: dict[str, Any] = {"type": kind, "bits": TYPES[kind].bits, "grid": TYPES[kind].grid}
-    qtype = getattr(gguf.GGMLQuantizationType, kind, None)
-    if qtype is None:
-        return record
-    remains, fitting = Remains(), 0
-    block = gguf.GGML_QUANT_SIZES[qtype][0]
-    for linear, weight, weights in samples:
-        if weight.shape[1] % block == 0:
-            try:
-                stored = gguf.dequantize(gguf.quantize(weight, qtype), qtype).reshape(weight.shape)
-            except NotImplementedError:
-                return record
-            remains.add(weight, linear.gone(weight), stored, weights)
-            fitting += 1
-    return record | {"linears": fitting} | (remains.figures() if fitting else {})
+def _can_quantize(gguf: Any, kind: Any) -> bool:
+    """Whether the package can quantize to a type, and not only from it."""
+    try:
+        gguf.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][0]), np.float32), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _compared(

@@ -1,0 +1,130 @@
+"""What llama.cpp's quantization makes of pruned models, type by type:
+
+    python benchmarks/quants.py MODEL --bin LLAMA_BIN --convert convert_hf_to_gguf.py --text TEXT --calibration TEXT
+
+Prunes MODEL 50 % and 2:4, with zeros and with --zeros signed-tiny, quantizes each to every type, all linears alike,
+with its own importance matrix and without, and prints the share of pruned weights that are zero or positive then, the
+error of kept ones, and perplexities by llama-perplexity. MODEL's widths should be multiples of 256
+(`train_stories.py`).
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from measure import ROOT, commit, machine
+
+from lowmem_wanda import survive as survival
+from lowmem_wanda.checkpoint import Checkpoint, read_json
+from lowmem_wanda.gguf_names import gguf_names
+from lowmem_wanda.imatrix import open_gguf
+
+KINDS = (
+    "F32", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_S",
+    "IQ3_S", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XXS", "TQ2_0", "TQ1_0", "IQ1_M", "IQ1_S",
+)  # fmt: skip
+PLAIN = ("Q4_K_S", "Q3_K_S", "IQ3_S")  # without an importance matrix, too
+PRUNED = {"50%": ["--pattern", "50%"], "2:4": ["--pattern", "2:4"]}
+PRUNED |= {f"{name} tiny": [*flags, "--zeros", "signed-tiny"] for name, flags in PRUNED.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--bin", type=Path, required=True)
+    parser.add_argument("--convert", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quants.json")
+    arguments = parser.parse_args()
+    rows: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("dense", *PRUNED):
+            made = Path(folder) / re.sub(r"\W", "-", name)
+            path = prepare(made, name, arguments)
+            for kind in [*KINDS, *(f"{kind} plain" for kind in PLAIN)]:
+                rows.setdefault(kind, {})[name] = one(made, path, kind, name, arguments)
+            print(f"{name} done", file=sys.stderr, flush=True)
+    result = {"machine": machine(), "commit": commit(), "llama.cpp": version(arguments.bin), "rows": rows}
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def prepare(made: Path, name: str, arguments: argparse.Namespace) -> Path:
+    """The checkpoint, with its importance matrix and its GGUF beside it."""
+    text = ["--text", arguments.calibration, "--sequences", "64", "--length", "512"]
+    if name == "dense":
+        path = arguments.model
+        run(sys.executable, ROOT / "cli.py", "imatrix", path, f"{made}.imatrix.gguf", *text)
+    else:
+        path = made
+        run(sys.executable, ROOT / "cli.py", "prune", arguments.model, made, *PRUNED[name], *text,
+            "--imatrix", f"{made}.imatrix.gguf")  # fmt: skip
+    run(sys.executable, arguments.convert, path, "--outfile", f"{made}.gguf", "--outtype", "f32")
+    return path
+
+
+def one(made: Path, path: Path, kind: str, name: str, arguments: argparse.Namespace) -> dict[str, float | str]:
+    """Figures of one quantization."""
+    kind, plain = kind.removesuffix(" plain"), kind.endswith(" plain")
+    matrix = [] if plain else ["--imatrix", f"{made}.imatrix.gguf"]
+    out = made.with_name("quantized.gguf")
+    run(arguments.bin / "llama-quantize", "--pure", "--token-embedding-type", "f16", "--output-tensor-type", "f16",
+        *matrix, f"{made}.gguf", out, kind)  # fmt: skip
+    said = run(arguments.bin / "llama-perplexity", "-m", out, "-f", arguments.text, "-c", "512")
+    value, error = map(float, re.findall(r"PPL = ([\d.]+) \+/- ([\d.]+)", said)[-1])
+    figures: dict[str, float | str] = {"perplexity": value, "error": error}
+    if name != "dense":
+        (whole,) = survival.survive(path, out, None if plain else f"{made}.imatrix.gguf")["types"]
+        figures |= {"type": whole["type"], "zero": whole["zero"], "kept error": whole["error"], "leak": whole["leak"]}
+        figures["positive"] = positive(path, out)
+    return figures
+
+
+def positive(path: Path, model: Path) -> float:
+    """Share of the pruned weights that are positive in a GGUF."""
+    linears = survival.pruned_linears(Checkpoint(path), read_json(path / "report.json"))
+    names = gguf_names(list(linears), "this")
+    tensors, above, all_ = {tensor.name: tensor for tensor in open_gguf(model).tensors}, 0, 0
+    for name, linear in linears.items():
+        rows, read, tensor = linear.shape[0], linear.reader(), tensors[names[name]]
+        order = survival._order(linear, read, tensor, model)
+        gone = linear.gone(read(0, rows))
+        above += int((survival._dequantized(tensor, np.arange(rows) if order is None else order)[gone] > 0).sum())
+        all_ += int(gone.sum())
+    return above / all_
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout + done.stderr
+
+
+def version(tools: Path) -> str:
+    return re.findall(
+        r"version: (.*)", run(tools / "llama-quantize", "--version") + run(tools / "llama-imatrix", "--version")
+    )[0]
+
+
+def table(result: dict) -> str:
+    names = ("dense", *PRUNED)
+    lines = [f"{result['machine']}, commit {result['commit']}, llama.cpp {result['llama.cpp']}", "",
+             "| type | still zero | positive | kept error | " + " | ".join(names) + " |", "|---" * 9 + "|"]  # fmt: skip
+    for kind, row in result["rows"].items():
+        half = row["50%"]
+        shares = f"{half['zero']:.1%} | {half['positive']:.1%} | {half['kept error']:.1%}"
+        lines.append(
+            f"| {kind} ({half['type']}) | {shares} | " + " | ".join(f"{row[n]['perplexity']:.2f}" for n in names) + " |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""2:4 linears of ours on an NVIDIA GPU, dense against torch's semi-structured kernels:
+
+    python benchmarks/semi_structured.py
+
+For the shapes of a Llama-2-7B block, or the linears of --checkpoint (pruned 2:4), at several numbers of tokens: the
+time of a product with the weight as it is and as `torch.sparse.to_sparse_semi_structured` packs it, side by side, and
+the bytes of both. Needs compute capability 8.0 or more. The paper has 1.6 times per linear and 1.24 times end to end
+(arXiv 2306.11695).
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import ROOT, commit, machine
+from torch.sparse import to_sparse_semi_structured
+
+from lowmem_wanda.checkpoint import Checkpoint
+from lowmem_wanda.methods import magnitude
+from lowmem_wanda.patterns import NM, survey
+from lowmem_wanda.tensors import DTYPES, read_cast
+
+SHAPES = {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)}
+TOKENS = (1, 16, 128, 1024, 4096)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, help="a folder that was pruned 2:4; its first block is taken")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/semi_structured.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        raise SystemExit("needs an NVIDIA GPU of compute capability 8.0 or more (Ampere)")
+    warnings.filterwarnings("ignore", message=".*semi-structured.*prototype")
+    rows = []
+    for name, weight in weights(arguments.checkpoint):
+        if not survey(weight, NM(2, 4))[1]:
+            raise SystemExit(f"{name}: does not hold 2:4; prune with --pattern 2:4")
+        packed = to_sparse_semi_structured(weight)
+        for tokens in arguments.tokens:
+            rows.append({"linear": name, "tokens": tokens, **compared(weight, packed, tokens)})
+            print(rows[-1], flush=True)
+    device = torch.cuda.get_device_name()
+    result = {"machine": machine(), "gpu": device, "torch": torch.__version__, "commit": commit(), "rows": rows}
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def weights(checkpoint: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and half-precision weights (outputs, inputs) on the GPU."""
+    if checkpoint is None:
+        for name, shape in SHAPES.items():
+            weight = torch.randn(shape, dtype=torch.float16, device="cuda") * 0.02
+            yield f"{name} {shape[0]} x {shape[1]}", magnitude(weight, None, NM(2, 4))
+        return
+    for name, tensor in Checkpoint(checkpoint).tensors.items():
+        if ".0." in name and len(tensor.shape) == 2:
+            weight = read_cast(tensor, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]))
+            yield name, weight.half().cuda()
+
+
+def compared(weight: torch.Tensor, packed: torch.Tensor, tokens: int) -> dict[str, float]:
+    """Medians in ms of both products, their ratio, how far their results are apart, and bytes of both weights."""
+    inputs = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device="cuda")
+    dense, sparse = (partial(torch.nn.functional.linear, inputs, one) for one in (weight, packed))
+    apart = float((dense() - sparse()).float().norm() / dense().float().norm())
+    times = {"dense ms": timed(dense), "sparse ms": timed(sparse)}
+    parts = [part for part in (packed.packed, packed.meta) if part is not None]
+    return {
+        **times,
+        "dense over sparse": times["dense ms"] / times["sparse ms"],
+        "apart": apart,
+        "bytes": sum(part.nbytes for part in parts) / weight.nbytes,
+    }
+
+
+def timed(product: Callable[[], torch.Tensor], rounds: int = 30) -> float:
+    """Median ms of a product on the GPU."""
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for _ in range(5):
+        product()
+    for start, end in marks:
+        start.record()
+        product()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in marks)[rounds // 2]
+
+
+if __name__ == "__main__":
+    main()
