@@ -77,7 +77,10 @@ def one(made: Path, path: Path, kind: str, name: str, arguments: argparse.Namesp
     run(arguments.bin / "llama-quantize", "--pure", "--token-embedding-type", "f16", "--output-tensor-type", "f16",
         *matrix, f"{made}.gguf", out, kind)  # fmt: skip
     said = run(arguments.bin / "llama-perplexity", "-m", out, "-f", arguments.text, "-c", "512")
-    value, error = map(float, re.findall(r"PPL = ([\d.]+) \+/- ([\d.]+)", said)[-1])
+    found = re.findall(r"PPL = (\S+) \+/- (\S+)", said)
+    if not found:
+        raise SystemExit(f"{name} {kind}: no perplexity in {said[-1000:]!r}")
+    value, error = map(float, found[-1])
     figures: dict[str, float | str] = {"perplexity": value, "error": error}
     if name != "dense":
         (whole,) = survival.survive(path, out, None if plain else f"{made}.imatrix.gguf")["types"]

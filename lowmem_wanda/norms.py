@@ -21,6 +21,11 @@ class Norms:
     about: About
     entries: Mapping[str, Entry]
 
+    def __str__(self) -> str:
+        about = self.about
+        measured = f", {about.chunks} sequences of {about.length} tokens" if about.length else ""
+        return f"{self.path}{measured} of {', '.join(about.datasets) or 'unknown text'}"
+
     def inputs(self, tensor: str, device: torch.device) -> SquaredNorm:
         """The statistic of a linear's inputs, as if it had been measured."""
         entry = self.entries[tensor]

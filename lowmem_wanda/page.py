@@ -54,10 +54,13 @@ def page(report: Record) -> str:
 
 def _pruned(report: Record) -> Iterator[Section]:
     summary, blocks, calibration = report["summary"], report["blocks"], report["calibration"]
+    made = report.get("imatrix")
     shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens from "
     yield "summary", "Summary", pairs({
         "method": f"{report['arguments']['--method']} {report['arguments']['--pattern']}",
         "calibration": shape + ", ".join(calibration["text"]) if calibration["text"] else "none needed",
+        "norms": calibration.get("norms"),
+        "importance matrix": made and f"{made['file']}, of {made['of']}",
         "pruned": f"{summary['zeros'] + summary['filled']:,} of {summary['weights']:,} weights in {summary['linears']} "
                   f"linears ({summary['sparsity']:.2%})",
         "zeros": f"{summary['zeros']:,}",

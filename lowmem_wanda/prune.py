@@ -131,7 +131,7 @@ class _Run:
 
     def source(self, index: int) -> list[Tensor]:
         """Where a block is read: a finished one as it stands in the output, if that is what moved the states on."""
-        if index in self.open or self.task.statistics == "dense":
+        if index in self.open or self.task.moved_on_dense:
             return self.task.block_tensors(index)
         return list(read_header(self.job.path / self.shards[index]).values())
 

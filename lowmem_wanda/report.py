@@ -64,7 +64,9 @@ def build(
             "sequences": plan.sequences,
             "length": plan.length,
             "tokens": plan.tokens,
+            "norms": str(task.norms) if task.norms else None,
         },
+        "imatrix": _imatrix(task),
         "peak_memory": peak.beside(plan.host_peak, plan.device_peak),
         "memory": list(peak.series),
         "layout": {**asdict(plan.layout), "reading": task.limits.reading},
@@ -76,6 +78,13 @@ def build(
         ],
         "blocks": blocks,
     }
+
+
+def _imatrix(task: Task) -> dict[str, str] | None:
+    """Where the importance matrix is, and of which model."""
+    if task.imatrix is None:
+        return None
+    return {"file": str(task.imatrix), "of": "the dense model" if task.moved_on_dense else "the pruned model"}
 
 
 def versions() -> dict[str, str]:

@@ -76,6 +76,8 @@ def closing(report: dict[str, Any], target: str) -> Table:
         f"{number(summary['weights'])} weights "
         f"({summary['sparsity']:.2%}); {number(summary['parameters'])} parameters in all",
     )
+    if made := report.get("imatrix"):
+        table.add_row("imatrix", escape(f"{made['file']}, of {made['of']}"))
     table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
     table.add_row("time", _timing(summary["seconds"], report["timing"]))
     table.add_row("passes", f"{summary['forward_passes_per_block']:.2f} forward passes per block")
@@ -198,6 +200,8 @@ def _method(arguments: dict[str, Any]) -> str:
 
 
 def _calibration(calibration: dict[str, Any]) -> str:
+    if norms := calibration.get("norms"):
+        return escape(f"norms of {norms}")
     if not calibration["text"]:
         return "none needed"
     shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"

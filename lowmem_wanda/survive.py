@@ -129,8 +129,8 @@ def predict(linears: Mapping[str, Linear], importance: Mapping[str, np.ndarray])
     """For each type of a GGUF what is left of some rows of all linears; for those that gguf cannot quantize to, the
     rule alone, and likewise where no linear has inputs that its blocks divide."""
     gguf, share = package("a prediction"), SAMPLE // max(1, len(linears))
-    kinds = [getattr(gguf.GGMLQuantizationType, kind, None) for kind in TYPES]
-    kinds = [kind for kind in kinds if kind is not None and _can_quantize(gguf, kind)]
+    known = {kind.name: kind for kind in gguf.GGMLQuantizationType}
+    kinds = [known[name] for name in TYPES if name in known and _can_quantize(gguf, known[name])]
     sums, fitting = {kind.name: Remains() for kind in kinds}, dict.fromkeys((kind.name for kind in kinds), 0)
     for name, linear in linears.items():
         rows, columns = linear.shape
@@ -142,10 +142,10 @@ def predict(linears: Mapping[str, Linear], importance: Mapping[str, np.ndarray])
                 sums[kind.name].add(weight, linear.gone(weight), stored, importance[name])
                 fitting[kind.name] += 1
     records = []
-    for kind, known in TYPES.items():
+    for kind, type_ in TYPES.items():
         figures = {"linears": fitting[kind]} if kind in sums else {}
         figures |= sums[kind].figures() if fitting.get(kind) else {}
-        records.append({"type": kind, "bits": known.bits, "grid": known.grid, **figures})
+        records.append({"type": kind, "bits": type_.bits, "grid": type_.grid, **figures})
     return records
 
 

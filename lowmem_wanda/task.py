@@ -53,6 +53,11 @@ class Task(Work):
         return self.calibration is not None and self.norms is None and self.rule.statistic is not None
 
     @property
+    def moved_on_dense(self) -> bool:
+        """Whether a block moves the hidden states on before it is pruned."""
+        return self.statistics == "dense" and self.measures
+
+    @property
     def rule(self) -> Method:
         return METHODS[self.method]
 
