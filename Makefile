@@ -15,7 +15,7 @@ test: $(VENV)/.test
 
 $(VENV)/.demo: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable ".[plots]"
+	$(PIP) --editable ".[plots,gguf]"
 	touch $@
 
 $(VENV)/.test: setup.cfg constraints.txt

@@ -29,6 +29,7 @@ KINDS = (
     "IQ3_S", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XXS", "TQ2_0", "TQ1_0", "IQ1_M", "IQ1_S",
 )  # fmt: skip
 PLAIN = ("Q4_K_S", "Q3_K_S", "IQ3_S")  # without an importance matrix, too
+CHUNKS = 120  # windows of 512 tokens
 PRUNED = {"50%": ["--pattern", "50%"], "2:4": ["--pattern", "2:4"]}
 PRUNED |= {f"{name} tiny": [*flags, "--zeros", "signed-tiny"] for name, flags in PRUNED.items()}
 
@@ -76,17 +77,24 @@ def one(made: Path, path: Path, kind: str, name: str, arguments: argparse.Namesp
     out = made.with_name("quantized.gguf")
     run(arguments.bin / "llama-quantize", "--pure", "--token-embedding-type", "f16", "--output-tensor-type", "f16",
         *matrix, f"{made}.gguf", out, kind)  # fmt: skip
-    said = run(arguments.bin / "llama-perplexity", "-m", out, "-f", arguments.text, "-c", "512")
-    found = re.findall(r"PPL = (\S+) \+/- (\S+)", said)
-    if not found:
-        raise SystemExit(f"{name} {kind}: no perplexity in {said[-1000:]!r}")
-    value, error = map(float, found[-1])
+    value, error = perplexity(arguments, out)
     figures: dict[str, float | str] = {"perplexity": value, "error": error}
     if name != "dense":
         (whole,) = survival.survive(path, out, None if plain else f"{made}.imatrix.gguf")["types"]
         figures |= {"type": whole["type"], "zero": whole["zero"], "kept error": whole["error"], "leak": whole["leak"]}
         figures["positive"] = positive(path, out)
     return figures
+
+
+def perplexity(arguments: argparse.Namespace, model: Path) -> tuple[float, float]:
+    """That of llama-perplexity and its standard error; the tool sometimes ends before its last line is out."""
+    for _ in range(9):
+        said = run(
+            arguments.bin / "llama-perplexity", "-m", model, "-f", arguments.text, "-c", "512", "--chunks", CHUNKS
+        )
+        if found := re.findall(r"PPL = (\S+) \+/- (\S+)", said):
+            return float(found[-1][0]), float(found[-1][1])
+    raise SystemExit(f"no perplexity in {said[-1000:]!r}")
 
 
 def positive(path: Path, model: Path) -> float:

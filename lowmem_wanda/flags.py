@@ -37,19 +37,12 @@ def parser() -> argparse.ArgumentParser:
         add_pruning(pruning)
         add_machine(pruning)
     imatrix = command("imatrix", "write a checkpoint's importance matrix, for llama.cpp's quantization")
-    add_source(imatrix)
-    imatrix.add_argument("target", metavar="out_file", help="new file: .gguf, or .dat for the older format")
-    add_calibration(imatrix)
-    add_machine(imatrix)
+    add_imatrix(imatrix)
     check = command("check", "report the sparsity of a checkpoint and prove it")
     check.add_argument("path", metavar="dir", help="folder of any safetensors checkpoint")
     check.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this source but for zeros")
     survive = command("survive", "say what quantization for llama.cpp leaves of a pruned checkpoint")
-    survive.add_argument("path", metavar="out_dir", help="folder of a pruned checkpoint")
-    survive.add_argument(
-        "model", nargs="?", metavar="model.gguf", help="a GGUF that was made of it; without, a prediction"
-    )
-    survive.add_argument("--imatrix", metavar="FILE", help="weighs the errors of kept weights (.gguf, .dat)")
+    add_survival(survive)
     evaluate = command("eval", "measure perplexity, distance to the dense model, zero-shot accuracy")
     add_evaluation(evaluate)
     compare = command("compare", "prune by several methods and patterns, and evaluate each")
@@ -63,6 +56,20 @@ def parser() -> argparse.ArgumentParser:
 
 def add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="ckpt_dir", help="folder of a Hugging Face safetensors checkpoint")
+
+
+def add_imatrix(command: argparse.ArgumentParser) -> None:
+    add_source(command)
+    command.add_argument("target", metavar="out_file", help="new file: .gguf, or .dat for the older format")
+    add_calibration(command)
+    add_machine(command)
+
+
+def add_survival(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("path", metavar="out_dir", help="folder of a pruned checkpoint")
+    add("model", nargs="?", metavar="model.gguf", help="a GGUF that was made of it; without one, a prediction")
+    add("--imatrix", metavar="FILE", help="weighs the errors of kept weights (.gguf, .dat)")
 
 
 def add_pruning(command: argparse.ArgumentParser) -> None:

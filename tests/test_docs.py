@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
+from test_survive import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -16,6 +18,7 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.S)
     for line in block.splitlines()
 ]
+PAGES = sorted((ROOT / "lowmem_wanda/docs").glob("*.md"))
 OURS = [command for command in COMMANDS if command.startswith("python cli.py")]
 
 
@@ -33,6 +36,28 @@ def test_the_commands_of_the_readme_in_their_order(checkout):
     for command in OURS:
         done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=checkout, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def test_the_commands_on_the_way_to_llama_cpp(checkout):
+    """Ours, on the demo in stories260K's place and with a GGUF made here; its own were run by hand."""
+    page = (ROOT / "lowmem_wanda/docs/llama-cpp.md").read_text("utf-8")
+    ours = re.findall(r"^python (cli.py .*)$", page, re.M)
+    assert [command.split()[1] for command in ours] == ["prune", "survive"]
+    shutil.copytree(ROOT / "lowmem_wanda/demo", checkout / "stories260K")
+    shutil.rmtree(checkout / "pruned", ignore_errors=True)  # of README's commands
+    (checkout / "pruned.imatrix.gguf").unlink(missing_ok=True)
+    for command in ours:
+        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=checkout, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        if " prune " in command:
+            convert(checkout / "pruned", checkout / "pruned-Q4_K_M.gguf", GGMLQuantizationType.Q4_0)
+    assert "Every pruned weight is zero in this GGUF" in done.stdout
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", *PAGES):
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)\)", page.read_text("utf-8")):
+            assert (page.parent / link).exists(), link
 
 
 def test_every_other_command_is_what_make_does():

@@ -8,7 +8,20 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lowmem_wanda"
 LAYERS = (
-    ("errors", "fused", "lowest", "patterns", "scores", "stats", "methods", "system", "memory", "clock", "losses"),
+    (
+        "errors",
+        "fused",
+        "lowest",
+        "patterns",
+        "scores",
+        "stats",
+        "methods",
+        "system",
+        "memory",
+        "clock",
+        "losses",
+        "quants",
+    ),
     (
         "reading",
         "checkpoint",
@@ -35,14 +48,16 @@ LAYERS = (
         "task",
         "plan",
         "measure",
+        "survive",
         "plots",
+        "markup",
         "page",
         "report",
         "prune",
         "compare",
         "check",
     ),
-    ("screen", "flags", "main"),
+    ("screen", "tables", "flags", "main"),
 )
 ORDER = [module for layer in LAYERS for module in layer]
 MODULES = [path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")]
