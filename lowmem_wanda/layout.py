@@ -122,7 +122,7 @@ class Sizes:
         self.embedding = max((tensor.numel * size for tensor in outside), default=0) + 3 * self.piece
         self.sequences, self.length = work.shape
         self.state = self.length * hollow.width * size  # of one sequence
-        judging = work.streams * (not work.scores)  # models whose heads are applied
+        judging = work.streams * work.judges  # models whose heads are applied
         self.heads = judging * budget_of(work.block_bytes)
         self.scored = judging * self.sequences * self.length * SCORED
         self.inner = self.length * widest * size

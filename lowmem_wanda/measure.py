@@ -36,7 +36,7 @@ def imatrix(
     path = Path(path)
     check_target(path, "out_file")
     names, start = gguf_names(work.hollow.weights, "an importance matrix"), time.perf_counter()
-    layout, need = choose(replace(work, shape=calibration.tokens.shape))
+    layout, need = choose(replace(work, shape=calibration.tokens.shape, judges=False))
     limit_vram(work.device, work.limits.max_vram)
     with ExitStack() as stack:
         peak = stack.enter_context(Peak(work.device))

@@ -161,7 +161,7 @@ def prepare(
     shape = calibration.tokens.shape if calibration else (0, 0)
     settings = {field.name: getattr(work, field.name) for field in fields(Work)}
     return Task(
-        **settings | {"shape": shape, "batch": batch and min(batch, shape[0] or 1)},
+        **settings | {"judges": False, "shape": shape, "batch": batch and min(batch, shape[0] or 1)},
         method=method,
         pattern=kind,
         calibration=calibration,

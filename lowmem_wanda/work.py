@@ -39,7 +39,8 @@ class Work:
     """A model without weights, and how it is walked.
 
     `shape` is (sequences, length) of the tokens that go through it, (0, 0) for none, `batch` of the sequences at a
-    time (None: as `layout` finds); models `beside` it are walked with it, each with its own hidden states.
+    time (None: as `layout` finds); models `beside` it are walked with it, each with its own hidden states. `judges`:
+    logits are made in the end.
     """
 
     checkpoint: Checkpoint
@@ -51,6 +52,7 @@ class Work:
     trust_remote_code: bool = False
     shape: tuple[int, int] = (0, 0)
     beside: tuple["Work", ...] = ()
+    judges: bool = True
 
     @property
     def streams(self) -> int:

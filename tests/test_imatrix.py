@@ -4,6 +4,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -346,7 +347,6 @@ def test_real_models_by_published_norms_lie_between_wanda_and_magnitude(shared, 
 def test_llama_imatrix_says_the_same(shared, tmp_path):
     """On the finished pruned model, converted to CONVERTED by the user: set LLAMA_CPP_CONVERT to the script."""
     import json
-    import sys
 
     text = tmp_path / "text.txt"
     text.write_text((shared / "corpora/tinystories/held-out.txt").read_text().replace("<|endoftext|>", "")[:60000])
@@ -370,3 +370,27 @@ def test_llama_imatrix_says_the_same(shared, tmp_path):
     for name, entry in ours.items():
         difference = np.linalg.norm(entry.sums - other[name].sums) / np.linalg.norm(entry.sums)
         assert difference < 3e-5 and entry.counts == other[name].counts, name
+
+
+@pytest.mark.skipif(
+    "LLAMA_CPP_CONVERT" not in os.environ, reason="LLAMA_CPP_CONVERT does not say where the converter is"
+)
+def test_what_converts_is_the_sources_but_for_zeros(shared, tmp_path):
+    import gguf
+
+    source = shared / "models/stories260K"
+    prune(prepare(source, pattern="2:4", method="magnitude"), tmp_path / "out")
+    for path in (source, tmp_path / "out"):
+        convert = [os.environ["LLAMA_CPP_CONVERT"], str(path), "--outfile", str(tmp_path / f"{path.name}.gguf")]
+        subprocess.run([sys.executable, *convert], check=True, capture_output=True)
+    theirs, ours = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("stories260K", "out"))
+    same = {key for key, field in theirs.fields.items() if field.contents() == ours.fields[key].contents()}
+    assert theirs.fields.keys() == ours.fields.keys() and theirs.fields.keys() - same == {"general.name"}
+    dense, pruned = ({tensor.name: tensor for tensor in reader.tensors} for reader in (theirs, ours))
+    assert dense.keys() == pruned.keys()  # in the order of the shards
+    changed = 0
+    for name, tensor in dense.items():
+        one, other = tensor.data, pruned[name].data
+        assert tensor.tensor_type == pruned[name].tensor_type and ((one == other) | (other == 0)).all(), name
+        changed += not np.array_equal(one, other)
+    assert changed == 35
