@@ -32,6 +32,10 @@ LIMITS = (
     "Pruning makes no file and no model in memory smaller, and none faster that does not use the zeros.",
 )
 LOST = "Share of a linear's squared scores that was pruned away: for Wanda, of what its output loses."
+LEFT = (
+    "Some rows of every linear, in the types that the gguf package can quantize to: bits of a weight; how many of the "
+    "pruned weights are still zero; leak, the size of what the others became beside that of kept ones; error of those."
+)
 ERRORS = "Distance of each block's output from the dense model's, relative to that."
 DISTANCE = {
     "x dense": ("perplexity_ratio", ".3f"), "KL mean": ("kl_mean", ".4f"), "KL median": ("kl_median", ".4f"),
@@ -105,12 +109,12 @@ def _quantization(outlook: Record | None) -> str:
     """What quantization for llama.cpp would leave of this model, type by type, and advice."""
     if not outlook:
         return ""
-    titles = ("type", "bits per weight", "pruned weights still zero", "size of the others", "error of kept weights", "")
+    titles = ("type", "", "bits", "still zero", "leak", "error")
     lines = []
     for one in outlook["types"]:
         figures = [f"{one[key]:.2%}" if key in one else "" for key in ("zero", "leak", "error")]
-        lines.append((one["type"], f"{one['bits']:g}", *figures, RULES[one["grid"]]))
-    return paragraphs(outlook["advice"]) + table(titles, lines)
+        lines.append((one["type"], RULES[one["grid"]], f"{one['bits']:g}", *figures))
+    return paragraphs([*outlook["advice"], LEFT]) + table(titles, lines)
 
 
 def _evaluated(report: Record) -> Iterator[Section]:

@@ -24,7 +24,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 HOSTILE = '_<script><!-- font-family: x id="y url(#z $a$ 模型'
 ALWAYS = {"arguments", "versions", "limits"}
 SECTIONS = {
-    "prune": {"summary", "sparsity", "score", "time", "memory"},
+    "prune": {"summary", "sparsity", "score", "quantization", "time", "memory"},
     "eval": {"quality", "block-error", "tasks", "time", "memory"},
     "compare": {"comparison", "spread", "block-error"},
 }
