@@ -23,6 +23,7 @@ from lowmem_wanda import survive as survival
 from lowmem_wanda.checkpoint import Checkpoint, read_json
 from lowmem_wanda.gguf_names import gguf_names
 from lowmem_wanda.imatrix import open_gguf
+from lowmem_wanda.matrices import pruned_linears
 
 KINDS = (
     "F32", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_S",
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quants.json")
     arguments = parser.parse_args()
     rows: dict[str, dict] = {}
+    tools = version(arguments.bin)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("dense", *PRUNED):
             made = Path(folder) / re.sub(r"\W", "-", name)
@@ -51,7 +53,7 @@ def main() -> None:
             for kind in [*KINDS, *(f"{kind} plain" for kind in PLAIN)]:
                 rows.setdefault(kind, {})[name] = one(made, path, kind, name, arguments)
             print(f"{name} done", file=sys.stderr, flush=True)
-    result = {"machine": machine(), "commit": commit(), "llama.cpp": version(arguments.bin), "rows": rows}
+    result = {"machine": machine(), "commit": commit(), "llama.cpp": tools, "rows": rows}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
 
@@ -99,7 +101,7 @@ def perplexity(arguments: argparse.Namespace, model: Path) -> tuple[float, float
 
 def positive(path: Path, model: Path) -> float:
     """Share of the pruned weights that are positive in a GGUF."""
-    linears = survival.pruned_linears(Checkpoint(path), read_json(path / "report.json"))
+    linears = pruned_linears(Checkpoint(path), read_json(path / "report.json"))
     names = gguf_names(list(linears), "this")
     tensors, above, all_ = {tensor.name: tensor for tensor in open_gguf(model).tensors}, 0, 0
     for name, linear in linears.items():
@@ -119,9 +121,7 @@ def run(*command: object) -> str:
 
 
 def version(tools: Path) -> str:
-    return re.findall(
-        r"version: (.*)", run(tools / "llama-quantize", "--version") + run(tools / "llama-imatrix", "--version")
-    )[0]
+    return re.findall(r"version: (.*)", run(tools / "llama-imatrix", "--version"))[0]
 
 
 def table(result: dict) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint import CONFIG, FLOATS, Checkpoint, read_json
+from lowmem_wanda.checkpoint import CONFIG, FLOATS, IN_BLOCK, Checkpoint, read_json
 from lowmem_wanda.errors import CheckpointError
 from lowmem_wanda.job import JOB, REPORT
 from lowmem_wanda.reading import PIECE, Tensor
@@ -20,7 +20,6 @@ from lowmem_wanda.writer import differing, sha256_of, small_files
 
 PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # kept, of; what holds the first holds more
 TINY = {"F64": 1 << 52, "F32": 1 << 23, "F16": 1 << 10, "BF16": 1 << 7}  # bits of the smallest normal number
-IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 
 
 @dataclass
@@ -116,7 +115,8 @@ def _promises(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{tensor: what report.json says of it}. Raises CheckpointError for a report that says nothing of any."""
     try:
         promises = {name: linear for block in report.get("blocks", ()) for name, linear in block["linears"].items()}
-        if report and not (promises and all("zeros" in linear for linear in promises.values()) and report["shards"]):
+        kept = all(isinstance(linear, dict) and "zeros" in linear for linear in promises.values())
+        if report and not (promises and kept and report["shards"] and isinstance(report["shards"], list)):
             raise KeyError("blocks")
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{REPORT}: is not what prune wrote; remove it to check the tensors alone") from None
@@ -156,7 +156,7 @@ def _compare_source(
         where = pruned.path if name in source.tensors else source.path
         findings.problems.append(f"{name}: is missing in {where}")
     for name in sorted(pruned.tensors.keys() & source.tensors.keys()):
-        filled = bool(promises.get(name, {}).get("filled"))
+        filled = bool(promises.get(name, {}).get("filled")) and pruned.tensors[name].dtype in TINY
         _compare_tensor(pruned.tensors[name], source.tensors[name], filled, findings)
     for file in differing(small_files(source.path), source.path, pruned.path):
         findings.problems.append(f"{file}: is missing or differs from the source's")

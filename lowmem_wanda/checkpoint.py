@@ -6,6 +6,7 @@ little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 QUANTIZED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 ITEMSIZE = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
 ITEMSIZE |= dict.fromkeys(QUANTIZED, 1)
+IN_BLOCK = re.compile(r"(^|\.)\d+\.")  # in the name of a tensor that lies in a block
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lowmem_wanda.errors import LowmemError, ModelError
 
+NEEDED = ("GGUFReader", "GGUFWriter", "ReaderField", "MODEL_ARCH", "get_tensor_name_map", "quantize", "dequantize")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
@@ -22,6 +23,8 @@ def package(what: str) -> Any:
         import gguf
     except ImportError:
         raise LowmemError(f"{what} needs a package that is not installed: pip install gguf") from None
+    if not all(hasattr(gguf, part) for part in NEEDED) or not hasattr(gguf.ReaderField, "contents"):
+        raise LowmemError(f"{what} needs a newer gguf package: pip install --upgrade gguf")
     return gguf
 
 

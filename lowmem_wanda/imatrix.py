@@ -4,10 +4,12 @@ Two formats (llama.cpp, tools/imatrix): GGUF, with `<weight>.in_sum2` and `<weig
 .dat, which ik_llama.cpp reads, with means times a number of chunks. Weights are named as in a GGUF.
 """
 
-import io
+import hashlib
+import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,12 @@ from safetensors.numpy import load, save
 
 from lowmem_wanda.errors import CheckpointError, OutputError
 from lowmem_wanda.gguf_names import package
+from lowmem_wanda.job import refuse_within
 from lowmem_wanda.reading import opened
-from lowmem_wanda.writer import named_partial, replacing, write_bytes
+from lowmem_wanda.writer import named_partial, write_bytes
 
 SUFFIXES = (".gguf", ".dat")
 SUMS, COUNTS = ".in_sum2", ".counts"
-LONGEST = 4096  # bytes of a name in a .dat: what is longer is no name
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,34 @@ class About:
 Shapes = Mapping[str, tuple[int, int]]  # GGUF name of a weight -> (experts, inputs)
 
 
-def check_target(path: str | Path, what: str) -> None:
-    """Raises OutputError for a name that says neither format, or a file that is there."""
+def check_target(path: str | Path, what: str, source: Path, made: Path | None = None) -> None:
+    """Raises OutputError for a name that says neither format, a file in the source, or a directory that is not there
+    and is not the one that will be `made`."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise OutputError(f"{what} {path}: give a name that ends in .gguf, or in .dat for the older format")
-    if path.exists():
-        raise OutputError(f"{what} {path}: exists; give another name or remove it")
-    if not path.absolute().parent.is_dir():
+    refuse_within(path, source)
+    parent = path.resolve().parent
+    if not parent.is_dir() and (made is None or parent != made.resolve()):
         raise OutputError(f"{what} {path}: there is no such directory; make it first")
 
 
+def check_new(path: str | Path) -> None:
+    """Raises OutputError for a file that is there."""
+    if Path(path).exists():
+        raise OutputError(f"{path}: exists, and is not replaced; give another name or remove it")
+
+
 def write(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]], about: About) -> None:
-    """Writes the entries, which come one at a time in the order of `shapes`, in the format of the path's suffix."""
-    if path.suffix == ".dat":
-        _write_legacy(path, len(shapes), entries, about)
-    else:
-        _write_gguf(path, shapes, entries, about)
+    """Writes the entries, which come one at a time in the order of `shapes`, in the format of the path's suffix.
+
+    A file of the same bytes is left as it is. Raises OutputError for another one in its place.
+    """
+    with named_partial(path) as partial:
+        if path.suffix == ".dat":
+            _write_legacy(partial, len(shapes), entries, about)
+        else:
+            _write_gguf(partial, shapes, entries, about)
 
 
 def read(path: str | Path) -> tuple[dict[str, Entry], About]:
@@ -95,8 +108,7 @@ def _write_gguf(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]]
         def add_architecture(self) -> None:
             """An importance matrix has none."""
 
-    with named_partial(path) as partial:
-        writer = Writer(partial, "")
+    with closing(Writer(path, "")) as writer:
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", list(about.datasets))
         writer.add_uint32("imatrix.chunk_count", about.chunks)
@@ -111,11 +123,10 @@ def _write_gguf(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]]
         for _, entry in entries:
             writer.write_tensor_data(entry.sums.astype("<f4"))
             writer.write_tensor_data(entry.counts.astype("<f4"))
-        writer.close()
 
 
 def _write_legacy(path: Path, count: int, entries: Iterable[tuple[str, Entry]], about: About) -> None:
-    with replacing(path) as file:
+    with open(path, "wb") as file:
         file.write(struct.pack("<i", count))
         for name, entry in entries:
             calls = -(-int(entry.counts.max()) // about.length)  # of a chunk; rounded up, never 0
@@ -128,67 +139,87 @@ def _write_legacy(path: Path, count: int, entries: Iterable[tuple[str, Entry]], 
 
 def _read_gguf(path: Path) -> tuple[dict[str, Entry], About]:
     reader = open_gguf(path)
-    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    entries = {}
+    tensors, entries = {tensor.name: tensor.data for tensor in reader.tensors}, {}
     for name in (name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)):
-        sums, counts = tensors[name + SUMS], tensors.get(name + COUNTS)
-        if counts is None or sums.dtype != np.float32 or counts.dtype != np.float32 or sums.size % counts.size:
+        sums, counts = tensors[name + SUMS], tensors.get(name + COUNTS, np.empty(0))
+        kinds = {sums.dtype, counts.dtype}
+        if (
+            kinds != {np.dtype(np.float32)}
+            or not counts.size
+            or sums.size % counts.size
+            or not np.isfinite(counts).all()
+        ):
             raise CheckpointError(f"{path}: {name} has no {COUNTS} that go with its {SUMS}; get the file again")
         entries[name] = Entry(sums.reshape(counts.size, -1), np.rint(counts.reshape(-1)).astype(np.int64))
     if not entries:
         raise CheckpointError(f"{path}: holds no {SUMS} tensors, so it is no importance matrix")
-
-    def value(key: str, otherwise: Any) -> Any:
-        field = reader.get_field(key)
-        return field.contents() if field else otherwise
-
-    chunks, length = value("imatrix.chunk_count", 0), value("imatrix.chunk_size", 0)
-    return entries, About(tuple(value("imatrix.datasets", ()) or ()), int(chunks), int(length))
+    found = {key: reader.get_field(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size")}
+    try:
+        values = {key: field.contents() for key, field in found.items() if field}
+        texts = tuple(map(_shown, values.get("datasets") or ()))
+        return entries, About(texts, int(values.get("chunk_count", 0)), int(values.get("chunk_size", 0)))
+    except (ValueError, TypeError, OverflowError):
+        raise CheckpointError(f"{path}: says of what it was computed in another form; get the file again") from None
 
 
 def _read_legacy(path: Path) -> tuple[dict[str, Entry], About]:
     """Sums are means times `ncall`, and counts `ncall`. Raises struct.error or ValueError where it is none."""
     with opened(path) as file:
-        content = io.BytesIO(file.read())
+        left = os.fstat(file.fileno()).st_size
 
-    def number() -> int:
-        return int(struct.unpack("<i", content.read(4))[0])
+        def taken(count: int) -> bytes:
+            nonlocal left
+            if not 0 <= count <= left:
+                raise ValueError(count)
+            left -= count
+            return file.read(count)
 
-    def taken(count: int, most: int) -> bytes:
-        data = content.read(count) if 0 <= count <= most else b""
-        if len(data) != count:
-            raise ValueError(count)
-        return data
+        def number() -> int:
+            return int(struct.unpack("<i", taken(4))[0])
 
-    entries, whole = {}, len(content.getbuffer())
-    for _ in range(number()):
-        name = taken(number(), LONGEST).decode()
-        calls, size = number(), number()
-        values = np.frombuffer(taken(4 * size, whole), "<f4")
-        entries[name] = Entry(values[None], np.array([max(calls, 1)]))
-    if not entries:
-        raise ValueError("no entries")
-    rest = content.read()  # chunks and the text's name; older files end here
-    chunks = struct.unpack_from("<i", rest)[0] if len(rest) >= 4 else 0
-    return entries, About((rest[8:].decode("utf-8", "replace"),) if len(rest) > 8 else (), chunks, 0)
+        entries = {}
+        for _ in range(number()):
+            name = taken(number()).decode()
+            calls, size = number(), number()
+            entries[name] = Entry(np.frombuffer(taken(4 * size), "<f4")[None], np.array([max(calls, 1)]))
+        if not entries:
+            raise ValueError("no entries")
+        chunks = number() if left else 0  # it and the text's name; older files end here
+        return entries, About((_shown(taken(number()).decode("utf-8", "replace")),) if left else (), chunks, 0)
+
+
+def _shown(text: Any) -> str:
+    """A name as it can be shown: files may hold anything."""
+    return "".join(sign if sign.isprintable() else "?" for sign in str(text))
 
 
 def open_gguf(path: Path) -> Any:
     """A memory-mapped reader of a GGUF file. Raises CheckpointError where it is none."""
     gguf = package("reading a GGUF file")
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            """What lies in the file; GGUFReader itself goes on for as many items as a header says."""
+            found = super()._get(offset, dtype, count, *rest, **named)
+            if len(found) < count:
+                raise ValueError("it ends before its header says")
+            return found
+
     try:
-        return gguf.GGUFReader(path)
+        return Reader(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: is no whole GGUF file ({str(error)[:100]}); get it again") from None
 
 
 class Store:
-    """Entries of blocks that are done, a file for each in a hidden directory of the job."""
+    """Entries of blocks that are done, a file for each in a hidden directory of the job. Those of another `key`, as of
+    another calibration, count as none."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: str = "") -> None:
         self.path = folder / ".imatrix"
+        self._mark = hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def has(self, index: int) -> bool:
         return self._file(index).exists()
@@ -200,19 +231,17 @@ class Store:
         self.path.mkdir(exist_ok=True)
         write_bytes(self._file(index), save(arrays))
 
-    def get(self, index: int) -> dict[str, Entry]:
-        """What was kept of a block. Raises CheckpointError."""
+    def get(self, index: int, names: Collection[str]) -> dict[str, Entry]:
+        """What was kept of some tensors of a block. Raises CheckpointError, and removes what is damaged."""
         try:
             found = load(self._file(index).read_bytes())
-        except (OSError, SafetensorError):
-            raise CheckpointError(
-                f"{self._file(index)}: is damaged; delete it and run the same command again"
-            ) from None
-        names = (name.removesuffix(SUMS) for name in found if name.endswith(SUMS))
-        return {name: Entry(found[name + SUMS], found[name + COUNTS]) for name in names}
+            return {name: Entry(found[name + SUMS], found[name + COUNTS]) for name in names}
+        except (OSError, SafetensorError, KeyError):
+            self._file(index).unlink(missing_ok=True)
+            raise CheckpointError(f"{self._file(index)}: was damaged; run the same command again") from None
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _file(self, index: int) -> Path:
-        return self.path / f"{index:05d}.safetensors"
+        return self.path / f"{index:05d}-{self._mark}.safetensors"

@@ -85,7 +85,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 def run_imatrix(arguments: argparse.Namespace) -> int:
     from lowmem_wanda.gguf_names import package
-    from lowmem_wanda.imatrix import check_target
+    from lowmem_wanda.imatrix import check_new, check_target
     from lowmem_wanda.measure import imatrix
     from lowmem_wanda.memory import map_blocks_from
     from lowmem_wanda.screen import imatrix_table
@@ -95,7 +95,8 @@ def run_imatrix(arguments: argparse.Namespace) -> int:
 
     map_blocks_from(1 << 20)
     package("an importance matrix")
-    check_target(arguments.target, "out_file")
+    check_target(arguments.target, "out_file", Path(arguments.source))
+    check_new(arguments.target)
     work = open_work(arguments.source, **machine(arguments))
     size = {"sequences": arguments.sequences, "length": work.window(arguments.length), "seed": arguments.seed}
     text = calibrate(arguments.text, work.encoder(arguments.text), vocabulary=work.hollow.vocabulary, **size)

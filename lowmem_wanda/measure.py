@@ -12,7 +12,7 @@ import torch
 
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.gguf_names import gguf_names
-from lowmem_wanda.imatrix import About, Entry, Store, check_target, write
+from lowmem_wanda.imatrix import About, Entry, Store, check_new, check_target, write
 from lowmem_wanda.layout import Layout, choose
 from lowmem_wanda.memory import Peak, anonymous, limit_vram, map_blocks_from
 from lowmem_wanda.recorder import Recorder
@@ -34,7 +34,8 @@ def imatrix(
     ModelError for a model whose tensors llama.cpp has no names for, OutputError, BudgetError, NumberError.
     """
     path = Path(path)
-    check_target(path, "out_file")
+    check_target(path, "out_file", work.checkpoint.path)
+    check_new(path)
     names, start = gguf_names(work.hollow.weights, "an importance matrix"), time.perf_counter()
     layout, need = choose(replace(work, shape=calibration.tokens.shape, judges=False))
     limit_vram(work.device, work.limits.max_vram)
@@ -69,8 +70,7 @@ def save_imatrix(path: Path, work: Work, calibration: Calibration, names: Mappin
 
     def entries() -> Iterator[tuple[str, Entry]]:
         for index, block in enumerate(blocks):
-            found = store.get(index)
-            yield from ((names[name], found[name]) for name in block)
+            yield from ((names[name], entry) for name, entry in store.get(index, block).items())
 
     count, length = calibration.tokens.shape
     write(path, shapes, entries(), About(calibration.sources, count, length))

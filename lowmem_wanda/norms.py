@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lowmem_wanda.errors import CalibrationError
@@ -35,7 +36,8 @@ class Norms:
 def load_norms(path: str, names: Mapping[str, str], columns: Mapping[str, int]) -> Norms:
     """The entries of {file tensor: inputs of its linear}, whose GGUF names are `names`.
 
-    Raises CalibrationError, naming the entry, for one that is missing, of another size or measured on nothing.
+    Raises CalibrationError, naming the entry, for one that is missing, of another size, measured on nothing or no
+    sums of squares.
     """
     found, about = read(path)
     entries = {}
@@ -53,5 +55,9 @@ def load_norms(path: str, names: Mapping[str, str], columns: Mapping[str, int]) 
             )
         if entry.counts[0] < 1:
             raise CalibrationError(f"{path}: entry {names[tensor]} was measured on no token: get another one")
+        if not (np.isfinite(entry.sums).all() and (entry.sums >= 0).all()):
+            raise CalibrationError(
+                f"{path}: entry {names[tensor]} holds numbers that are no sums of squares: get another file"
+            )
         entries[tensor] = entry
     return Norms(path, sha256_of(Path(path)), about, entries)

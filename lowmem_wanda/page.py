@@ -64,7 +64,7 @@ def _pruned(report: Record) -> Iterator[Section]:
         "method": f"{report['arguments']['--method']} {report['arguments']['--pattern']}",
         "calibration": shape + ", ".join(calibration["text"]) if calibration["text"] else "none needed",
         "norms": calibration.get("norms"),
-        "importance matrix": made and f"{made['file']}, of {made['of']}",
+        "importance matrix": made and f"{made['file']}, of {made['of']}, on {', '.join(made['text'])}",
         "pruned": f"{summary['zeros'] + summary['filled']:,} of {summary['weights']:,} weights in {summary['linears']} "
                   f"linears ({summary['sparsity']:.2%})",
         "zeros": f"{summary['zeros']:,}",

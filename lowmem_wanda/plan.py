@@ -53,7 +53,7 @@ def predict(task: Task, batch: int | None = None) -> Plan:
 def _flops(task: Task, sequences: int, length: int) -> int:
     """Linears and attention's two products: once, or in the block order also up to the last linear."""
     total = 0
-    twice = task.statistics == "block"
+    twice = task.statistics == "block" and task.measures
     for index in range(task.depth):
         sizes = [task.checkpoint.tensors[name].numel for name in task.hollow.linears(index).values()]
         attention = 4 * sequences * length * length * task.hollow.width * (1 + twice)

@@ -14,7 +14,7 @@ from lowmem_wanda.checkpoint import CONFIG, INDEX, Checkpoint, read_header, read
 from lowmem_wanda.clock import Clock, add, timing
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import CheckpointError, ModelError, NumberError, OutputError
-from lowmem_wanda.imatrix import Store, check_target
+from lowmem_wanda.imatrix import Store, check_new, check_target
 from lowmem_wanda.job import REPORT, Job, begun, check_disk, finished, refuse, working
 from lowmem_wanda.layout import Layout
 from lowmem_wanda.measure import save_imatrix
@@ -47,15 +47,15 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
     """
     target = Path(target)
     refuse(target, task.checkpoint.path)
-    if task.imatrix and not finished(target):
-        check_target(task.imatrix, "--imatrix")
+    if task.imatrix:
+        check_target(task.imatrix, "--imatrix", task.checkpoint.path, target)
     before = begun(target).get("--batch") if task.batch is None else task.batch
     before = before if isinstance(before, int) else None
     if finished(target):
         with working(target):
-            report = _verified(task, job := Job(target, task.arguments(before or 0)))
-            _end(task, job)
-        return report
+            return _verified(task, Job(target, task.arguments(before or 0)))
+    if task.imatrix and not begun(target):
+        check_new(task.imatrix)
     plan = predict(task, before)
     if not target.exists():
         check_disk(target, plan.disk)
@@ -66,7 +66,7 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
         run = _Run(task, job, notify, plan.layout)
         run.do()
         report = build(task, plan, peak, job.finished, job.arguments, timing(run.wall, run.spent))
-        _finish(task, job, report)
+        _finish(task, job, report, run.store)
     return report
 
 
@@ -81,8 +81,10 @@ class _Run:
         self.pattern = replace(task.pattern, chunk=layout.chunk)
         self.rest, *self.shards = shard_names(task.depth)
         self.open = [index for index, shard in enumerate(self.shards) if shard not in job.finished]
-        self.store = Store(job.path)
+        self.store = Store(job.path, f"{task.recorded_on} batch {layout.batch}")
         unrecorded = [index for index in range(task.depth) if task.imatrix and not self.store.has(index)]
+        if task.imatrix and unrecorded:
+            check_new(task.imatrix)
         self.walked = range(max([*self.open, *unrecorded], default=-1) + 1)  # by the hidden states
         self.wall, self.last = 0.0, time.perf_counter()
         self.spent: dict[str, float] = {}
@@ -220,8 +222,8 @@ def shard_names(depth: int) -> list[str]:
     return [f"model-{index + 1:05d}-of-{depth + 1:05d}.safetensors" for index in range(depth + 1)]
 
 
-def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
-    """Small files byte for byte, the index, the report, config.json."""
+def _finish(task: Task, job: Job, report: dict[str, Any], store: Store) -> None:
+    """Small files byte for byte, the index, the importance matrix, the report, config.json."""
     weight_map = {
         name: shard.name for shard in sorted(job.path.glob("model-*.safetensors")) for name in read_header(shard)
     }
@@ -236,26 +238,18 @@ def _finish(task: Task, job: Job, report: dict[str, Any]) -> None:
         job.path / INDEX,
         {"metadata": {"total_size": task.checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
+    if task.imatrix and task.calibration:
+        save_imatrix(task.imatrix, task, task.calibration, task.names, store)
+        report["imatrix"] |= {"sha256": sha256_of(task.imatrix)}
     report["quantization"] = outlook(Checkpoint(job.path), report)
     save(job.path, report)
     write_bytes(job.path / CONFIG, (task.checkpoint.path / CONFIG).read_bytes())
-    _end(task, job)
+    _end(job)
 
 
-def _end(task: Task, job: Job) -> None:
-    """The importance matrix, where the job's directory holds what it is made of, and what only an unfinished job needs.
-
-    Raises OutputError where there is neither the file nor what it is made of, or another file in its place.
-    """
-    store, path = Store(job.path), task.imatrix
-    if path and not all(map(store.has, range(task.depth))):
-        if not path.exists():
-            raise OutputError(
-                f"{job.path}: is done, and holds nothing to make {path} of; make it by: imatrix {job.path} {path}"
-            )
-    elif path and task.calibration and not path.exists():
-        save_imatrix(path, task, task.calibration, task.names, store)
-    store.remove()
+def _end(job: Job) -> None:
+    """Removes what only an unfinished job needs."""
+    Store(job.path).remove()
     job.end()
 
 
@@ -274,8 +268,8 @@ def _verified(task: Task, job: Job) -> dict[str, Any]:
         report = read_json(job.path / REPORT)
         expected = {shard["name"]: shard["sha256"] for shard in report["shards"]}
         index = read_json(job.path / INDEX)["weight_map"]
-        report["summary"]["sparsity"]
-    except (CheckpointError, KeyError, TypeError):
+        report["summary"]["sparsity"], dict(report.get("imatrix") or {})
+    except (CheckpointError, KeyError, TypeError, ValueError):
         raise OutputError(f"{job.path}: its {REPORT} or {INDEX} is damaged; {again}") from None
     for name, sha256 in expected.items():
         if not (job.path / name).exists() or sha256_of(job.path / name) != sha256:
@@ -284,7 +278,13 @@ def _verified(task: Task, job: Job) -> dict[str, Any]:
         raise OutputError(f"{job.path / INDEX}: does not say where the tensors are; {again}")
     for file in differing(task.files, task.checkpoint.path, job.path):
         raise OutputError(f"{job.path / file}: is not the source's; {again}")
-    job.end()
+    made = report.get("imatrix") or {}
+    if task.imatrix and not (task.imatrix.exists() and sha256_of(task.imatrix) == made.get("sha256")):
+        raise OutputError(
+            f"{job.path}: is done, and {task.imatrix} is not the importance matrix that was made with it; make one by: "
+            f"imatrix {job.path} NEW.gguf with the same --text, --sequences, --length and --seed"
+        )
+    _end(job)
     return report
 
 

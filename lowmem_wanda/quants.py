@@ -34,7 +34,7 @@ TYPES = {
     "TQ1_0": Type(1.6875, KEEPS), "IQ1_S": Type(1.5625, CODEBOOK),
 }  # fmt: skip
 ADVICE = (
-    "Quantize a pruned model to Q8_0, Q6_K, Q5_K, Q4_K or Q3_K: none costs it more than it costs the dense model.",
+    "Quantize a pruned model to Q8_0, Q6_K, Q5_K, Q4_K or Q3_K: they cost it about what they cost the dense model.",
     "Not to IQ2: zeros become weights of one sign there, which ruins the model; nor to IQ3 without the pruned model's "
     "own importance matrix (--imatrix).",
     "For IQ2 and IQ3, prune with --zeros signed-tiny, and convert with --outtype bf16 or f32.",
@@ -68,11 +68,10 @@ class Remains:
     kept_squares: float = 0.0
     squares: float = 0.0
     errors: float = 0.0
-    holds: bool | None = None
 
     def add(self, weight: np.ndarray, gone: np.ndarray, stored: np.ndarray, importance: np.ndarray) -> None:
         """Rows of the checkpoint, which of their weights are pruned, the same rows dequantized, all (rows, columns);
-        and what errors in each column weigh (columns,)."""
+        and what errors in each column weigh (columns,) or all alike (1,)."""
         left = ~gone
         self.pruned += int(gone.sum())
         self.zero += int((gone & (stored == 0)).sum())

@@ -66,7 +66,7 @@ def build(
             "tokens": plan.tokens,
             "norms": str(task.norms) if task.norms else None,
         },
-        "imatrix": _imatrix(task),
+        "imatrix": _imatrix(task, plan),
         "peak_memory": peak.beside(plan.host_peak, plan.device_peak),
         "memory": list(peak.series),
         "layout": {**asdict(plan.layout), "reading": task.limits.reading},
@@ -80,11 +80,17 @@ def build(
     }
 
 
-def _imatrix(task: Task) -> dict[str, str] | None:
-    """Where the importance matrix is, and of which model."""
-    if task.imatrix is None:
+def _imatrix(task: Task, plan: Plan) -> dict[str, Any] | None:
+    """Where the importance matrix is, of which model, and on what it was computed."""
+    if task.imatrix is None or task.calibration is None:
         return None
-    return {"file": str(task.imatrix), "of": "the dense model" if task.moved_on_dense else "the pruned model"}
+    return {
+        "file": str(task.imatrix),
+        "of": "the dense model" if task.moved_on_dense else "the pruned model",
+        "text": list(task.calibration.sources),
+        "sequences": plan.sequences,
+        "length": plan.length,
+    }
 
 
 def versions() -> dict[str, str]:

@@ -72,12 +72,12 @@ def closing(report: dict[str, Any], target: str) -> Table:
     table.add_row("calibration", _calibration(report["calibration"]))
     table.add_row(
         "pruned",
-        f"{summary['linears']} linears, {number(summary['zeros'] + summary['filled'])} of "
+        f"{summary['linears']} linears, {number(summary['zeros'] + summary.get('filled', 0))} of "
         f"{number(summary['weights'])} weights "
         f"({summary['sparsity']:.2%}); {number(summary['parameters'])} parameters in all",
     )
     if made := report.get("imatrix"):
-        table.add_row("imatrix", escape(f"{made['file']}, of {made['of']}"))
+        table.add_row("imatrix", escape(f"{made['file']}, of {made['of']}: ") + _calibration(made))
     table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
     table.add_row("time", _timing(summary["seconds"], report["timing"]))
     table.add_row("passes", f"{summary['forward_passes_per_block']:.2f} forward passes per block")

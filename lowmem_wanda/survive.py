@@ -6,63 +6,24 @@ out of a memory mapping.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint import FLOATS, Checkpoint, read_json
+from lowmem_wanda.checkpoint import Checkpoint
 from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.gguf_names import gguf_names, package
 from lowmem_wanda.imatrix import open_gguf
 from lowmem_wanda.imatrix import read as read_imatrix
-from lowmem_wanda.job import REPORT
+from lowmem_wanda.matrices import Linear, Rows, pruned_linears, read_report
 from lowmem_wanda.quants import TYPES, Remains, advice
-from lowmem_wanda.reading import Tensor
 
-Rows = Callable[[int, int], np.ndarray]  # from an output to another -> their weights (rows, columns), float32
-IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+Importance = Callable[[str], np.ndarray]  # name of a linear -> what errors in its columns weigh, (columns,) or (1,)
 CHUNK = 1 << 18  # weights that are dequantized at a time
 SAMPLE = 1 << 20  # weights of all linears together that a prediction quantizes
 SEEN, COLUMNS = 64, 512  # rows and columns that tell in which order rows are stored
 ALIKE = 0.5  # cosine of a row and its quantized self, at least; of two different rows it is about 0.05
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A pruned matrix of a checkpoint: `pattern` (kept, of) where it holds one, `tiny` what pruned weights are beside
-    zero (0: they are), `transposed` where the file has (inputs, outputs)."""
-
-    tensor: Tensor
-    transposed: bool = False
-    pattern: tuple[int, int] | None = None
-    tiny: float = 0.0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outputs, inputs)."""
-        rows, columns = self.tensor.shape
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    def reader(self) -> Rows:
-        """What reads outputs from one to another, (rows, columns) in float32; of a transposed one it holds all."""
-        tensor = self.tensor
-        if self.transposed:
-            whole = np.ascontiguousarray(_floats(tensor).T)
-            return lambda start, stop: whole[start:stop]
-        size = tensor.nbytes // tensor.shape[0]
-
-        def rows(start: int, stop: int) -> np.ndarray:
-            shape, offset = (stop - start, tensor.shape[1]), tensor.offset + start * size
-            return _floats(replace(tensor, shape=shape, offset=offset, nbytes=shape[0] * size))
-
-        return rows
-
-    def gone(self, weight: np.ndarray) -> np.ndarray:
-        """Which of some weights are pruned."""
-        gone: np.ndarray = (weight == 0) | (np.abs(weight) == np.float32(self.tiny))
-        return gone
 
 
 def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Path | None = None) -> dict[str, Any]:
@@ -71,17 +32,19 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
 
     Errors on kept weights are weighted by an `imatrix`, if there is one. Raises CheckpointError, LowmemError.
     """
-    linears = pruned_linears(Checkpoint(path), _report(Path(path)))
+    linears = pruned_linears(Checkpoint(path), read_report(Path(path)))
     names = gguf_names(list(linears), "survive")
     known = read_imatrix(imatrix)[0] if imatrix else {}
-    importance = {}
     for name, linear in linears.items():
         entry, inputs = known.get(names[name]), linear.shape[1]
         if known and (entry is None or entry.sums.shape != (1, inputs)):
             raise CheckpointError(
                 f"{imatrix}: has no entry {names[name]} of {inputs} values; get that of this very model"
             )
-        importance[name] = entry.means[0] if entry else np.ones(inputs)
+
+    def importance(name: str) -> np.ndarray:
+        return known[names[name]].means[0] if known else np.ones(1)
+
     report: dict[str, Any] = {"path": str(path), "imatrix": str(imatrix) if imatrix else None}
     if model is None:
         return report | {"types": predict(linears, importance), "advice": advice()}
@@ -94,38 +57,13 @@ def outlook(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Any]
     """The prediction for a checkpoint that was just pruned; without the gguf package the rules alone."""
     linears = pruned_linears(checkpoint, report)
     try:
-        types = predict(linears, {name: np.ones(linear.shape[1]) for name, linear in linears.items()})
+        types = predict(linears, lambda name: np.ones(1))
     except LowmemError:
         types = [{"type": kind, "bits": known.bits, "grid": known.grid} for kind, known in TYPES.items()]
     return {"types": types, "advice": advice()}
 
 
-def _report(path: Path) -> dict[str, Any]:
-    return read_json(path / REPORT) if (path / REPORT).exists() else {}
-
-
-def pruned_linears(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Linear]:
-    """{name: linear} of a checkpoint that was pruned, as its report has them, or without one all matrices in blocks."""
-    tensors = checkpoint.tensors
-    if not report:
-        found = [t for t in tensors.values() if t.dtype in FLOATS and len(t.shape) == 2 and IN_BLOCK.search(t.name)]
-        return {tensor.name: Linear(tensor) for tensor in found}
-    try:
-        records = {name: one for block in report["blocks"] for name, one in block["linears"].items()}
-        return {name: _linear(tensors[name], record) for name, record in records.items()}
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{checkpoint.path / REPORT}: is not what prune wrote; remove it to look at all matrices"
-        ) from None
-
-
-def _linear(tensor: Tensor, record: Mapping[str, Any]) -> Linear:
-    match = re.fullmatch(r"(\d+):(\d+)", record["pattern"])
-    pattern = (int(match[1]), int(match[2])) if match else None
-    return Linear(tensor, record["transposed"], pattern, record.get("tiny", 0.0))
-
-
-def predict(linears: Mapping[str, Linear], importance: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def predict(linears: Mapping[str, Linear], importance: Importance) -> list[dict[str, Any]]:
     """For each type of a GGUF what is left of some rows of all linears; for those that gguf cannot quantize to, the
     rule alone, and likewise where no linear has inputs that its blocks divide."""
     gguf, share = package("a prediction"), SAMPLE // max(1, len(linears))
@@ -138,8 +76,9 @@ def predict(linears: Mapping[str, Linear], importance: Mapping[str, np.ndarray])
         weight = linear.reader()((rows - count) // 2, (rows - count) // 2 + count)
         for kind in kinds:
             if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
-                stored = gguf.dequantize(gguf.quantize(weight, kind), kind).reshape(weight.shape)
-                sums[kind.name].add(weight, linear.gone(weight), stored, importance[name])
+                with np.errstate(all="ignore"):  # of blocks that are all zeros, or nearly
+                    stored = gguf.dequantize(gguf.quantize(weight, kind), kind).reshape(weight.shape)
+                sums[kind.name].add(weight, linear.gone(weight), stored, importance(name))
                 fitting[kind.name] += 1
     records = []
     for kind, type_ in TYPES.items():
@@ -159,7 +98,7 @@ def _can_quantize(gguf: Any, kind: Any) -> bool:
 
 
 def _compared(
-    linears: Mapping[str, Linear], names: Mapping[str, str], importance: Mapping[str, np.ndarray], model: Path
+    linears: Mapping[str, Linear], names: Mapping[str, str], importance: Importance, model: Path
 ) -> Iterator[dict[str, Any]]:
     """A record for each linear. Raises CheckpointError for one that the GGUF does not hold as it is here."""
     stored = {tensor.name: tensor for path in _parts(model) for tensor in open_gguf(path).tensors}
@@ -171,7 +110,7 @@ def _compared(
                 f"{model}: {names[name]} should be {list(linear.shape)}, it has {shape}: give the GGUF that was made "
                 "of this very checkpoint"
             )
-        yield {"name": name, "tensor": tensor.name, **_examine(linear, tensor, importance[name], model)}
+        yield {"name": name, "tensor": tensor.name, **_examine(linear, tensor, importance(name), model)}
 
 
 def _parts(model: Path) -> list[Path]:
@@ -201,37 +140,46 @@ def _examine(linear: Linear, tensor: Any, importance: np.ndarray, model: Path) -
 
 
 def _dequantized(tensor: Any, rows: Any) -> np.ndarray:
-    """Some rows of a GGUF's tensor, float32 (rows, columns)."""
+    """Some rows of a GGUF's tensor, float32 (rows, columns). Raises CheckpointError for a type that is not known."""
     data = np.ascontiguousarray(tensor.data[rows])
-    return package("survive").dequantize(data, tensor.tensor_type).reshape(len(data), -1)  # type: ignore[no-any-return]
+    try:
+        values: np.ndarray = package("survive").dequantize(data, tensor.tensor_type)
+    except NotImplementedError:
+        raise CheckpointError(
+            f"{tensor.name}: is {tensor.tensor_type.name}, which the gguf package cannot read; take another type"
+        ) from None
+    return values.reshape(len(data), -1).astype(np.float32, copy=False)
 
 
 def _order(linear: Linear, read: Rows, tensor: Any, model: Path) -> np.ndarray | None:
     """Which row of the GGUF each row of the checkpoint is; None where that is the same one.
 
     The converter reorders rows of some families, as Llama's q and k for its rotary embedding. The order is found from
-    the values: rows that are alike. Raises CheckpointError where these are no rows of the checkpoint.
+    the values: rows that are alike; those of which nothing was kept take what is left. Raises CheckpointError where
+    these are no rows of the checkpoint.
     """
     rows, columns = linear.shape
     some = np.unique(np.linspace(0, rows - 1, SEEN).astype(int))
     here = np.concatenate([read(row, row + 1) for row in some])
-    if (_cosines(here, _dequantized(tensor, some)) > ALIKE).mean() >= 0.9:
+    alive = ~linear.gone(here).all(axis=1)
+    if (_cosines(here[alive], _dequantized(tensor, some)[alive]) > ALIKE).sum() >= 0.9 * alive.sum():
         return None
-    width = min(columns, COLUMNS)
     step = max(1, CHUNK // columns)
     starts = range(0, rows, step)
-    mine = np.concatenate([read(at, min(at + step, rows))[:, :width] for at in starts])
-    theirs = _unit(np.concatenate([_dequantized(tensor, slice(at, at + step))[:, :width] for at in starts]))
+    mine = np.concatenate([read(at, min(at + step, rows))[:, :COLUMNS] for at in starts])
+    theirs = _unit(np.concatenate([_dequantized(tensor, slice(at, at + step))[:, :COLUMNS] for at in starts]))
+    alive = ~linear.gone(mine).all(axis=1)
     order = np.concatenate([(_unit(mine[at : at + step]) @ theirs.T).argmax(axis=1) for at in starts])
-    if len(set(order.tolist())) < rows * 0.9 or (_cosines(mine, theirs[order]) > ALIKE).mean() < 0.9:
+    found = np.unique(order[alive])
+    if min(len(found), (_cosines(mine, theirs[order])[alive] > ALIKE).sum()) < 0.9 * alive.sum():
         raise CheckpointError(f"{model}: {tensor.name} does not hold the weights of {linear.tensor.name}, in any order")
+    order[~alive] = np.resize(np.setdiff1d(np.arange(rows), found), rows - alive.sum())
     return order
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Of each row of one and the same row of the other; 1 for a row of zeros."""
-    cosines = (_unit(one) * _unit(other)).sum(axis=1)
-    return np.where(np.abs(one).max(axis=1) == 0, 1.0, cosines)
+    """Of each row of one and the same row of the other."""
+    return (_unit(one) * _unit(other)).sum(axis=1)  # type: ignore[no-any-return]
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -251,12 +199,3 @@ def _by_type(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         counts = {"linears": len(own), "patterned": len(patterned), "holding": sum(patterned)}
         made.append({"type": kind, **known, **counts, **sums[kind].figures()})
     return made
-
-
-def _floats(tensor: Tensor) -> np.ndarray:
-    """A tensor's values in float32, in its shape."""
-    raw = b"".join(tensor.pieces())
-    if tensor.dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
-    kind = f"<f{FLOATS[tensor.dtype]}"
-    return np.frombuffer(raw, kind).astype(np.float32).reshape(tensor.shape)

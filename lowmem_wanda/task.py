@@ -1,7 +1,7 @@
 """A pruning ready to start: everything that is checked and chosen before a weight is read."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +74,12 @@ class Task(Work):
     def waits(self) -> bool:
         return self.statistics == "sequential" and self.measures
 
+    @property
+    def recorded_on(self) -> str:
+        """What else than the shards an importance matrix depends on, beside the batch."""
+        text = self.calibration.sha256 if self.calibration else ""
+        return f"{text} {self.shape} {self.dtype_name} {self.moved_on_dense} {describe_device(self.device)}"
+
     def arguments(self, batch: int) -> dict[str, Any]:
         """All that can change a bit of the result, as it stands in job.json; `batch` sequences at a time."""
         sparsity = {"sparsity": self.pattern.sparsity} if isinstance(self.pattern, Ratio) else {}
@@ -85,7 +91,7 @@ class Task(Work):
             "--group": self.pattern.group,
             "--include": list(self.include),
             "--exclude": list(self.exclude),
-            **({"--norms": self.norms.path, "norms sha256": self.norms.sha256} if self.norms else {}),
+            **({"--norms sha256": self.norms.sha256} if self.norms else {}),
             **({"--zeros": self.zeros, "--seed": self.seed} if self.zeros != "exact" else {}),
             **self.measuring(batch),
             "--device": describe_device(self.device),
@@ -98,7 +104,7 @@ class Task(Work):
 
     def measuring(self, batch: int) -> dict[str, Any]:
         """The part of `arguments` that matters where something is measured."""
-        if self.calibration is None:
+        if self.calibration is None or not self.measures:
             return {"--text": []}
         return {
             "--text": list(self.calibration.sources),
@@ -145,7 +151,7 @@ def prepare(
     kind, rule = _pattern(pattern, group, METHODS[method]), METHODS[method]
     if norms and rule.statistic is None:
         raise CalibrationError(f"--norms {norms}: --method {method} needs no norms; leave one of them out")
-    if statistics == "sequential":
+    if statistics == "sequential" and rule.statistic and not norms:
         greenlets()
     work = open_work(source, device=device, dtype=dtype, limits=limits, trust_remote_code=trust_remote_code)
     checkpoint, model = work.checkpoint, work.hollow
@@ -158,6 +164,8 @@ def prepare(
     elif calibration is None:
         size = {"sequences": sequences, "length": work.window(length)}
         calibration = calibrate(text, work.encoder(text), vocabulary=model.vocabulary, seed=seed, **size)
+    if zeros != "exact":
+        _refuse_doubles(checkpoint, columns)
     shape = calibration.tokens.shape if calibration else (0, 0)
     settings = {field.name: getattr(work, field.name) for field in fields(Work)}
     return Task(
@@ -181,6 +189,13 @@ def _pattern(text: str, group: str | None, rule: Method) -> Pattern:
     """The pattern of a text; of a sparsity, in the group that was asked for or else the method's own."""
     kind = parse(text, group or "row")
     return replace(kind, group=rule.group) if group is None and isinstance(kind, Ratio) else kind
+
+
+def _refuse_doubles(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raises PatternError for a weight whose smallest number no GGUF holds."""
+    for name in names:
+        if checkpoint.tensors[name].dtype == "F64":
+            raise PatternError(f"--zeros signed-tiny: tensor {name} is float64, whose smallest number is 0 in any GGUF")
 
 
 def _select(

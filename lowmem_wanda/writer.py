@@ -102,15 +102,21 @@ def replacing(path: Path, size: int = 0) -> Iterator["Growing"]:
 
 @contextmanager
 def named_partial(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, for libraries that open files themselves; the file is at `path` when all went well."""
+    """Gives a path to write to, for libraries that open files themselves; the file is at `path` when all went well.
+
+    It takes no other file's place: one of the same bytes is left. Raises OutputError for another one.
+    """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with explained(path):
             yield partial
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(partial, path)
-            sync_directory(path.parent)
+            if not path.exists():
+                os.replace(partial, path)
+                sync_directory(path.parent)
+            elif sha256_of(path) != sha256_of(partial):
+                raise OutputError(f"{path}: exists, and is not replaced; give another name or remove it")
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -1,10 +1,12 @@
 """The importance matrix: its two formats to the byte, its names, whose inputs it is of, and pruning by one."""
 
+import contextlib
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,40 @@ def test_an_expert_that_saw_nothing_has_ones_in_the_older_format(tmp_path):
 )
 def test_files_that_are_none_are_refused(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match="x.gguf: "):
+        read(tmp_path / "x.gguf")
+
+
+def hostile(*values):
+    """A GGUF of one key."""
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("a") + b"".join(struct.pack(*value) for value in values)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [hostile(("<IIQ", 9, 0, 1 << 40)), hostile(("<IIQ", 9, 8, 1 << 40)), hostile(*[("<IIQ", 9, 9, 1)] * 3000)],
+    ids=["long", "long strings", "nested"],
+)
+def test_a_gguf_that_promises_too_much_is_refused(tmp_path, content):
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match="no whole GGUF file"):
+        read(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("chunk_count", "many"), ("chunk_size", float("nan")), ("datasets", 7), ("chunk_count", [1, 2]), ("counts", 0)],
+)
+def test_an_importance_matrix_that_says_nonsense_is_refused(tmp_path, key, value):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "x")
+    if key != "counts":
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
+        add[type(value)](f"imatrix.{key}", value)
+    writer.add_tensor("a.in_sum2", np.ones(4, np.float32))
+    writer.add_tensor("a.counts", np.full(1 if key != "counts" else 4, np.nan if key == "counts" else 1, np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     with pytest.raises(CheckpointError, match="x.gguf: "):
         read(tmp_path / "x.gguf")
 
@@ -238,19 +274,71 @@ def test_it_survives_a_stop(tiny, token_file, tmp_path, order, first, blocks):
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_a_kill_before_the_last_file_is_made_good(tiny, token_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", ["save_imatrix", "save", "_end"])
+def test_a_kill_among_the_last_files_is_made_good(tiny, token_file, tmp_path, monkeypatch, last):
     settings = {"text": [str(token_file)], "batch": 4, "imatrix": tmp_path / "x.gguf"}
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lowmem_wanda.prune.{last}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(prepare(tiny("llama"), **settings), tmp_path / "out")
+    assert (tmp_path / "x.gguf").exists() == (last != "save_imatrix")
+    for _ in range(2):  # once more is no error
+        prune(prepare(tiny("llama"), **settings), tmp_path / "out")
+        assert not (tmp_path / "out/.imatrix").exists()
+    assert measured(tmp_path / "out", token_file, tmp_path / "b.gguf") == (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "x.gguf").unlink()
+    with pytest.raises(OutputError, match="make one by: imatrix"):
+        prune(prepare(tiny("llama"), **settings), tmp_path / "out")
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced_and_nothing_lost(tiny, token_file, tmp_path):
+    task, path = (
+        prepare(tiny("llama"), text=[str(token_file)], batch=4, imatrix=tmp_path / "x.gguf"),
+        tmp_path / "x.gguf",
+    )
+    for _ in range(2):
+        with pytest.raises(OutputError, match="exists, and is not replaced"):
+            prune(task, tmp_path / "out", lambda record: path.write_text("mine"))
+        assert path.read_text() == "mine"
+    path.unlink()
+    prune(task, tmp_path / "out")
+    assert measured(tmp_path / "out", token_file, tmp_path / "b.gguf") == path.read_bytes()
+    path.write_text("mine")
+    with pytest.raises(OutputError, match="is not the importance matrix"):
+        prune(task, tmp_path / "out")
+    work = open_work(tiny("llama"), device="cpu")
+    with pytest.raises(OutputError, match="exists, and is not replaced"):
+        imatrix(work, task.calibration, tmp_path / "y.gguf", lambda record: (tmp_path / "y.gguf").write_text("mine"))
+
+
+def test_a_damaged_store_is_recorded_again(tiny, token_file, tmp_path, monkeypatch):
+    task = prepare(tiny("llama"), text=[str(token_file)], batch=4, imatrix=tmp_path / "x.gguf")
     with monkeypatch.context() as patch:
         patch.setattr("lowmem_wanda.prune.save_imatrix", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            prune(prepare(tiny("llama"), **settings), tmp_path / "out")
-    assert not (tmp_path / "x.gguf").exists() and (tmp_path / "out/config.json").exists()
-    prune(prepare(tiny("llama"), **settings), tmp_path / "out")
+            prune(task, tmp_path / "out")
+    damaged = sorted((tmp_path / "out/.imatrix").iterdir())[1]
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="was damaged; run the same command again"):
+        prune(task, tmp_path / "out")
+    prune(task, tmp_path / "out")
     assert measured(tmp_path / "out", token_file, tmp_path / "b.gguf") == (tmp_path / "x.gguf").read_bytes()
-    prune(prepare(tiny("llama"), **settings), tmp_path / "out")  # once more is no error
-    (tmp_path / "x.gguf").unlink()
-    with pytest.raises(OutputError, match="make it by: imatrix"):
-        prune(prepare(tiny("llama"), **settings), tmp_path / "out")
+
+
+def test_a_job_without_measuring_may_turn_to_it_and_to_another_text(tiny, token_file, tmp_path):
+    """What is recorded changes no shard; sums of two texts are never mixed."""
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    other = tmp_path / "other.npy"
+    np.save(other, np.load(token_file)[::-1])
+    for name, text in (("x", token_file), ("y", other)):
+        task = prepare(tiny("llama"), method="magnitude", text=[str(text)], batch=4, imatrix=tmp_path / f"{name}.gguf")
+        with pytest.raises(KeyboardInterrupt) if name == "x" else contextlib.nullcontext():
+            prune(task, tmp_path / "out", stop if name == "x" else lambda record: None)
+    assert measured(tmp_path / "out", other, tmp_path / "b.gguf") == (tmp_path / "y.gguf").read_bytes()
+    prune(prepare(tiny("llama"), method="magnitude"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -258,18 +346,29 @@ def test_a_kill_before_the_last_file_is_made_good(tiny, token_file, tmp_path, mo
 )
 def test_targets_that_will_not_do_are_refused_before_any_work(tiny, token_file, tmp_path, capsys, name, says):
     (tmp_path / "there.gguf").write_text("mine")
-    source, path = str(tiny("llama")), str(tmp_path / name)
+    source = str(tiny("llama"))
+    path = f"{source}/x.gguf" if name == "in it" else str(tmp_path / name)
     for command in (["prune", source, str(tmp_path / "out"), "--imatrix", path], ["imatrix", source, path]):
         assert main([*command, "--text", str(token_file)]) == 1
         assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and (tmp_path / "there.gguf").read_text() == "mine"
 
 
+def test_it_may_lie_in_the_folder_that_is_made(tiny, token_file, tmp_path):
+    path = tmp_path / "out/x.dat"
+    for _ in range(2):
+        prune(prepare(tiny("llama"), text=[str(token_file)], imatrix=path), tmp_path / "out")
+        assert len(read(path)[0]) == 21
+
+
 def test_without_gguf_it_says_what_to_install(tiny, token_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     assert main(["imatrix", str(tiny("llama")), str(tmp_path / "x.gguf"), "--text", str(token_file)]) == 1
     assert "pip install gguf" in capsys.readouterr().err
     assert main(["prune", str(tiny("llama")), str(tmp_path / "out"), "--text", str(token_file)]) == 0
+    monkeypatch.setitem(sys.modules, "gguf", types.SimpleNamespace(ReaderField=int))
+    assert main(["survive", str(tmp_path / "out")]) == 1
+    assert "pip install --upgrade gguf" in capsys.readouterr().err
 
 
 def test_pruning_by_norms_is_the_dense_order(tiny, token_file, tmp_path):
@@ -304,6 +403,7 @@ def test_norms_that_do_not_fit_are_named(tiny, token_file, tmp_path):
         f"entry {name} has 5 values, tensor model.layers.1.mlp.down_proj.weight has 64": {
             **entries, name: Entry(np.ones((1, 5)), np.array([1]))},
         f"entry {name} was measured on no token": {**entries, name: Entry(np.ones((1, 64)), np.array([0]))},
+        f"entry {name} holds numbers": {**entries, name: Entry(np.full((1, 64), np.nan), np.array([1]))},
     }  # fmt: skip
     for place, (says, changed) in enumerate(cases.items()):
         path = tmp_path / f"{place}.gguf"
@@ -320,7 +420,7 @@ def test_a_job_by_other_norms_is_another_job(tiny, token_file, tmp_path):
     measured(save_tiny(tmp_path / "other", "llama", seed=1), token_file, tmp_path / "y.gguf")
     prune(prepare(tiny("llama"), norms=str(tmp_path / "x.gguf")), tmp_path / "out")
     shutil.copy(tmp_path / "y.gguf", tmp_path / "x.gguf")
-    with pytest.raises(OutputError, match="norms sha256"):
+    with pytest.raises(OutputError, match="--norms sha256"):
         prune(prepare(tiny("llama"), norms=str(tmp_path / "x.gguf")), tmp_path / "out")
 
 

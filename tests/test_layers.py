@@ -32,6 +32,7 @@ LAYERS = (
         "job",
         "text",
         "windows",
+        "matrices",
         "gguf_names",
         "imatrix",
         "norms",

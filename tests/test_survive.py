@@ -2,6 +2,7 @@
 zeros."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -13,7 +14,7 @@ from test_prune import digests
 
 from lowmem_wanda.check import check
 from lowmem_wanda.checkpoint import Checkpoint
-from lowmem_wanda.errors import CheckpointError
+from lowmem_wanda.errors import CheckpointError, PatternError
 from lowmem_wanda.gguf_names import gguf_names
 from lowmem_wanda.imatrix import About, Entry, write
 from lowmem_wanda.main import main
@@ -133,6 +134,58 @@ def test_a_gguf_of_something_else_is_refused(pruned, tiny, tmp_path):
     for broken in ("d.gguf", "e.gguf"):
         with pytest.raises(CheckpointError, match=broken):
             survive(pruned, tmp_path / broken)
+
+
+@pytest.mark.parametrize("zeros", ["exact", "signed-tiny"])
+def test_rows_of_which_nothing_was_kept_are_no_trouble(tiny, tmp_path, zeros):
+    prune(prepare(tiny("llama"), method="magnitude", pattern="98%", zeros=zeros), tmp_path / "out")
+    assert any((np.abs(weight) < 1e-30).all(axis=1).any() for weight in weights(tmp_path / "out").values())
+    (whole,) = survive(tmp_path / "out", convert(tmp_path / "out", tmp_path / "m.gguf", KIND.F32))["types"]
+    assert whole["error"] < 0.02 and round(whole["zero"], 3) == (zeros == "exact")  # rows of one weight are like others
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tiny", "x"),
+        ("tiny", [1]),
+        ("pattern", "2:0"),
+        ("pattern", 5),
+        ("pattern", f"2:{'9' * 5000}"),
+        ("transposed", None),
+    ],
+)
+def test_a_damaged_report_is_an_error(pruned, tmp_path, key, value):
+    shutil.copytree(pruned, tmp_path / "out")
+    file = tmp_path / "out/report.json"
+    report = json.loads(file.read_text())
+    linears = report["blocks"][0]["linears"]
+    if value is None:
+        linears["model.norm.weight"] = linears.pop("model.layers.0.mlp.up_proj.weight")
+    else:
+        linears["model.layers.0.mlp.up_proj.weight"][key] = value
+    file.write_text(json.dumps(report))
+    if value != f"2:{'9' * 5000}":  # is no N:M, as 50 % is none
+        with pytest.raises(CheckpointError, match="is not what prune wrote"):
+            survive(tmp_path / "out")
+    file.write_text(json.dumps({**report, "blocks": []}))
+    with pytest.raises(CheckpointError, match="no matrices in blocks"):
+        survive(tmp_path / "out")
+
+
+def test_a_type_that_gguf_cannot_read_is_named(pruned, tmp_path):
+    writer, made = gguf.GGUFWriter(tmp_path / "m.gguf", "llama"), weights(pruned)
+    for name, gguf_name in gguf_names(list(made), "x").items():
+        writer.add_tensor(gguf_name, made[name].astype(np.float64))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    with pytest.raises(CheckpointError, match="blk.0.* is F64, which the gguf package cannot read"):
+        survive(pruned, tmp_path / "m.gguf")
+
+
+def test_doubles_get_no_tiny_numbers(token_file, tmp_path):
+    source = save_tiny(tmp_path / "source", "llama", torch.float64)
+    with pytest.raises(PatternError, match="is float64"):
+        prepare(source, text=[str(token_file)], zeros="signed-tiny")
 
 
 def test_a_gguf_in_parts_is_one(pruned, tmp_path):
