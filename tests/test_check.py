@@ -115,7 +115,8 @@ def test_a_pattern_down_the_columns_is_not_the_promised_one(source, pruned):
     assert f"{UP}: does not hold 2:4, which report.json says it does" in check(pruned).problems
 
 
-@pytest.mark.parametrize("report", ["{}", '{"blocks": []}', '{"blocks": 3}', '{"blocks": [{"linears": {"a": 1}}]}'])
+@pytest.mark.parametrize("report", ["{}", '{"blocks": []}', '{"blocks": 3}', '{"blocks": [{"linears": {"a": 1}}]}',
+     '{"blocks": [{"linears": {"a": ["zeros"]}}], "shards": [1]}', '{"blocks": [{"linears": {"a": {"zeros": 1}}}], "shards": 5}'])  # fmt: skip
 def test_a_report_that_says_nothing_is_an_error(pruned, report):
     (pruned / "report.json").write_text(report)
     if report == "{}":

@@ -332,7 +332,7 @@ def test_the_report_holds_what_was_done(source, token_file, tmp_path):
     report = prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["summary"]["sparsity"] == 0.5 and report["summary"]["linears"] == 21
-    assert report["calibration"] == {"text": ["tokens.npy"], "sequences": 6, "length": 16, "tokens": 96}
+    assert report["calibration"] == {"text": ["tokens.npy"], "sequences": 6, "length": 16, "tokens": 96, "norms": None}
     assert all(
         linear["holds"] and linear["seconds"] > 0 for block in report["blocks"] for linear in block["linears"].values()
     )
