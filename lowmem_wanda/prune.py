@@ -41,8 +41,8 @@ Notify = Callable[[dict[str, Any]], None]  # called with each block's record whe
 def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) -> dict[str, Any]:
     """Prunes into `target`, taking up what is done there already, and gives the report (see `report`).
 
-    Shards come first, then the small files, the index, the report, and config.json last: until then the
-    directory loads as nothing. `notify` is called by the thread that writes. Raises BudgetError, OutputError,
+    Shards come first, then the small files, the index, the importance matrix, the report, and config.json last:
+    until then the directory loads as nothing. `notify` is called by the thread that writes. Raises BudgetError, OutputError,
     NumberError or CheckpointError; what is written stays.
     """
     target = Path(target)

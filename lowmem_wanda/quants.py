@@ -1,7 +1,8 @@
 """What quantization of a GGUF makes of pruned weights: a rule for every type, and advice.
 
-Measured with llama.cpp's own quantization (benchmarks/quants.py): a type keeps every zero where its grid has one in the
-same place in every block; an offset moves it, and a codebook may have none.
+Measured with llama.cpp's own quantization (benchmarks/quants.py; MXFP4 with the gguf package's, NVFP4 by its grid): a
+type keeps every zero where its grid has one in the same place in every block; an offset moves it, and a codebook may
+have none.
 """
 
 from collections.abc import Mapping, Sequence
