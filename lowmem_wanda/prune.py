@@ -42,8 +42,8 @@ def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) 
     """Prunes into `target`, taking up what is done there already, and gives the report (see `report`).
 
     Shards come first, then the small files, the index, the importance matrix, the report, and config.json last:
-    until then the directory loads as nothing. `notify` is called by the thread that writes. Raises BudgetError, OutputError,
-    NumberError or CheckpointError; what is written stays.
+    until then the directory loads as nothing. `notify` is called by the thread that writes. Raises BudgetError,
+    OutputError, NumberError or CheckpointError; what is written stays.
     """
     target = Path(target)
     refuse(target, task.checkpoint.path)
