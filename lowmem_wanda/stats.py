@@ -25,7 +25,7 @@ class SquaredNorm:
     def known(cls, sums: np.ndarray, tokens: int, device: torch.device) -> "SquaredNorm":
         """One of `sums` (columns,) that were measured elsewhere."""
         made = cls(len(sums), device)
-        made.sums.copy_(torch.from_numpy(np.array(sums, dtype=np.float64)))
+        made.sums.copy_(torch.from_numpy(np.array(sums, dtype=np.float64)).to(made.sums.dtype))
         made.tokens = tokens
         return made
 
