@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint import CONFIG, FLOATS, IN_BLOCK, Checkpoint, read_json
+from lowmem_wanda.checkpoint import FLOATS, IN_BLOCK, Checkpoint, read_json
 from lowmem_wanda.errors import CheckpointError
-from lowmem_wanda.job import JOB, REPORT
+from lowmem_wanda.job import REPORT, refuse_unfinished
 from lowmem_wanda.reading import PIECE, Tensor
 from lowmem_wanda.writer import differing, sha256_of, small_files
 
@@ -62,8 +62,7 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     CheckpointError where something cannot be read at all.
     """
     path = Path(path)
-    if (path / JOB).exists() and not (path / CONFIG).exists():
-        raise CheckpointError(f"{path}: is an unfinished job; run its prune command again to complete it")
+    refuse_unfinished(path)
     checkpoint, findings = Checkpoint(path), Findings()
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
     promises = _promises(report)

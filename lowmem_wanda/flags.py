@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_wanda import __version__
@@ -82,7 +83,7 @@ def add_pruning(command: argparse.ArgumentParser) -> None:
         "calibration, no forward pass")  # fmt: skip
     add("--imatrix", metavar="FILE", help="write the pruned model's importance matrix too, for llama.cpp (.gguf, .dat)")
     add("--zeros", default="exact", choices=("exact", "signed-tiny"), help="what pruned weights become: +0.0, or the "
-        "smallest number of a random sign, for IQ2 and IQ3 types of llama.cpp alone; exact")  # fmt: skip
+        "smallest number of a random sign, for IQ2 types of llama.cpp alone; exact")  # fmt: skip
     add_calibration(command)
     add("--statistics", default="block", choices=STATISTICS,
         help="what linears are measured on: the dense block, pruned inputs (block, as the paper's code); dense inputs "
@@ -213,8 +214,12 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def prepared(arguments: argparse.Namespace) -> "Task":
     """The task of the flags of `add_pruning` and `add_machine`."""
+    from lowmem_wanda.imatrix import check_target
     from lowmem_wanda.task import prepare
 
+    if arguments.imatrix:
+        target = getattr(arguments, "target", None)
+        check_target(arguments.imatrix, "--imatrix", Path(arguments.source), target and Path(target))
     names = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude",
              "norms", "imatrix", "zeros")  # fmt: skip
     settings = {name: getattr(arguments, name) for name in names}

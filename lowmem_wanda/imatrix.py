@@ -65,6 +65,8 @@ def check_target(path: str | Path, what: str, source: Path, made: Path | None = 
     parent = path.resolve().parent
     if not parent.is_dir() and (made is None or parent != made.resolve()):
         raise OutputError(f"{what} {path}: there is no such directory; make it first")
+    if parent.is_dir() and not os.access(parent, os.W_OK):
+        raise OutputError(f"{what} {path}: its directory cannot be written to; give another one")
 
 
 def check_new(path: str | Path) -> None:

@@ -90,6 +90,12 @@ def finished(path: Path) -> bool:
     return (path / JOB).exists() and (path / CONFIG).exists()
 
 
+def refuse_unfinished(path: Path) -> None:
+    """Raises CheckpointError for the directory of a job that is not done."""
+    if (path / JOB).exists() and not (path / CONFIG).exists():
+        raise CheckpointError(f"{path}: is an unfinished job; run its prune command again to complete it")
+
+
 def refuse(path: str | Path, source: str | Path) -> None:
     """Raises OutputError if the target is the source, lies within it, or holds something else."""
     refuse_within(path, source)

@@ -112,7 +112,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
     task = prepared(arguments)
     plan = predict(task)
-    return given(arguments, asdict(plan), plan_table(plan, task.method, str(task.pattern), arguments.source))
+    return given(arguments, asdict(plan), plan_table(plan, task))
 
 
 def run_check(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
 """The importance matrix of a checkpoint as it is: the same walk, nothing pruned, nothing written but sums."""
 
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def imatrix(
     with ExitStack() as stack:
         peak = stack.enter_context(Peak(work.device))
         stack.enter_context(torch.no_grad())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowmem-wanda-", dir=path.parent)))
+        folder = stack.enter_context(_emptied(path.with_name(f".{path.name}.blocks")))
         _walk(work, calibration, layout, folder, notify)
         save_imatrix(path, work, calibration, names, Store(folder))
     count, length = calibration.tokens.shape
@@ -60,6 +60,17 @@ def imatrix(
         "seconds": time.perf_counter() - start,
         "peak_memory": peak.beside(need.host, need.device),
     }
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """A folder for sums, without what a killed run left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_imatrix(path: Path, work: Work, calibration: Calibration, names: Mapping[str, str], store: Store) -> None:

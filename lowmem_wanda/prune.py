@@ -279,10 +279,11 @@ def _verified(task: Task, job: Job) -> dict[str, Any]:
     for file in differing(task.files, task.checkpoint.path, job.path):
         raise OutputError(f"{job.path / file}: is not the source's; {again}")
     made = report.get("imatrix") or {}
-    if task.imatrix and not (task.imatrix.exists() and sha256_of(task.imatrix) == made.get("sha256")):
+    same = made.get("recorded_on") == task.recorded_on and task.imatrix and task.imatrix.exists()
+    if task.imatrix and not (same and sha256_of(task.imatrix) == made.get("sha256")):
         raise OutputError(
-            f"{job.path}: is done, and {task.imatrix} is not the importance matrix that was made with it; make one by: "
-            f"imatrix {job.path} NEW.gguf with the same --text, --sequences, --length and --seed"
+            f"{job.path}: is done, and {task.imatrix} is not the importance matrix that was made with it on this "
+            f"text; make one by: imatrix {job.path} NEW.gguf with its own --text, --sequences, --length and --seed"
         )
     _end(job)
     return report

@@ -13,7 +13,8 @@ import numpy as np
 
 KEEPS, OFFSET, CODEBOOK = "keeps", "offset", "codebook"
 RULES = {KEEPS: "zeros stay", OFFSET: "an offset moves zeros", CODEBOOK: "no zero in codebook"}
-ONE_SIGN = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")  # codebooks that make all or most zeros positive
+RUINED = ("IQ2_S", "IQ2_XS", "IQ2_XXS")  # codebooks that make all or most zeros positive
+WEIGHED = ("IQ3_S", "IQ3_XXS")  # and those where an importance matrix keeps them small
 
 
 @dataclass(frozen=True)
@@ -38,32 +39,41 @@ ADVICE = (
     "Quantize a pruned model to Q8_0, Q6_K, Q5_K, Q4_K or Q3_K: they cost it about what they cost the dense model.",
     "Not to IQ2: zeros become weights of one sign there, which ruins the model; nor to IQ3 without the pruned model's "
     "own importance matrix (--imatrix).",
-    "For IQ2 and IQ3, prune with --zeros signed-tiny, and convert with --outtype bf16 or f32.",
+    "For IQ2, or IQ3 without a matrix, prune with --zeros signed-tiny, and convert with --outtype bf16 or f32.",
     "Zeros make no GGUF smaller or faster, and a dense model at fewer bits can be better than a pruned one at more.",
 )
+SIGNED = "convert with --outtype bf16 or f32, and quantize that."
 
 
 def advice(types: Sequence[Mapping[str, Any]] = (), tiny: bool = False) -> list[str]:
     """What to do; first of all about the types that a GGUF has. `tiny`: pruned weights were given random signs."""
-    ruined = [one for one in types if one["type"] in ONE_SIGN and one["pruned"] and not tiny]
-    first = [
-        f"{one['linears']} linears are {one['type']}, whose zeros became weights: quantize again." for one in ruined
-    ]
+    first = []
+    for one in types:
+        what = f"{one['linears']} linears are {one['type']}"
+        if one["type"] in RUINED + WEIGHED and tiny and one["signs"] < 0.9:
+            first.append(f"{what}, in which the signs of pruned weights are lost: {SIGNED}")
+        elif one["type"] in RUINED and not tiny:
+            first.append(f"{what}, whose zeros became weights of one sign: quantize again.")
+        elif one["type"] in WEIGHED and not tiny:
+            first.append(f"{what}: good only if it was made with the pruned model's own importance matrix.")
     if types and all(one["zero"] == 1 for one in types):
-        first = ["Every pruned weight is zero in this GGUF."]
-    return [*first, *ADVICE]
+        lost = f", so that an IQ2 or IQ3 of it would be ruined: {SIGNED}" if tiny else "."
+        first = [f"Every pruned weight is zero in this GGUF{lost}"]
+    return [*first, *(line for line in ADVICE if not (tiny and "--zeros" in line))]
 
 
 @dataclass
 class Remains:
     """Sums over the weights of one or many tensors.
 
-    `pruned` weights, of which `zero` are still exactly zero; squares of what the others became and of the weights that
-    were kept, and of these, weighted by the importance matrix, the squares and those of the errors.
+    `pruned` weights, of which `zero` are still exactly zero and `signed` have their sign; squares of what they became
+    and of the weights that were kept, and of these, weighted by the importance matrix, the squares and those of the
+    errors.
     """
 
     pruned: int = 0
     zero: int = 0
+    signed: int = 0
     kept: int = 0
     leaked: float = 0.0
     kept_squares: float = 0.0
@@ -76,6 +86,7 @@ class Remains:
         left = ~gone
         self.pruned += int(gone.sum())
         self.zero += int((gone & (stored == 0)).sum())
+        self.signed += int((gone & (np.sign(stored) == np.sign(weight))).sum())
         self.kept += int(left.sum())
         self.leaked += float(np.square(stored, where=gone, out=np.zeros_like(stored)).sum(dtype=np.float64))
         squares = np.where(left, weight, 0) ** 2
@@ -85,16 +96,17 @@ class Remains:
         self.errors += float((errors.sum(axis=0, dtype=np.float64) * importance).sum())
 
     def merge(self, other: "Remains") -> None:
-        for name in ("pruned", "zero", "kept", "leaked", "kept_squares", "squares", "errors"):
+        for name in ("pruned", "zero", "signed", "kept", "leaked", "kept_squares", "squares", "errors"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def figures(self) -> dict[str, Any]:
-        """Shares: `zero` of the pruned weights; `leak`, their size (root mean square) beside that of the kept ones;
-        `error` of the kept ones relative to them."""
+        """Shares: of the pruned weights that are `zero`, or have their `signs`; `leak`, their size (root mean square)
+        beside that of the kept ones; `error` of the kept ones relative to them."""
         leak = (self.leaked / max(1, self.pruned)) / max(self.kept_squares / max(1, self.kept), 1e-300)
         return {
             "pruned": self.pruned,
             "zero": self.zero / max(1, self.pruned),
+            "signs": self.signed / max(1, self.pruned),
             "leak": leak**0.5,
             "error": (self.errors / max(self.squares, 1e-300)) ** 0.5,
         }

@@ -34,7 +34,7 @@ GIVES = (
 )
 GIVES_TINY = (
     "A checkpoint of the same names, shapes and size in which the pruned weights are no zeros, but the smallest "
-    "numbers of their dtype with random signs, for IQ2 and IQ3 types of llama.cpp alone."
+    "numbers of their dtype with random signs, for IQ2 types of llama.cpp alone."
 )
 GIVES_NOT = (
     "Zeros are stored like other numbers: files, a GGUF made of them and memory in use stay as large, "
@@ -90,6 +90,7 @@ def _imatrix(task: Task, plan: Plan) -> dict[str, Any] | None:
         "text": list(task.calibration.sources),
         "sequences": plan.sequences,
         "length": plan.length,
+        "recorded_on": task.recorded_on,
     }
 
 

@@ -118,7 +118,7 @@ def survival_table(report: dict[str, Any]) -> Table:
     table.caption = (
         "still zero: of the pruned weights; leak: size of what they became beside that of the kept ones; error: of the "
         f"kept ones, {weighted}"
-    )
+    ) + ("" if made else "; all as quantized without an importance matrix, which makes offsets smaller")
     return table
 
 
@@ -133,14 +133,14 @@ def survival_lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def plan_table(plan: "Plan", method: str, pattern: str, source: str) -> Table:
-    table = _pairs(f"plan: {source}, {method} {pattern}")
+def plan_table(plan: "Plan", task: "Task") -> Table:
+    table = _pairs(f"plan: {task.checkpoint.path}, {task.method} {task.pattern}")
     table.add_row("parameters", f"{number(plan.parameters)}, of which {number(plan.prunable)} can be pruned")
     table.add_row("blocks", f"{plan.blocks}, the largest {size(plan.largest_block)}")
     calibration = (
         f"{plan.sequences} sequences of {plan.length}: {number(plan.tokens)} tokens" if plan.tokens else "none"
     )
-    table.add_row("calibration", calibration)
+    table.add_row("calibration", escape(f"norms of {task.norms}") if task.norms else calibration)
     layout = plan.layout
     table.add_row("layout", str(layout))
     if layout.held:

@@ -16,8 +16,9 @@ from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.gguf_names import gguf_names, package
 from lowmem_wanda.imatrix import open_gguf
 from lowmem_wanda.imatrix import read as read_imatrix
+from lowmem_wanda.job import refuse_unfinished
 from lowmem_wanda.matrices import Linear, Rows, pruned_linears, read_report
-from lowmem_wanda.quants import TYPES, Remains, advice
+from lowmem_wanda.quants import KEEPS, TYPES, Remains, advice
 
 Importance = Callable[[str], np.ndarray]  # name of a linear -> what errors in its columns weigh, (columns,) or (1,)
 CHUNK = 1 << 18  # weights that are dequantized at a time
@@ -32,6 +33,7 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
 
     Errors on kept weights are weighted by an `imatrix`, if there is one. Raises CheckpointError, LowmemError.
     """
+    refuse_unfinished(Path(path))
     linears = pruned_linears(Checkpoint(path), read_report(Path(path)))
     names = gguf_names(list(linears), "survive")
     known = read_imatrix(imatrix)[0] if imatrix else {}
@@ -46,11 +48,16 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
         return known[names[name]].means[0] if known else np.ones(1)
 
     report: dict[str, Any] = {"path": str(path), "imatrix": str(imatrix) if imatrix else None}
+    tiny = any(linear.tiny for linear in linears.values())
     if model is None:
-        return report | {"types": predict(linears, importance), "advice": advice()}
-    tensors = list(_compared(linears, names, importance, Path(model)))
-    types, tiny = _by_type(tensors), any(linear.tiny for linear in linears.values())
-    return report | {"model": str(model), "tensors": tensors, "types": types, "advice": advice(types, tiny)}
+        report |= {"types": predict(linears, importance), "advice": advice(tiny=tiny)}
+    else:
+        tensors = list(_compared(linears, names, importance, Path(model)))
+        types = _by_type(tensors)
+        report |= {"model": str(model), "tensors": tensors, "types": types, "advice": advice(types, tiny)}
+    if not any(one.get("pruned") for one in report["types"]):
+        raise CheckpointError(f"{path}: has no pruned weights; give the folder that prune wrote")
+    return report
 
 
 def outlook(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +67,7 @@ def outlook(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Any]
         types = predict(linears, lambda name: np.ones(1))
     except LowmemError:
         types = [{"type": kind, "bits": known.bits, "grid": known.grid} for kind, known in TYPES.items()]
-    return {"types": types, "advice": advice()}
+    return {"types": types, "advice": advice(tiny=any(linear.tiny for linear in linears.values()))}
 
 
 def predict(linears: Mapping[str, Linear], importance: Importance) -> list[dict[str, Any]]:
@@ -135,8 +142,13 @@ def _examine(linear: Linear, tensor: Any, importance: np.ndarray, model: Path) -
             kept, of = linear.pattern
             holds = bool(((stored == 0).reshape(len(stored), -1, of).sum(axis=2) >= of - kept).all())
     pattern = ":".join(map(str, linear.pattern)) if linear.pattern else ""
-    figures = remains.figures()
-    return {"type": tensor.tensor_type.name, "pattern": pattern, "holds": holds, **figures, "remains": remains}
+    figures, kind = remains.figures(), tensor.tensor_type.name
+    if not linear.tiny and figures["pruned"] and figures["zero"] < 0.5 and kind in TYPES and TYPES[kind].grid == KEEPS:
+        raise CheckpointError(
+            f"{model}: {tensor.name} is {kind}, which keeps zeros, and has none where {linear.tensor.name} has: it was "
+            "made of another checkpoint, perhaps the dense one"
+        )
+    return {"type": kind, "pattern": pattern, "holds": holds, **figures, "remains": remains}
 
 
 def _dequantized(tensor: Any, rows: Any) -> np.ndarray:
@@ -166,8 +178,8 @@ def _order(linear: Linear, read: Rows, tensor: Any, model: Path) -> np.ndarray |
         return None
     step = max(1, CHUNK // columns)
     starts = range(0, rows, step)
-    mine = np.concatenate([read(at, min(at + step, rows))[:, :COLUMNS] for at in starts])
-    theirs = _unit(np.concatenate([_dequantized(tensor, slice(at, at + step))[:, :COLUMNS] for at in starts]))
+    mine = np.concatenate([read(at, min(at + step, rows))[:, :COLUMNS].copy() for at in starts])
+    theirs = _unit(np.concatenate([_dequantized(tensor, slice(at, at + step))[:, :COLUMNS].copy() for at in starts]))
     alive = ~linear.gone(mine).all(axis=1)
     order = np.concatenate([(_unit(mine[at : at + step]) @ theirs.T).argmax(axis=1) for at in starts])
     found = np.unique(order[alive])

@@ -149,9 +149,9 @@ def prepare(
     are globs on tensor names, with or without ".weight".
     """
     kind, rule = _pattern(pattern, group, METHODS[method]), METHODS[method]
-    if norms and rule.statistic is None:
-        raise CalibrationError(f"--norms {norms}: --method {method} needs no norms; leave one of them out")
-    if statistics == "sequential" and rule.statistic and not norms:
+    if norms:
+        _refuse_unused(norms, method, statistics, text if not imatrix else ())
+    if statistics == "sequential" and rule.statistic:
         greenlets()
     work = open_work(source, device=device, dtype=dtype, limits=limits, trust_remote_code=trust_remote_code)
     checkpoint, model = work.checkpoint, work.hollow
@@ -189,6 +189,17 @@ def _pattern(text: str, group: str | None, rule: Method) -> Pattern:
     """The pattern of a text; of a sparsity, in the group that was asked for or else the method's own."""
     kind = parse(text, group or "row")
     return replace(kind, group=rule.group) if group is None and isinstance(kind, Ratio) else kind
+
+
+def _refuse_unused(norms: str, method: str, statistics: str, text: Sequence[str]) -> None:
+    """Raises CalibrationError for what norms that are known leave no use for."""
+    given = {
+        f"--method {method}": METHODS[method].statistic is None,
+        f"--statistics {statistics}": statistics != "block",
+        f"--text {' '.join(text)}": bool(text),
+    }
+    if useless := [flag for flag, there in given.items() if there]:
+        raise CalibrationError(f"--norms {norms}: nothing is measured, {useless[0]} has no use; leave one of them out")
 
 
 def _refuse_doubles(checkpoint: Checkpoint, names: Iterable[str]) -> None:

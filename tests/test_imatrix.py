@@ -245,6 +245,14 @@ def measured(path, token_file, out):
     return out.read_bytes()
 
 
+def test_what_a_killed_run_left_is_cleared_away(tiny, token_file, tmp_path):
+    left = tmp_path / ".x.gguf.blocks"
+    left.mkdir()
+    (left / "sums").write_text("x")
+    measured(tiny("llama"), token_file, tmp_path / "x.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
 def test_in_the_dense_order_it_is_the_dense_models(tiny, token_file, tmp_path):
     prune(
         prepare(tiny("llama"), text=[str(token_file)], batch=4, statistics="dense", imatrix=tmp_path / "a.gguf"),
@@ -339,6 +347,11 @@ def test_a_job_without_measuring_may_turn_to_it_and_to_another_text(tiny, token_
             prune(task, tmp_path / "out", stop if name == "x" else lambda record: None)
     assert measured(tmp_path / "out", other, tmp_path / "b.gguf") == (tmp_path / "y.gguf").read_bytes()
     prune(prepare(tiny("llama"), method="magnitude"), tmp_path / "out")
+    with pytest.raises(OutputError, match="on this text"):
+        prune(
+            prepare(tiny("llama"), method="magnitude", text=[str(token_file)], imatrix=tmp_path / "y.gguf"),
+            tmp_path / "out",
+        )
 
 
 @pytest.mark.parametrize(
@@ -348,7 +361,9 @@ def test_targets_that_will_not_do_are_refused_before_any_work(tiny, token_file, 
     (tmp_path / "there.gguf").write_text("mine")
     source = str(tiny("llama"))
     path = f"{source}/x.gguf" if name == "in it" else str(tmp_path / name)
-    for command in (["prune", source, str(tmp_path / "out"), "--imatrix", path], ["imatrix", source, path]):
+    commands = [["prune", source, str(tmp_path / "out"), "--imatrix", path], ["imatrix", source, path]]
+    commands += [["plan", source, "--imatrix", path]] if says != "exists" else []
+    for command in commands:
         assert main([*command, "--text", str(token_file)]) == 1
         assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and (tmp_path / "there.gguf").read_text() == "mine"
@@ -411,8 +426,9 @@ def test_norms_that_do_not_fit_are_named(tiny, token_file, tmp_path):
         with pytest.raises(CalibrationError, match=says):
             prepare(tiny("llama"), norms=str(path))
         prepare(tiny("llama"), norms=str(path), exclude=["*layers.1.mlp.down_proj*"])
-    with pytest.raises(CalibrationError, match="magnitude needs no norms"):
-        prepare(tiny("llama"), norms=str(tmp_path / "x.gguf"), method="magnitude")
+    for useless in ({"method": "magnitude"}, {"statistics": "dense"}, {"text": [str(token_file)]}):
+        with pytest.raises(CalibrationError, match=f"--{[*useless][0]} .* has no use"):
+            prepare(tiny("llama"), norms=str(tmp_path / "x.gguf"), **useless)
 
 
 def test_a_job_by_other_norms_is_another_job(tiny, token_file, tmp_path):

@@ -235,10 +235,38 @@ def test_the_command_shows_tensors_types_and_advice(pruned, tmp_path, capsys):
     assert "an offset moves zeros" in capsys.readouterr().out
 
 
-def test_ruined_types_are_named_first():
-    kind = {"type": "IQ2_S", "linears": 7, "zero": 0.0, "pruned": 5}
-    assert advice([kind])[0] == "7 linears are IQ2_S, whose zeros became weights: quantize again."
-    assert advice([kind], tiny=True) == advice()
+def test_what_a_gguf_has_comes_first():
+    one = {"linears": 7, "zero": 0.0, "signs": 0.5, "pruned": 5}
+    for kind, tiny, says in (
+        ("IQ2_S", False, "zeros became weights of one sign: quantize again"),
+        ("IQ3_S", False, "good only if it was made with the pruned model's own importance matrix"),
+        ("IQ3_S", True, "the signs of pruned weights are lost: convert with --outtype bf16"),
+    ):
+        assert f"7 linears are {kind}" in (first := advice([{**one, "type": kind}], tiny)[0]) and says in first
+    assert advice([{**one, "type": "IQ2_S", "signs": 0.95}], tiny=True) == advice(tiny=True)
+    assert "would be ruined" in advice([{**one, "type": "F16", "zero": 1}], tiny=True)[0]
+    assert len(advice()) == 4 and len(advice(tiny=True)) == 3
+
+
+def test_signs_that_a_conversion_loses_are_missed(tiny, token_file, tmp_path):
+    prune(prepare(tiny("llama"), text=[str(token_file)], zeros="signed-tiny"), tmp_path / "out")
+    for kind, share in (("BF16", 1), ("F16", 0)):
+        (whole,) = survive(tmp_path / "out", convert(tmp_path / "out", tmp_path / f"{kind}.gguf", KIND[kind]))["types"]
+        assert whole["signs"] == share
+
+
+def test_the_dense_models_gguf_is_refused(pruned, tiny, tmp_path):
+    with pytest.raises(CheckpointError, match="Q8_0, which keeps zeros, .* perhaps the dense one"):
+        survive(pruned, convert(tiny("llama"), tmp_path / "m.gguf", KIND.Q8_0))
+
+
+def test_checkpoints_that_are_not_pruned_or_not_done_are_refused(pruned, tiny, tmp_path):
+    with pytest.raises(CheckpointError, match="has no pruned weights"):
+        survive(tiny("llama"))
+    shutil.copytree(pruned, tmp_path / "out")
+    (tmp_path / "out/config.json").unlink()
+    with pytest.raises(CheckpointError, match="is an unfinished job"):
+        survive(tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
