@@ -59,7 +59,7 @@ def advice(types: Sequence[Mapping[str, Any]] = (), tiny: bool = False) -> list[
     if types and all(one["zero"] == 1 for one in types):
         lost = f", so that an IQ2 or IQ3 of it would be ruined: {SIGNED}" if tiny else "."
         first = [f"Every pruned weight is zero in this GGUF{lost}"]
-    return [*first, *(line for line in ADVICE if not (tiny and "--zeros" in line))]
+    return [*first, *((ADVICE[0], f"For IQ2, or IQ3 without a matrix, {SIGNED}", ADVICE[-1]) if tiny else ADVICE)]
 
 
 @dataclass
