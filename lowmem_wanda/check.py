@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint import FLOATS, IN_BLOCK, Checkpoint, read_json
+from lowmem_wanda.checkpoint import FLOATS, IN_BLOCK, Checkpoint
 from lowmem_wanda.errors import CheckpointError
 from lowmem_wanda.job import REPORT, refuse_unfinished
+from lowmem_wanda.matrices import read_report
 from lowmem_wanda.reading import PIECE, Tensor
 from lowmem_wanda.writer import differing, sha256_of, small_files
 
@@ -64,7 +65,7 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     path = Path(path)
     refuse_unfinished(path)
     checkpoint, findings = Checkpoint(path), Findings()
-    report = read_json(path / REPORT) if (path / REPORT).exists() else {}
+    report = read_report(path)
     promises = _promises(report)
     for tensor in checkpoint.tensors.values():
         if tensor.dtype in FLOATS and len(tensor.shape) == 2 and tensor.numel:

@@ -69,12 +69,6 @@ def check_target(path: str | Path, what: str, source: Path, made: Path | None = 
         raise OutputError(f"{what} {path}: its directory cannot be written to; give another one")
 
 
-def check_new(path: str | Path) -> None:
-    """Raises OutputError for a file that is there."""
-    if Path(path).exists():
-        raise OutputError(f"{path}: exists, and is not replaced; give another name or remove it")
-
-
 def write(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]], about: About) -> None:
     """Writes the entries, which come one at a time in the order of `shapes`, in the format of the path's suffix.
 

@@ -85,13 +85,14 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 def run_imatrix(arguments: argparse.Namespace) -> int:
     from lowmem_wanda.gguf_names import package
-    from lowmem_wanda.imatrix import check_new, check_target
+    from lowmem_wanda.imatrix import check_target
     from lowmem_wanda.measure import imatrix
     from lowmem_wanda.memory import map_blocks_from
     from lowmem_wanda.screen import imatrix_table
     from lowmem_wanda.tables import damage_line
     from lowmem_wanda.text import calibrate
     from lowmem_wanda.work import open_work
+    from lowmem_wanda.writer import check_new
 
     map_blocks_from(1 << 20)
     package("an importance matrix")

@@ -12,7 +12,7 @@ import torch
 
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.gguf_names import gguf_names
-from lowmem_wanda.imatrix import About, Entry, Store, check_new, check_target, write
+from lowmem_wanda.imatrix import About, Entry, Store, check_target, write
 from lowmem_wanda.layout import Layout, choose
 from lowmem_wanda.memory import Peak, anonymous, limit_vram, map_blocks_from
 from lowmem_wanda.recorder import Recorder
@@ -21,6 +21,7 @@ from lowmem_wanda.states import hidden_states
 from lowmem_wanda.text import Calibration, in_batches
 from lowmem_wanda.walk import Parts, Stream, advance, walk
 from lowmem_wanda.work import Work, describe_device
+from lowmem_wanda.writer import check_new
 
 Notify = Callable[[dict[str, Any]], None]
 

@@ -14,7 +14,7 @@ from lowmem_wanda.checkpoint import CONFIG, INDEX, Checkpoint, read_header, read
 from lowmem_wanda.clock import Clock, add, timing
 from lowmem_wanda.decoder import Block, Decoder
 from lowmem_wanda.errors import CheckpointError, ModelError, NumberError, OutputError
-from lowmem_wanda.imatrix import Store, check_new, check_target
+from lowmem_wanda.imatrix import Store, check_target
 from lowmem_wanda.job import REPORT, Job, begun, check_disk, finished, refuse, working
 from lowmem_wanda.layout import Layout
 from lowmem_wanda.measure import save_imatrix
@@ -33,7 +33,7 @@ from lowmem_wanda.task import Task
 from lowmem_wanda.tensors import raw
 from lowmem_wanda.text import in_batches
 from lowmem_wanda.walk import Parts, Stream, advance, walk
-from lowmem_wanda.writer import differing, sha256_of, write_bytes, write_json, write_shard
+from lowmem_wanda.writer import check_new, differing, sha256_of, write_bytes, write_json, write_shard
 
 Notify = Callable[[dict[str, Any]], None]  # called with each block's record when its shard is done
 

@@ -6,7 +6,7 @@ have none.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ class Remains:
         self.errors += float((errors.sum(axis=0, dtype=np.float64) * importance).sum())
 
     def merge(self, other: "Remains") -> None:
-        for name in ("pruned", "zero", "signed", "kept", "leaked", "kept_squares", "squares", "errors"):
+        for name in (field.name for field in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def figures(self) -> dict[str, Any]:

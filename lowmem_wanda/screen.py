@@ -81,9 +81,7 @@ def closing(report: dict[str, Any], target: str) -> Table:
     table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
     table.add_row("time", _timing(summary["seconds"], report["timing"]))
     table.add_row("passes", f"{summary['forward_passes_per_block']:.2f} forward passes per block")
-    table.add_row("host memory", _held(memory, "host"))
-    if memory["device_measured"]:
-        table.add_row("device memory", _held(memory, "device"))
+    _add_peaks(table, memory)
     table.add_row("gives", summary["gives"])
     table.add_row("does not", summary["gives_not"])
     return table
@@ -95,9 +93,7 @@ def imatrix_table(result: dict[str, Any]) -> Table:
     table.add_row("entries", f"{result['entries']} weights of {escape(result['source'])}")
     table.add_row("calibration", _calibration(result))
     table.add_row("time", duration(result["seconds"]))
-    table.add_row("host memory", _held(result["peak_memory"], "host"))
-    if result["peak_memory"]["device_measured"]:
-        table.add_row("device memory", _held(result["peak_memory"], "device"))
+    _add_peaks(table, result["peak_memory"])
     return table
 
 
@@ -189,8 +185,11 @@ def _timing(seconds: float, timing: dict[str, Any]) -> str:
     )
 
 
-def _held(memory: dict[str, Any], where: str) -> str:
-    return f"{size(memory[f'{where}_measured'])} at most ({size(memory[f'{where}_predicted'])} predicted)"
+def _add_peaks(table: Table, memory: dict[str, Any]) -> None:
+    """Rows of the peaks beside their predictions; none of a GPU where there is none."""
+    for where in ("host", "device") if memory["device_measured"] else ("host",):
+        peak, predicted = memory[f"{where}_measured"], memory[f"{where}_predicted"]
+        table.add_row(f"{where} memory", f"{size(peak)} at most ({size(predicted)} predicted)")
 
 
 def _method(arguments: dict[str, Any]) -> str:

@@ -81,23 +81,18 @@ def write_json(path: Path, content: Any) -> None:
 def replacing(path: Path, size: int = 0) -> Iterator["Growing"]:
     """Gives a file to write to, of `size` bytes if that is known; it is at `path` when all went well, and not
     there at all otherwise."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        with explained(path):
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-            try:
-                file = Growing(handle)
-                preallocate(handle, size)
-                yield file
-                os.fsync(handle)
-                forget(handle)
-            finally:
-                os.close(handle)
-            os.replace(partial, path)
-            sync_directory(path.parent)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with _partial(path) as partial:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            file = Growing(handle)
+            preallocate(handle, size)
+            yield file
+            os.fsync(handle)
+            forget(handle)
+        finally:
+            os.close(handle)
+        os.replace(partial, path)
+        sync_directory(path.parent)
 
 
 @contextmanager
@@ -106,17 +101,30 @@ def named_partial(path: Path) -> Iterator[Path]:
 
     It takes no other file's place: one of the same bytes is left. Raises OutputError for another one.
     """
+    with _partial(path) as partial:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        if path.exists() and sha256_of(path) == sha256_of(partial):
+            return
+        check_new(path)
+        os.replace(partial, path)
+        sync_directory(path.parent)
+
+
+def check_new(path: str | Path) -> None:
+    """Raises OutputError for a file that is there."""
+    if Path(path).exists():
+        raise OutputError(f"{path}: exists, and is not replaced; give another name or remove it")
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """The name beside `path` that an unfinished file has, which is gone in the end."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with explained(path):
             yield partial
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            if not path.exists():
-                os.replace(partial, path)
-                sync_directory(path.parent)
-            elif sha256_of(path) != sha256_of(partial):
-                raise OutputError(f"{path}: exists, and is not replaced; give another name or remove it")
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
