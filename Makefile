@@ -6,9 +6,9 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --co
 .PHONY: demo test
 demo: $(VENV)/.demo
 	rm -rf demo-pruned demo-pruned-eval
-	$(VENV)/bin/python cli.py prune lowmem_wanda/demo demo-pruned --pattern 2:4
-	$(VENV)/bin/python cli.py check demo-pruned --against lowmem_wanda/demo
-	$(VENV)/bin/python cli.py eval demo-pruned --against lowmem_wanda/demo --text lowmem_wanda/held-out.txt
+	$(VENV)/bin/python cli.py prune lowmem_wanda/data/demo demo-pruned --pattern 2:4
+	$(VENV)/bin/python cli.py check demo-pruned --against lowmem_wanda/data/demo
+	$(VENV)/bin/python cli.py eval demo-pruned --against lowmem_wanda/data/demo --text lowmem_wanda/data/held-out.txt
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lowmem_wanda.reading import Tensor
-from lowmem_wanda.writer import write_shard
+from lowmem_wanda.checkpoint.reader import Tensor
+from lowmem_wanda.checkpoint.writer import write_shard
 
 
 def random_llama(path: Path, *, width: int, hidden: int, blocks: int, heads: int, kv_heads: int, vocab: int) -> Path:

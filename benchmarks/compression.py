@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from measure import commit, machine
 
-from lowmem_wanda.methods import magnitude
-from lowmem_wanda.patterns import parse
-from lowmem_wanda.tensors import raw
+from lowmem_wanda.sparsity.masks import prune_lowest
+from lowmem_wanda.sparsity.methods import magnitude
+from lowmem_wanda.sparsity.patterns import parse
+from lowmem_wanda.streaming.tensors import raw
 
 ROWS, COLUMNS = 4096, 8192
 PIECE, BLOCK = 128 << 10, 4 << 10
@@ -25,7 +26,7 @@ def main() -> None:
     for name in ("dense", "50%", "2:4"):
         weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
         if name != "dense":
-            magnitude(weight, None, parse(name))
+            prune_lowest(weight, magnitude(weight, None), parse(name))
         data = raw(weight)
         zero = weight == 0
         signed = torch.where(zero & (torch.rand(weight.shape) < 0.5), -torch.zeros((), dtype=weight.dtype), weight)

@@ -21,9 +21,10 @@ import torch
 from checkpoints import random_llama
 from measure import ROOT, commit, machine, random_tokens
 
-from lowmem_wanda.methods import METHODS
-from lowmem_wanda.patterns import parse
-from lowmem_wanda.stats import SquaredNorm
+from lowmem_wanda.sparsity.masks import prune_lowest
+from lowmem_wanda.sparsity.methods import wanda
+from lowmem_wanda.sparsity.patterns import parse
+from lowmem_wanda.sparsity.statistics import SquaredNorm
 
 SHAPES: dict[str, dict[str, int]] = {
     "70b": {"width": 8192, "hidden": 28672, "heads": 64, "kv_heads": 8, "vocab": 32000, "of": 80},
@@ -134,7 +135,7 @@ def mask_rates(device: torch.device, sizes: dict[str, int]) -> dict[str, float]:
     rates["score GB/s"] = moved / best(lambda: weight.float().abs_().mul_(norms), device)
     for text in ("2:4", "4:8", "50%"):
         pattern = parse(text)
-        rates[f"{text} GB/s"] = moved / best(lambda: METHODS["wanda"].prune(weight, inputs, pattern), device)  # noqa: B023
+        rates[f"{text} GB/s"] = moved / best(lambda: prune_lowest(weight, wanda(weight, inputs), pattern), device)  # noqa: B023
     return rates
 
 

@@ -16,8 +16,9 @@ from measure import ROOT, commit, follow, llama, machine, random_tokens, size_of
 
 WORKSPACE = """
 import sys, torch
-from lowmem_wanda.memory import Peak, anonymous
-from lowmem_wanda.patterns import parse, prune_lowest
+from lowmem_wanda.streaming.resources import Peak, anonymous
+from lowmem_wanda.sparsity.masks import prune_lowest
+from lowmem_wanda.sparsity.patterns import parse
 weight = torch.empty(28672, 8192, dtype=torch.bfloat16).normal_()
 for name, group in (("2:4", "row"), ("50%", "row"), ("50%", "matrix")):
     before = anonymous()

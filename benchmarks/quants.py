@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from measure import ROOT, commit, machine
 
-from lowmem_wanda import survive as survival
-from lowmem_wanda.checkpoint import Checkpoint, read_json
-from lowmem_wanda.gguf_names import gguf_names
-from lowmem_wanda.imatrix import open_gguf
-from lowmem_wanda.matrices import pruned_linears
+from lowmem_wanda.checkpoint.directory import Checkpoint, read_json
+from lowmem_wanda.checkpoint.pruned import pruned_linears
+from lowmem_wanda.llamacpp import survive as survival
+from lowmem_wanda.llamacpp.imatrix import open_gguf
+from lowmem_wanda.llamacpp.names import gguf_names
 
 KINDS = (
     "F32", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_S",

@@ -19,10 +19,11 @@ import torch
 from measure import ROOT, commit, machine
 from torch.sparse import to_sparse_semi_structured
 
-from lowmem_wanda.checkpoint import Checkpoint
-from lowmem_wanda.methods import magnitude
-from lowmem_wanda.patterns import NM, survey
-from lowmem_wanda.tensors import DTYPES, read_cast
+from lowmem_wanda.checkpoint.directory import Checkpoint
+from lowmem_wanda.sparsity.masks import prune_lowest, survey
+from lowmem_wanda.sparsity.methods import magnitude
+from lowmem_wanda.sparsity.patterns import NM
+from lowmem_wanda.streaming.tensors import DTYPES, read_cast
 
 SHAPES = {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)}
 TOKENS = (1, 16, 128, 1024, 4096)
@@ -55,7 +56,8 @@ def weights(checkpoint: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
     if checkpoint is None:
         for name, shape in SHAPES.items():
             weight = torch.randn(shape, dtype=torch.float16, device="cuda") * 0.02
-            yield f"{name} {shape[0]} x {shape[1]}", magnitude(weight, None, NM(2, 4))
+            prune_lowest(weight, magnitude(weight, None), NM(2, 4))
+            yield f"{name} {shape[0]} x {shape[1]}", weight
         return
     for name, tensor in Checkpoint(checkpoint).tensors.items():
         if ".0." in name and len(tensor.shape) == 2:

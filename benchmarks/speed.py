@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from measure import ROOT, Usage, commit, follow, llama, machine, random_tokens, size_of
 
-from lowmem_wanda.checkpoint import Checkpoint
+from lowmem_wanda.checkpoint.directory import Checkpoint
 
 BASE = "block"
 PEERS = ROOT / "benchmarks/peers"

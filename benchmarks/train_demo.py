@@ -1,7 +1,7 @@
 """Trains the demo model, a Llama of 1.1 M parameters, on the built-in text: `python benchmarks/train_demo.py`.
 
-A tenth of the documents is held out and goes to lowmem_wanda/held-out.txt; the weights with the lowest loss on it are
-saved, as bfloat16, to lowmem_wanda/demo. Takes about a quarter of an hour on two cores. Not part of any test.
+A tenth of the documents is held out and goes to lowmem_wanda/data/held-out.txt; the weights with the lowest loss on it
+are saved, as bfloat16, to lowmem_wanda/data/demo. Takes about a quarter of an hour on two cores. Not part of any test.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowmem_wanda.text import BUILT_IN, SEPARATOR
+from lowmem_wanda.data.calibration import BUILT_IN, SEPARATOR
 
 BEGIN = "<|begin|>"
 LENGTH, BATCH = 256, 16

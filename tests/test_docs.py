@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType
-from test_survive import convert
+from ggufs import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -43,7 +43,7 @@ def test_the_commands_on_the_way_to_llama_cpp(checkout):
     page = (ROOT / "lowmem_wanda/docs/llama-cpp.md").read_text("utf-8")
     ours = re.findall(r"^python (cli.py .*)$", page, re.M)
     assert [command.split()[1] for command in ours] == ["prune", "survive"]
-    shutil.copytree(ROOT / "lowmem_wanda/demo", checkout / "stories260K")
+    shutil.copytree(ROOT / "lowmem_wanda/data/demo", checkout / "stories260K")
     shutil.rmtree(checkout / "pruned", ignore_errors=True)  # of README's commands
     (checkout / "pruned.imatrix.gguf").unlink(missing_ok=True)
     for command in ours:
@@ -90,6 +90,6 @@ def test_the_first_command_is_before_line_30_and_files_are_named():
 
 
 def test_the_built_in_text_and_the_demo_are_as_said():
-    text = sum(file.stat().st_size for file in (ROOT / "lowmem_wanda/calibration").iterdir())
+    text = sum(file.stat().st_size for file in (ROOT / "lowmem_wanda/data/texts").iterdir())
     assert f"{round(text, -4) // 1000} KB" in README and text > 120_000
-    assert sum(file.stat().st_size for file in (ROOT / "lowmem_wanda/demo").iterdir()) < 3_000_000
+    assert sum(file.stat().st_size for file in (ROOT / "lowmem_wanda/data/demo").iterdir()) < 3_000_000

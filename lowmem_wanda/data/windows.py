@@ -1,0 +1,120 @@
+"""The text that a model is evaluated on -> windows of token ids, and which tokens of them are scored.
+
+windows     one after the other, all tokens but a window's first are scored (the paper's code, `lib/eval.py`)
+stride      overlapping ones; each scores the tokens that no window before it has scored
+llama.cpp   one after the other, each beginning with the tokenizer's first special token where it adds one;
+            the second half is scored (the `perplexity` tool)
+
+What is left at the end of the text is dropped.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lowmem_wanda.data.calibration import Encode, check_ids, documents, download, holds_ids, load_ids
+from lowmem_wanda.errors import CalibrationError
+
+CONVENTIONS = ("windows", "llama.cpp")
+C4_DOCUMENTS, C4_WINDOWS = 1100, 256  # of C4's validation set, as the paper's code takes them
+WHOLE = 8 << 20  # bytes of a document that are tokenized at once
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids (windows, length) int64; of each window the tokens from the index `first` (windows,) on are scored."""
+
+    tokens: np.ndarray
+    first: np.ndarray
+    convention: str
+    sources: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids and of what is scored."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes())
+        digest.update(np.ascontiguousarray(self.first, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return int((self.tokens.shape[1] - self.first).sum())
+
+
+def windows(
+    texts: Sequence[str],
+    encode: Encode,
+    *,
+    length: int,
+    vocabulary: int,
+    stride: int | None = None,
+    convention: str = "windows",
+    most: int | None = None,
+) -> Windows:
+    """Windows of `length` tokens below `vocabulary`, the first `most` of them.
+
+    `texts` are those of `text.calibrate`, taken from their beginning; the documents of one text follow each other.
+    "wikitext2" and "c4" are the test and validation sets as the paper's code takes them. Rows of ids stay rows.
+    Raises CalibrationError.
+    """
+    name = " and ".join(texts)
+    if stride is not None and (convention != "windows" or stride >= length):
+        raise CalibrationError(f"--stride {stride} must be below --length {length} and goes with its own convention")
+    tokens = _stream(texts, encode)
+    step = stride or length
+    if tokens.ndim == 2:
+        if stride is not None:
+            raise CalibrationError(f"{name}: holds rows of token ids, which --stride cannot overlap; give text")
+        tokens = np.array(tokens[:most, :length])
+    elif len(tokens) < length:
+        raise CalibrationError(f"{name}: {len(tokens)} tokens, which is no window of --length {length}")
+    else:
+        starts = np.arange(0, len(tokens) - length + 1, step)[: most or _paper_windows(texts)]
+        tokens = tokens[starts[:, None] + np.arange(length)]
+    check_ids(tokens, vocabulary, name)
+    first = np.full(len(tokens), 1 if stride is None else tokens.shape[1] - stride)
+    first[0] = 1
+    if convention == "llama.cpp":
+        first[:] = tokens.shape[1] // 2 + 1
+        special = _first_special(encode)
+        tokens[:, : len(special)] = special
+    if (tokens.shape[1] - first).sum() < 2:
+        raise CalibrationError(f"{name}: --length {length} leaves no tokens to score; give a larger one")
+    return Windows(tokens, first, "stride" if stride else convention, tuple(Path(text).name for text in texts))
+
+
+def _stream(texts: Sequence[str], encode: Encode) -> np.ndarray:
+    """All token ids of the texts in one row, or rows of ids as they stand, int64."""
+    if holds_ids(texts):
+        arrays = [load_ids(Path(text)).astype(np.int64) for text in texts]
+        if len({array.shape[1:] for array in arrays}) > 1:
+            raise CalibrationError(f"{' and '.join(texts)}: rows of different lengths; give files of one width")
+        return np.concatenate(arrays)
+    readers: list[Callable[[], str]] = []
+    for text in texts:
+        if text == "wikitext2":
+            rows = download(text, "test")
+            readers.append(partial("\n\n".join, [row() for row in rows]))
+        elif text == "c4":
+            rows = download(text, "validation")[:C4_DOCUMENTS]
+            readers.append(partial(" ".join, [row() for row in rows]))
+        else:
+            several = len(documents(Path(text), longest=sys.maxsize)) > 1
+            readers += documents(Path(text), strip=several, longest=WHOLE)
+    return np.concatenate([np.array(encode(read()), dtype=np.int64) for read in readers] or [np.empty(0, np.int64)])
+
+
+def _paper_windows(texts: Sequence[str]) -> int | None:
+    return C4_WINDOWS if list(texts) == ["c4"] else None
+
+
+def _first_special(encode: Encode) -> list[int]:
+    """The token that the tokenizer puts before every text, if it does."""
+    alone, before = encode("")[:1], encode("a")[:1]
+    return alone if alone == before else []

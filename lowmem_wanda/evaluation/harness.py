@@ -1,0 +1,197 @@
+"""A model as lm-evaluation-harness sees it, streamed: all its requests go through the blocks together.
+
+What the model is given and what of it is scored are those of the harness's own `hf` model (HFLM in its
+models/huggingface.py), request by request; only the order of the computing differs.
+"""
+
+import logging
+import re
+from dataclasses import replace
+from typing import Any
+
+from jinja2 import TemplateError
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import resolve_max_length
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lowmem_wanda.errors import ModelError
+from lowmem_wanda.evaluation.likelihood import Notify
+from lowmem_wanda.evaluation.requests import Answer, collect, lay_out, sweep
+from lowmem_wanda.streaming.model import FREE, Limits, open_work
+from lowmem_wanda.streaming.skeleton import load_tokenizer
+
+Request = tuple[Any, list[int], list[int]]  # what the harness knows it by, ids of the context and the continuation
+
+LOGGER = logging.getLogger(__name__)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SIZES = {"": 10**9, "gb": 10**9, "mb": 10**6, "gib": 1 << 30, "mib": 1 << 20}
+GENERATES = (
+    "a model that is streamed block by block does not generate text; run only tasks of output_type multiple_choice, "
+    "loglikelihood or loglikelihood_rolling"
+)
+
+
+@register_model("lowmem")
+class Lowmem(TemplateLM):  # type: ignore[misc]
+    """The checkpoint in the folder `pretrained`, for the harness.
+
+    `max_ram` and `max_vram` are as on our command line: 8 (GB), "8GB", "500MB". `max_length` is the most tokens
+    of an input; the model's own. `add_bos_token` and `prefix_token_id` are HFLM's; `batch_size` and
+    `max_batch_size` change nothing, as memory says what is computed at a time. `sweeps`, `tokens` and `truncated`
+    count passes over the model, padded tokens and requests that lost their beginning. `notify` is called with
+    each block's record, with "sweep" and "sweeps" in it.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch: int | None = None,
+        limits: Limits = FREE,
+        max_ram: float | str | None = None,
+        max_vram: float | str | None = None,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        trust_remote_code: bool = False,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        notify: Notify | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise ModelError(f"--model_args {min(unknown)}: lowmem has no such argument; see lowmem_wanda/zeroshot.py")
+        if dtype not in DTYPES:
+            raise ModelError(f"--model_args dtype={dtype} is none of {', '.join(DTYPES)}")
+        ram, vram = size_of(max_ram, "max_ram") or limits.max_ram, size_of(max_vram, "max_vram") or limits.max_vram
+        limits = replace(limits, max_ram=ram, max_vram=vram)
+        self.work = open_work(
+            pretrained, device=device, dtype=dtype, batch=batch, limits=limits, trust_remote_code=trust_remote_code
+        )
+        beginning = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+        self.tokenizer = load_tokenizer(self.work.checkpoint, trust_remote_code, **beginning)
+        self.sweeps = self.tokens = self.truncated = 0
+        self._device, self._notify = self.work.device, notify
+        self._max_length, self._add_bos, self._prefix = max_length, add_bos_token, prefix_token_id
+        prefix = self._prefix_or_none()
+        self._beginning = None if prefix is None else self.tokenizer.decode(prefix)
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id  # type: ignore[no-any-return]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context. Raises ModelError where the tokenizer has nothing for it."""
+        token = self._prefix_or_none()
+        if token is None:
+            raise ModelError(
+                f"{self.work.checkpoint.path}: its tokenizer has no BOS or EOS token to put before a text without a "
+                "context; give --model_args prefix_token_id=ID"
+            )
+        return token
+
+    def _prefix_or_none(self) -> int | None:
+        tokens = (self._prefix, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in tokens if token is not None), None)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of an input, as HFLM finds it."""
+        return self._max_length or int(resolve_max_length(self.work.hollow.model.config, self.tokenizer))
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as one text; without its system messages where the template has no place for them."""
+        settings = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        try:
+            text = self.tokenizer.apply_chat_template(chat_history, tokenize=False, **settings)
+        except TemplateError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            text = self.tokenizer.apply_chat_template(others, tokenize=False, **settings)
+        return str(text)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The ids of a text, special tokens as the tokenizer adds them, but none where it begins with one already."""
+        special = self._add_bos if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and self._beginning is not None and string.startswith(self._beginning):
+            special = False
+        settings = {} if special is None else {"add_special_tokens": special}
+        return list(self.tokenizer.encode(string, **settings))
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Raises ModelError: each token would take a sweep."""
+        raise ModelError(f"generate_until: {GENERATES}")
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """log p of each whole text, in windows of `max_length` that score each token once."""
+        windows, owners = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            found = [(None, *make_disjoint_window(pair)) for pair in pairs]
+            windows += found
+            owners += [number] * len(found)
+        sums = [0.0] * len(requests)
+        for number, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            sums[number] += value
+        return sums
+
+    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
+        """Answers to all requests together. Raises ModelError for one that HFLM refuses as well."""
+        if not requests:
+            return []
+        self._check(requests)
+        questions = [(context, continuation) for _, context, continuation in requests]
+        sweeps = lay_out(self.work, collect(questions, self.max_length))
+        self.sweeps, self.tokens = self.sweeps + len(sweeps.parts), self.tokens + sum(sweeps.sizes)
+        answers: dict[int, Answer] = {}
+        quiet = disable_tqdm or self._notify is not None
+        with tqdm(total=len(sweeps.parts) * self.work.depth, desc="Streaming blocks", disable=quiet) as bar:
+            for number in range(len(sweeps.parts)):
+                answered = sweep(self.work, sweeps, number, self._telling(bar, number, len(sweeps.parts)))
+                for question, answer in answered.items():
+                    if (name := requests[question][0]) is not None:  # with --use_cache, another run goes on from here
+                        self.cache_hook.add_partial("loglikelihood", name, answer)
+                answers |= answered
+        return [answers[number] for number in range(len(requests))]
+
+    def _check(self, requests: list[Request]) -> None:
+        most = self.max_length
+        for name, context, continuation in requests:
+            if not context or not 0 < len(continuation) <= most:
+                raise ModelError(
+                    f"request {name!r}: {len(context)} tokens of context and {len(continuation)} to be scored, which "
+                    f"must be at least 1 of both, and of the latter at most {most} (max_length)"
+                )
+        lost = sum(len(context) + len(continuation) > most + 1 for _, context, continuation in requests)
+        self.truncated += lost
+        if lost:
+            LOGGER.warning(f"{lost} of {len(requests)} requests are longer than {most} tokens and lose their beginning")
+
+    def _telling(self, bar: Any, number: int, count: int) -> Notify:
+        """What passes on a block's record of one of the sweeps."""
+
+        def tell(record: dict[str, Any]) -> None:
+            bar.update()
+            if self._notify is not None:
+                self._notify({**record, "sweep": number, "sweeps": count})
+
+        return tell
+
+
+def size_of(size: float | str | None, name: str) -> int | None:
+    """Bytes of 8 or "8" (GB), "8GB", "500MB", "7.5GiB". Raises ModelError."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", str(size).lower())
+    if not match or match[2] not in SIZES:
+        raise ModelError(f"--model_args {name}={size} is no size such as 8GB or 500MB")
+    return int(float(match[1]) * SIZES[match[2]])

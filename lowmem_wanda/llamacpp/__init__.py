@@ -1,0 +1,1 @@
+"""This room leads on to llama.cpp; it is the only one that knows GGUF."""

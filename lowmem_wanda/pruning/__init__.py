@@ -1,0 +1,1 @@
+"""This room makes a checkpoint sparse: the job, the walk, the report; it knows no parser, no terminal and no HTML."""

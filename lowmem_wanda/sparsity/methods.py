@@ -1,0 +1,130 @@
+"""Pruning methods: what scores a weight, what that needs to know of the inputs, and what becomes of the kept weights.
+
+A weight is (outputs, inputs) in its stored dtype. To add a method, write its score, add a `Method` to METHODS here and
+its name to METHODS in `sparsity/__init__.py`.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from lowmem_wanda.errors import NumberError, PatternError
+from lowmem_wanda.sparsity import METHODS as NAMES
+from lowmem_wanda.sparsity.selection import Scaled, Score
+from lowmem_wanda.sparsity.statistics import SquaredNorm
+
+
+class Statistic(Protocol):
+    """What is remembered of a matrix's inputs while the calibration sequences pass it."""
+
+    def __init__(self, columns: int, device: torch.device) -> None: ...
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Adds inputs (..., columns) of any float dtype."""
+
+    @classmethod
+    def nbytes(cls, columns: int) -> int:
+        """The bytes that the statistic of so many input channels takes."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of pruning one matrix.
+
+    Args:
+        score: f(weight, inputs) -> scores. `weight` is (rows, columns) in its stored dtype, `inputs` the `statistic` of
+            what the matrix was fed. The scores are float32 (rows, columns), finite and at least 0; the lowest are
+            pruned. A score that is made for some rows at a time (`by_rows`) gives a `Scaled` instead.
+        statistic: the class that sums up the inputs, such as `SquaredNorm`; None: nothing is measured and `inputs` is
+            None.
+        update: f(weight, dense, inputs), called after the mask is applied; it moves the kept weights of `weight` in
+            place, where `dense` is a copy of the weight before. None (default): kept weights keep their bits.
+        group: what is compared for a sparsity unless the user says otherwise: "row" (default) or "matrix".
+        name: how reports and job.json call the method; default: the name of the score function.
+        by_rows: whether the score needs no memory of the size of the matrix (default: False).
+
+    Example:
+        >>> from lowmem_wanda import Method, SquaredNorm
+        >>> Method(score=lambda weight, inputs: weight.float().abs() * inputs.norms() ** 0.5, statistic=SquaredNorm)
+    """
+
+    score: Callable[[torch.Tensor, Any], Score | torch.Tensor]
+    statistic: type[Statistic] | None
+    update: Callable[[torch.Tensor, torch.Tensor, Any], None] | None = None
+    group: str = "row"
+    name: str = ""
+    by_rows: bool = False
+
+    def __str__(self) -> str:
+        return self.name or str(getattr(self.score, "__qualname__", type(self.score).__name__))
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the weights that are not pruned keep their bits."""
+        return self.update is None
+
+    @property
+    def code(self) -> str | None:
+        """SHA-256 in hex of the compiled score and update; None for the methods that ship, which have a version.
+
+        A job is not continued with other code. Values that a function takes from outside do not count.
+        """
+        if str(self) in METHODS and METHODS[str(self)] is self:
+            return None
+        codes = [getattr(function, "__code__", None) for function in (self.score, self.update)]
+        parts = [(code.co_code.hex(), code.co_names, _constants(code)) for code in codes if code]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def scores(self, weight: torch.Tensor, inputs: Any) -> Score:
+        """What makes the scores of some rows of a weight. Raises NumberError for scores that cannot be compared."""
+        made = self.score(weight, inputs)
+        if not isinstance(made, torch.Tensor):
+            return made
+        if made.shape != weight.shape:
+            shapes = f"{list(made.shape)} for a weight of {list(weight.shape)}"
+            raise NumberError(f"method {self}: its scores are {shapes}; give one score for each weight")
+        scores = made.detach().float()
+        if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()):
+            raise NumberError(f"method {self}: its scores are not all finite and at least 0; the lowest are pruned")
+        return lambda rows: scores[rows]
+
+    def workspace(self, rows: int, columns: int, itemsize: int) -> int:
+        """The bytes that pruning a (rows, columns) matrix takes beside what is made for some rows at a time.
+
+        A score of the whole matrix is counted as three float32 of its size: |weight| in float32, a product, a mask.
+        """
+        return rows * columns * (12 * (not self.by_rows) + itemsize * (not self.keeps_bits))
+
+
+def wanda(weight: torch.Tensor, inputs: SquaredNorm) -> Scaled:
+    """|W_ij| * ||X_j||_2 in float32 (arXiv 2306.11695, eq. 1)."""
+    return Scaled(weight, inputs.norms())
+
+
+def magnitude(weight: torch.Tensor, inputs: None) -> Scaled:
+    """|W_ij| in float32; no inputs are needed."""
+    return Scaled(weight)
+
+
+METHODS = {
+    "wanda": Method(wanda, SquaredNorm, group="row", name="wanda", by_rows=True),
+    "magnitude": Method(magnitude, None, group="matrix", name="magnitude", by_rows=True),
+}
+
+
+def find_method(method: str | Method) -> Method:
+    """The method of a name, or the method itself. Raises PatternError for a name that no method has."""
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise PatternError(f"--method {method}: there is no such method; there are {', '.join(NAMES)}")
+    return METHODS[method]
+
+
+def _constants(code: Any) -> str:
+    """The constants of compiled code, those of functions within it too, without the addresses of objects."""
+    inner = [(one.co_code.hex(), one.co_names, _constants(one)) for one in code.co_consts if hasattr(one, "co_code")]
+    return repr(([one for one in code.co_consts if not hasattr(one, "co_code")], inner))

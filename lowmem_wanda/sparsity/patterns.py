@@ -1,0 +1,130 @@
+"""Sparsity patterns: they turn scores (rows, columns) into the mask of what is pruned.
+
+"2:4" is NVIDIA's convention: 2 weights *kept* of each 4 consecutive ones along the input dimension.
+The paper's code (arXiv 2306.11695, `prune_n:prune_m`) counts the zeros; for 1:4 the two differ.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lowmem_wanda.errors import PatternError
+from lowmem_wanda.sparsity.selection import Score, kth_smallest, lowest_of_groups, lowest_of_rows, row_chunks
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive weights of a row that are compared with each other: `size` of them, of which `zeros` are pruned."""
+
+    size: int
+    zeros: int
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A share of the weights is pruned: the lowest scores of each row, or of the whole matrix.
+
+    `group` "row" prunes exactly `int(columns * sparsity)` weights of each output row, ties to the lowest column.
+    `group` "matrix" prunes every score up to the one at index `int(numel * sparsity)` of the sorted matrix, that one
+    included. This is the rule of the paper's `prune_magnitude`: one weight more than the share, and all its ties.
+    """
+
+    sparsity: float
+    group: str = "row"
+
+    def __str__(self) -> str:
+        return f"{self.sparsity * 100:g}%"
+
+    def require_shape(self, name: str, rows: int, columns: int) -> None:
+        """Raises PatternError if nothing of a (rows, columns) matrix would be pruned."""
+        if int(columns * self.sparsity) == 0:
+            raise PatternError(
+                f"tensor {name} has {columns} inputs, of which {self} is less than one weight: use a larger sparsity"
+            )
+
+    def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields (rows, bool mask of what is pruned), about `chunk` weights of whole rows at a time."""
+        if self.group == "row":
+            for part in row_chunks(rows, columns, chunk):
+                yield part, lowest_of_rows(score(part), int(columns * self.sparsity))
+        else:
+            parts = row_chunks(rows, columns, chunk)
+            threshold = kth_smallest(lambda: map(score, parts), int(rows * columns * self.sparsity))
+            for part in parts:
+                yield part, score(part) <= threshold
+
+    def groups(self, columns: int) -> Group | None:
+        """The groups that are compared within a row of so many columns; None if the whole matrix is compared."""
+        return Group(columns, int(columns * self.sparsity)) if self.group == "row" else None
+
+    def zeros_per_group(self, mask: torch.Tensor) -> torch.Tensor:
+        """The number of zeros in each group of a bool mask (rows, columns) of zeros: here in each row."""
+        return mask.sum(dim=1)
+
+    def zeros_in_all(self, weights: int) -> int:
+        """The number of zeros that a matrix of so many weights has at least."""
+        return int(weights * self.sparsity) + 1 if self.group == "matrix" else 0
+
+
+@dataclass(frozen=True)
+class NM:
+    """`kept` of each `of` consecutive weights along the inputs are kept; of equal scores the first is pruned."""
+
+    kept: int
+    of: int
+    group: str = "row"
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.of}"
+
+    def require_shape(self, name: str, rows: int, columns: int) -> None:
+        """Raises PatternError if the columns of a (rows, columns) matrix are not a multiple of the group."""
+        if columns % self.of:
+            raise PatternError(
+                f"tensor {name} has {columns} inputs, which {self.of} does not divide: "
+                f"--pattern {self} cannot hold there, use another pattern or --exclude it"
+            )
+
+    def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields (rows, bool mask of what is pruned), about `chunk` weights of whole rows at a time."""
+        for part in row_chunks(rows, columns, chunk):
+            yield part, lowest_of_groups(score(part), self.of, self.of - self.kept)
+
+    def groups(self, columns: int) -> Group:
+        """The groups that are compared within a row."""
+        return Group(self.of, self.of - self.kept)
+
+    def zeros_per_group(self, mask: torch.Tensor) -> torch.Tensor:
+        """The number of zeros in each group of a bool mask (rows, columns) of zeros, uint8 (groups,)."""
+        groups = mask.reshape(-1, self.of).view(torch.uint8)  # (groups, of)
+        counts = groups[:, 0].clone()
+        for place in range(1, self.of):  # a sum over so few costs 4 times as much
+            counts += groups[:, place]
+        return counts
+
+    def zeros_in_all(self, weights: int) -> int:
+        """The number of zeros that a matrix of so many weights has at least."""
+        return weights // self.of * (self.of - self.kept)
+
+
+Pattern = Unstructured | NM
+
+
+def parse(text: str, group: str = "row") -> Pattern:
+    """The pattern of "2:4", "4:8" (kept:of), "0.5" or "60%" (sparsity). Raises PatternError."""
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        kept, of = int(match[1]), int(match[2])
+        if not 0 < kept < of:
+            raise PatternError(f"pattern {text!r} keeps {kept} of {of}: N:M needs 0 < N < M, as 2:4 or 4:8")
+        if group != "row":
+            raise PatternError(
+                f"pattern {text!r} has groups of its own: --group {group} goes with a sparsity such as 50%"
+            )
+        return NM(kept, of)
+    if match := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text):
+        sparsity = float(match[1]) / (100 if match[2] else 1)
+        if 0 < sparsity < 1:
+            return Unstructured(sparsity, group)
+    raise PatternError(f"pattern {text!r} is neither N:M (as 2:4, N kept of M) nor a sparsity (as 0.5 or 50%)")

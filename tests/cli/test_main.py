@@ -1,0 +1,232 @@
+"""The command line as a user meets it: exit codes, streams, JSON, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_tiny
+
+from lowmem_wanda.cli.main import main
+from lowmem_wanda.sparsity.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+CLI = [sys.executable, "-W", "error::UserWarning", str(ROOT / "cli.py")]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("source"), "llama", torch.bfloat16))
+
+
+def test_prune_plan_and_check(source, token_file, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["plan", source, "--text", str(token_file), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["blocks"], plan["prunable"], plan["tokens"]) == (3, 3 * 9216, 96)
+    assert not (tmp_path / "out").exists()
+    assert main(["prune", source, out, "--text", str(token_file), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["summary"]["sparsity"] == 0.5
+    assert "block 1/3   7 linears  50.00% zero" in shown.err and "6 sequences of 16 tokens from tokens.npy" in shown.err
+    assert main(["check", out, "--against", source, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["masked"] == 21
+
+
+def test_the_closing_table_says_what_it_does_not_give(source, token_file, tmp_path, capsys):
+    assert main(["prune", source, str(tmp_path / "out"), "--text", str(token_file)]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "13.8 K of 27.6 K weights (50.00%)" in words
+    assert "stay as large" in words
+    assert main(["plan", source, "--method", "magnitude"]) == 0
+    assert "calibration none" in " ".join(capsys.readouterr().out.split())
+    assert main(["check", str(tmp_path / "out")]) == 0
+    assert "q_proj.weight  BF16     32 x 32       50.00% zero  2:4" in capsys.readouterr().out
+
+
+def test_our_errors_are_one_sentence_and_1(tmp_path, capsys):
+    assert main(["check", str(tmp_path / "nowhere")]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("error: ") and shown.err.count("\n") == 1
+
+
+def test_a_failed_proof_is_1(source, tmp_path, capsys):
+    other = save_tiny(tmp_path / "other", "llama", torch.bfloat16, seed=1)
+    assert main(["check", str(other), "--against", source]) == 1
+    assert "neither the source's nor zero" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from lowmem_wanda.errors import CheckpointError
+
+    with pytest.raises(CheckpointError):
+        main(["check", str(tmp_path / "nowhere"), "--debug"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["prun"], ["prune", "a"], ["prune", "a", "b", "--method", "best"], ["prune", "a", "b", "--sequences", "0"]],
+)
+def test_usage_errors_are_2(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_help_and_usage_import_nothing_heavy():
+    code = "import sys; from lowmem_wanda.cli.main import main\n" \
+        "try: main(['prune', '--help'])\nexcept SystemExit: pass\n" \
+        "sys.exit(bool({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)))"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_choices_of_help_are_the_methods(capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    assert "{" + ",".join(METHODS) + "}" in capsys.readouterr().out
+
+
+def test_the_three_doors_are_one():
+    for door in (CLI, [sys.executable, "-m", "lowmem_wanda"]):
+        shown = subprocess.run([*door, "--version"], cwd=ROOT, capture_output=True, text=True)
+        assert shown.stdout == "0.1.0\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    source = save_tiny(tmp_path / "source", "llama", num_hidden_layers=40, shard="1GB", vocab_size=1024)
+
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 1024, (256, 32)))
+    command = [
+        *CLI,
+        "prune",
+        str(source),
+        str(tmp_path / "out"),
+        "--text",
+        str(tmp_path / "ids.npy"),
+        "--sequences",
+        "256",
+    ]
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
+    while (line := child.stderr.readline()) and not line.startswith("block "):
+        pass
+    assert line.startswith("block 1/") or line.startswith("block  1/")
+    child.send_signal(signal.SIGINT)
+    said = child.stderr.read()
+    assert child.wait(10) == 130
+    child.stderr.close()
+    assert "stopped; run the same command again to continue" in said and "Traceback" not in said
+    assert not (tmp_path / "out" / "config.json").exists() and not list((tmp_path / "out").glob(".*.partial"))
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert main(["check", str(tmp_path / "out"), "--against", str(source)]) == 0
+
+
+def test_nothing_is_fetched_unasked(shared, tmp_path):
+    code = "import socket, sys; socket.socket.connect = socket.getaddrinfo = lambda *a, **k: sys.exit(99)\n" \
+        f"from lowmem_wanda.cli.main import main; sys.exit(main(['prune', {str(shared / 'models/stories260K')!r}, " \
+        f"{str(tmp_path / 'out')!r}, '--sequences', '1', '--length', '32']))"  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_paths_are_shown_as_they_are(source, token_file, tmp_path, capsys):
+    odd = tmp_path / "m[bold]x"
+    os.symlink(source, odd)
+    assert main(["prune", str(odd), str(tmp_path / "o[final]"), "--text", str(token_file)]) == 0
+    shown = capsys.readouterr()
+    assert "m[bold]x: 3 blocks" in shown.err.replace("\n", "") and "o[final]" in shown.out.replace("\n", "")
+
+
+def test_a_closed_pipe_is_no_traceback(source):
+    shell = f"{' '.join(CLI)} check {source} | true"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_control_characters_are_shown_not_sent():
+    from lowmem_wanda.cli.main import printable
+
+    assert printable("a\nerror: b\x1b[2Jä") == "a\\nerror: b\\x1b[2Jä"
+
+
+def test_eval_says_what_a_model_is_worth(source, token_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["prune", source, "out", "--text", str(token_file)]) == 0
+    capsys.readouterr()
+    assert main(["eval", source, "out", "--text", str(token_file), "--against", source, "--json"]) == 0
+    shown = capsys.readouterr()
+    dense, pruned = (json.loads(line) for line in shown.out.splitlines())
+    asked = {"perplexity", "perplexity_stderr", "tokens", "length", "kl_mean", "kl_p99", "top1_agreement"}
+    assert asked | {"perplexity_ratio"} <= pruned.keys() and (pruned["tokens"], pruned["length"]) == (90, 16)
+    assert dense["kl_max"] < 1e-6 < pruned["kl_mean"] and dense["top1_agreement"] == 1
+    assert "block 3/3  off by" in shown.err and "90 tokens scored in 6 windows of 16" in shown.err
+    report = json.loads((tmp_path / "out-eval/report.json").read_text())
+    assert report["kind"] == "eval" and len(report["models"]) == 2 and report["arguments"]["--against"] == source
+    assert "<html" in (tmp_path / "out-eval/report.html").read_text()
+
+
+def test_eval_shows_the_length_beside_the_perplexity_and_draws(source, token_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", source, "--text", str(token_file), "--against", source, "--plot"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "perplexity" in shown and "at 16" in shown and "±" in shown and "relative error of each block's output" in shown
+    )
+    assert "\x1b" not in shown and "-eval/report.html" in shown
+
+
+def test_compare_is_one_table(source, token_file, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    command = ["compare", source, out, "--text", str(token_file), "--calibration", str(token_file), "--plot"]
+    assert main([*command, "--patterns", "50%,2:4"]) == 0
+    shown = capsys.readouterr().out
+    lines = [line.split()[:2] for line in shown.splitlines() if "±" in line]
+    assert [line[0] for line in lines] == ["dense", "wanda", "magnitude", "wanda", "magnitude"]
+    assert "block's output" in shown and "out/report.html" in shown.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["eval", "SOURCE"], "give --text FILE, --tasks"),
+        (["compare", "SOURCE", "out"], "give --text FILE"),
+        (["compare", "SOURCE", "SOURCE/out", "--text", "IDS"], "never written to"),
+        (["eval", "SOURCE", "--text", "IDS", "--report", "SOURCE"], "holds no report of eval"),
+        (["eval", "nowhere", "--text", "IDS"], "nowhere"),
+        (["eval", "SOURCE", "--text", "IDS", "--length", "1"], "--length 1"),
+        (["eval", "SOURCE", "--text", "missing.npy"], "missing.npy"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_one_sentence(source, token_file, tmp_path, monkeypatch, capsys, command, says):
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("SOURCE", source).replace("IDS", str(token_file)) for word in command]
+    assert main(words) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and says in shown.err and shown.err.splitlines()[-1].startswith("error: ")
+    assert not list(tmp_path.glob("*eval/report.json"))
+
+
+@pytest.mark.parametrize(
+    ("package", "flags", "install"),
+    [("plotext", ["--plot"], 'pip install "plotext<6"'), ("lm_eval", ["--tasks", "boolq"], "pip install lm-eval")],
+)
+def test_an_extra_that_is_not_there_is_named(
+    source, token_file, tmp_path, monkeypatch, capsys, package, flags, install
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "lowmem_wanda.evaluation.zeroshot", raising=False)
+    assert main(["eval", source, "--text", str(token_file), *flags]) == 1
+    assert install in capsys.readouterr().err

@@ -1,0 +1,155 @@
+"""Calibration tokens: which text, which windows, what is refused."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lowmem_wanda.data import calibration as text
+from lowmem_wanda.data.calibration import BUILT_IN, calibrate
+from lowmem_wanda.errors import CalibrationError
+
+
+def encode(document):
+    """A token for each byte."""
+    return list(document.encode())
+
+
+def rows(texts, sequences=5, length=8, vocabulary=256, seed=0):
+    return calibrate(
+        [str(t) for t in texts], encode, sequences=sequences, length=length, vocabulary=vocabulary, seed=seed
+    ).tokens
+
+
+def test_the_built_in_text_gives_as_many_windows_as_it_holds():
+    size = sum(
+        len(encode(document.strip()))
+        for path in BUILT_IN.glob("*.txt")
+        for document in path.read_text("utf-8").split("<|endoftext|>")
+    )
+    assert size > 120_000
+    calibration = calibrate([], encode, sequences=10**6, length=2048, vocabulary=256)
+    assert calibration.tokens.shape == (size // 2048, 2048)
+    assert calibration.sources == ("built-in text",)
+
+
+def test_the_seed_decides(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog " * 20)
+    assert np.array_equal(rows([file], seed=1), rows([file], seed=1))
+    assert not np.array_equal(rows([file], seed=1), rows([file], seed=2))
+
+
+def test_windows_are_windows_of_documents(tmp_path):
+    file = tmp_path / "a.jsonl"
+    documents = ["abcdefghijklmnop", "ABCDEFGHIJKLMNOP", "0123456789"]
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents) + "\n")
+    windows = [bytes(row.tolist()).decode() for row in rows([file], sequences=50)]
+    assert all(any(window in document for document in documents) for window in windows)
+    assert {window[0] in "0123456789" for window in windows} == {True, False}
+
+
+def test_short_documents_are_joined(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("<|endoftext|>".join(["abc", "def", "ghi", " "]))
+    windows = {bytes(row.tolist()).decode() for row in rows([file], sequences=40)}
+    assert windows <= {"abcdefghiabcdefghi"[start : start + 8] for start in range(18)}
+
+
+def test_a_long_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "LONGEST", 100)
+    file = tmp_path / "a.txt"
+    file.write_text("0123456789\n" * 100)
+    lengths = []
+    calibrate(
+        [str(file)],
+        lambda document: lengths.append(len(document)) or encode(document),
+        sequences=20,
+        length=50,
+        vocabulary=256,
+    )
+    assert max(lengths) <= 100
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_rows_of_ids_are_used_as_they_stand(tmp_path, suffix):
+    ids, file = np.arange(40, dtype=np.int32).reshape(4, 10), tmp_path / f"ids{suffix}"
+    np.save(file, ids) if suffix == ".npy" else save_file({"input_ids": ids}, file)
+    assert np.array_equal(rows([file], sequences=3), ids[:3, :8])
+    assert np.array_equal(rows([file], sequences=99, length=99), ids)
+
+
+def test_one_row_of_ids_is_sampled(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(100))
+    sample = rows([tmp_path / "ids.npy"])
+    assert sample.shape == (5, 8) and (np.diff(sample, axis=1) == 1).all()
+
+
+def refused(tmp_path, name, content):
+    file = tmp_path / name
+    if isinstance(content, np.ndarray):
+        np.save(file, content, allow_pickle=True)
+    elif content is not None:
+        file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "none.txt: cannot be read"),
+        ("empty.txt", b"", "is empty"),
+        ("short.txt", b"abc", "3 tokens in all, fewer than --length 8"),
+        ("blank.txt", b" \n ", "0 tokens in all"),
+        ("bad.jsonl", b'{"txt": 1}\n', 'byte 0 is no JSON object with a "text"'),
+        ("float.npy", np.ones((2, 8)), "holds float64"),
+        ("empty.npy", b"", "no array of token ids"),
+        ("cube.npy", np.ones((2, 2, 2), int), "of shape"),
+        ("object.npy", np.array([{}], dtype=object), "no array of token ids"),
+        ("text.npy", b"hello", "no array of token ids"),
+        ("large.npy", np.full((2, 8), 256), "token id 256 is outside"),
+        ("negative.npy", np.full((2, 8), -1), "token id -1 is outside"),
+        ("broken.safetensors", b"12345678{}", "no safetensors header"),
+    ],
+)
+def test_what_is_no_calibration_is_refused(tmp_path, name, content, message):
+    from lowmem_wanda.errors import LowmemError
+
+    with pytest.raises(LowmemError, match=message):
+        rows([refused(tmp_path, name, content)])
+
+
+def test_rows_do_not_keep_their_documents(tmp_path):
+    np.save(tmp_path / "ids.npy", np.zeros(10_000_000, np.uint8))
+    assert rows([tmp_path / "ids.npy"], sequences=4).base is None
+
+
+def test_ids_and_text_do_not_mix(tmp_path):
+    with pytest.raises(CalibrationError, match="give one kind"):
+        rows([refused(tmp_path, "a.npy", np.ones((2, 8), int)), refused(tmp_path, "a.txt", b"text")])
+
+
+@pytest.mark.parametrize(("name", "first"), [("c4", "allenai/c4"), ("wikitext2", "Salesforce/wikitext")])
+def test_data_sets_are_downloaded_through_datasets(monkeypatch, name, first):
+    asked = []
+
+    class Rows(list):
+        def __getitem__(self, key):
+            return [row["text"] for row in self] if key == "text" else super().__getitem__(key)
+
+    def load_dataset(*args, **kwargs):
+        asked.append(args)
+        return Rows([{"text": "a document of C4"}, {"text": "and a second one"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert rows([name]).shape == (5, 8)
+    assert asked[0][0] == first
+
+
+def test_without_datasets_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match=r"pip install datasets"):
+        rows(["c4"])

@@ -1,0 +1,34 @@
+"""GGUFs as llama.cpp's converter makes them."""
+
+import gguf
+import numpy as np
+from helpers import read_tensor
+
+from lowmem_wanda.checkpoint.directory import Checkpoint
+from lowmem_wanda.llamacpp.names import gguf_names
+
+HEADS = {"q_proj": 4, "k_proj": 2}
+
+
+def weights(path):
+    """{name: float32 matrix of a linear, (outputs, inputs)} of a tiny Llama."""
+    tensors = Checkpoint(path).tensors
+    return {name: read_tensor(t).float().numpy() for name, t in tensors.items() if ".layers." in name and t.shape[1:]}
+
+
+def convert(path, model, kind, change=lambda name, weight: weight, skip=(), order=True):
+    """A GGUF of a Llama: q and k in the row order of llama.cpp's rotary embedding, which takes each head's two halves
+    in turn where transformers takes one after the other."""
+    writer, made = gguf.GGUFWriter(model, "llama"), weights(path)
+    names = gguf_names(list(made), "x")
+    for name, weight in made.items():
+        heads = HEADS.get(name.split(".")[-2]) if order else None
+        if heads:
+            rows, columns = weight.shape
+            weight = weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        if name not in skip:
+            weight = np.ascontiguousarray(change(name, weight))
+            data = gguf.quantize(weight, kind)
+            writer.add_tensor(names[name], data, raw_dtype=kind)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    return model

@@ -1,0 +1,116 @@
+"""compare: which prunings there are, that each row is what prune and eval give, and how it goes on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lowmem_wanda.data.windows import windows
+from lowmem_wanda.errors import OutputError, PatternError
+from lowmem_wanda.evaluation.perplexity import evaluate
+from lowmem_wanda.pruning import compare as module
+from lowmem_wanda.pruning.compare import compare, names, variants
+from lowmem_wanda.pruning.job import prepare
+from lowmem_wanda.pruning.prune import prune
+from lowmem_wanda.pruning.report import report_folder
+from lowmem_wanda.streaming.model import open_work
+
+
+def text(path, length=16):
+    return windows([str(path)], lambda line: [], length=length, vocabulary=96)
+
+
+def run(source, target, chosen, token_file, **settings):
+    given = {"calibration": [str(token_file)], "length": 16, "machine": {"device": "cpu"}, "arguments": {}, **settings}
+    return compare(source, report_folder(target, "compare"), chosen, text(token_file), **given)
+
+
+def test_what_matters_not_is_no_variant():
+    chosen = variants(
+        ["magnitude", "wanda"], ["50%", "2:4"], ["row", "matrix"], ["block"], sequences=[1, 8], seeds=[0, 1]
+    )
+    counts = {
+        (v.method, v.pattern): sum((w.method, w.pattern) == (v.method, v.pattern) for w in chosen) for v in chosen
+    }
+    assert counts == {
+        ("magnitude", "50%"): 2, ("magnitude", "2:4"): 1, ("wanda", "50%"): 8, ("wanda", "2:4"): 4,
+    }  # fmt: skip
+    assert len(set(names(chosen).values())) == len(chosen)
+    assert list(names(variants(["wanda", "magnitude"], ["50%"])).values()) == ["wanda 50%", "magnitude 50%"]
+
+
+def test_a_row_is_what_prune_and_eval_give(tiny, token_file, tmp_path):
+    chosen = variants(["magnitude", "wanda"], ["2:4"], sequences=[4])
+    report = run(tiny("llama"), tmp_path / "out", chosen, token_file)
+    prune(prepare(tiny("llama"), text=[str(token_file)], sequences=4), tmp_path / "wanda")
+    works = [open_work(path, device="cpu") for path in (tmp_path / "wanda", tiny("llama"))]
+    alone = evaluate(works[0], text(token_file), works[1])
+    row = report["rows"][1]
+    assert {key: row[key] for key in module.FIGURES} == {key: alone[key] for key in module.FIGURES}
+    assert [block["relative_error"] for block in row["blocks"]] == [b["relative_error"] for b in alone["blocks"]]
+    assert report["dense"] == alone["dense"] and row["sparsity"] == 0.5
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+    assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(report))
+
+
+def test_rows_that_are_there_are_not_made_again(tiny, token_file, tmp_path, monkeypatch):
+    first = run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"]), token_file)
+    made = []
+    monkeypatch.setattr(module, "prune", lambda task, *rest: made.append(task.method) or prune(task, *rest))
+    both = run(tiny("llama"), tmp_path / "out", variants(["magnitude", "wanda"], ["2:4"]), token_file, keep=True)
+    assert made == ["magnitude", "wanda"] and both["rows"][1]["perplexity"] == first["rows"][0]["perplexity"]
+    run(tiny("llama"), tmp_path / "out", variants(["magnitude", "wanda"], ["2:4"]), token_file, keep=True)
+    assert made == ["magnitude", "wanda"]
+    assert (tmp_path / "out/magnitude-2-4/config.json").exists()
+    with pytest.raises(OutputError, match="--calibration"):
+        run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"]), token_file, calibration=[])
+
+
+def test_rows_of_other_runs_have_names_of_their_own(tiny, token_file, tmp_path):
+    run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"], seeds=[0]), token_file)
+    report = run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"], seeds=[1]), token_file)
+    assert [row["name"] for row in report["rows"]] == ["wanda 2:4 seed 0", "wanda 2:4 seed 1"]
+
+
+def test_a_row_says_how_many_sequences_there_were(tiny, token_file, tmp_path):
+    report = run(tiny("llama"), tmp_path / "out", variants(["wanda"], ["2:4"], sequences=[6, 64, 128]), token_file)
+    assert [row["sequences"] for row in report["rows"]] == [6]
+
+
+def test_rows_of_another_model_are_refused(tiny, token_file, tmp_path):
+    run(tiny("llama"), tmp_path / "out", variants(["magnitude"], ["2:4"]), token_file)
+    with pytest.raises(OutputError, match="source fingerprint"):
+        run(tiny("mistral"), tmp_path / "out", variants(["magnitude"], ["2:4"]), token_file)
+    with pytest.raises(OutputError, match="holds no report of compare"):
+        report_folder(tiny("llama"), "compare")
+
+
+def test_fewer_sequences_are_the_first_of_more_and_seeds_are_spread(tiny, tmp_path):
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 96, 500))
+    np.save(tmp_path / "rows.npy", np.random.default_rng(1).integers(3, 96, (4, 16)))
+    chosen = variants(["wanda"], ["50%"], sequences=[2, 1], seeds=[0, 1])
+    samples = module._samples(open_work(tiny("llama"), device="cpu"), chosen, [str(tmp_path / "ids.npy")], 16)
+    assert np.array_equal(samples[1, 0].tokens, samples[2, 0].tokens[:1])
+    assert not np.array_equal(samples[1, 0].tokens, samples[1, 1].tokens)
+    report = run(
+        tiny("llama"), tmp_path / "out", chosen, tmp_path / "rows.npy", calibration=[str(tmp_path / "ids.npy")]
+    )
+    spread = {entry["name"]: entry for entry in report["spread"]}
+    values = [row["perplexity"] for row in report["rows"] if row["sequences"] == 2]
+    assert (
+        spread["wanda 50% 2 sequences"]["perplexity_sd"] == pytest.approx(np.std(values, ddof=1)) and len(spread) == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"methods": ["best"], "patterns": ["2:4"]}, "--methods best"),
+        ({"methods": ["wanda"], "patterns": ["2:4"], "groups": ["column"]}, "--groups column"),
+        ({"methods": ["wanda"], "patterns": ["half"]}, "half"),
+        ({"methods": ["wanda"], "patterns": ["2:4"], "sequences": [0]}, "--sequences 0"),
+    ],
+)
+def test_words_that_are_none_are_refused(settings, says):
+    with pytest.raises(PatternError, match=says):
+        variants(**settings)

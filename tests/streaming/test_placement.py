@@ -1,0 +1,205 @@
+"""Budgets: the fastest layout that fits, what is refused, and no bit of difference between layouts."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_tiny
+
+from lowmem_wanda.cli.main import main
+from lowmem_wanda.errors import BudgetError
+from lowmem_wanda.pruning.job import prepare
+from lowmem_wanda.pruning.prune import prune
+from lowmem_wanda.streaming import placement as planning
+from lowmem_wanda.streaming.model import Limits
+from lowmem_wanda.streaming.placement import choose, layouts
+from lowmem_wanda.streaming.resources import anonymous
+
+MB = 10**6
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("source"), "llama", torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Blocks of 3.6 MB, and hidden states of 8 MB."""
+    path = tmp_path_factory.mktemp("wide")
+    save_tiny(path, "llama", hidden_size=256, intermediate_size=768, head_dim=64, shard="5MB")
+    np.save(path / "tokens.npy", np.random.default_rng(0).integers(3, 96, (128, 64)))
+    return path
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """This process's own memory, which changes between calls, counts for nothing, and all is free."""
+    monkeypatch.setattr(planning, "anonymous", lambda: 0)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 10**12)
+
+
+def task(path, **limits):
+    settings = {key: limits.pop(key) for key in ("statistics", "batch", "sequences") if key in limits}
+    return prepare(path, text=[str(path / "tokens.npy")], limits=Limits(**limits), **settings)
+
+
+def test_the_fastest_comes_first_and_the_smallest_last(wide, still):
+    costs = dict(reversed(pair) for pair in layouts(task(wide), None))
+    first, last = min(costs, key=costs.get), max(costs, key=costs.get)
+    assert (first.states, first.slots, first.batch, costs[first]) == ("device", 3, 4, 0)
+    assert (last.states, last.slots, last.batch) == ("file", 1, 1)
+
+
+def test_a_smaller_budget_is_kept_by_a_smaller_layout(wide, still):
+    free, need = choose(task(wide))
+    assert (free.states, free.slots) == ("device", 3)
+    chosen = []
+    for less in range(0, need.host, MB):
+        try:
+            layout, now = choose(task(wide, max_ram=need.host - less))
+        except BudgetError as error:
+            least = int(str(error).split("--max-ram ")[-1].split("MB")[0])
+            break
+        assert now.host <= need.host - less
+        chosen.append((layout.slots, layout.states))
+    assert {slots for slots, _ in chosen} == {1, 2, 3} and {states for _, states in chosen} == {"device", "file"}
+    assert choose(task(wide, max_ram=least * MB))[1].host <= least * MB
+    with pytest.raises(BudgetError):
+        choose(task(wide, max_ram=least * MB - 2 * MB))
+
+
+def test_what_waits_is_what_still_fits(wide, still):
+    held, need = choose(task(wide, statistics="sequential"))
+    assert held.held == 32 and choose(task(wide))[0].held == 0
+    fewer, less = choose(task(wide, statistics="sequential", max_ram=need.host - 15 * MB))
+    assert 0 < fewer.held < 32 and less.host <= need.host - 15 * MB
+
+
+def test_what_is_not_free_is_not_planned_with(wide, still, monkeypatch):
+    monkeypatch.setattr(planning, "free_memory", lambda device: 50 * MB)
+    assert choose(task(wide))[1].host <= 50 * MB
+    assert choose(task(wide, max_ram=10**12))[1].host <= 50 * MB
+    monkeypatch.setattr(planning, "free_memory", lambda device: 5 * MB)
+    with pytest.raises(BudgetError, match="--max-ram: 5 MB is all that is free, .* end other programs"):
+        choose(task(wide))
+
+
+def test_attention_that_holds_its_scores_is_planned_with(tmp_path, still):
+    path = save_tiny(tmp_path, "bloom")
+    np.save(path / "tokens.npy", np.random.default_rng(0).integers(3, 96, (8, 64)))
+    assert choose(task(path))[1].host > 8 * 4 * 64 * 64 * 12
+
+
+def test_a_budget_is_refused_before_any_work(wide, tmp_path, capsys):
+    command = ["prune", str(wide), str(tmp_path / "out"), "--text", str(wide / "tokens.npy"), "--max-ram", "20MB"]
+    assert main(command) == 1
+    shown = capsys.readouterr().err
+    assert "error: --max-ram: 20 MB cannot be kept" in shown and "would fit with hidden states in a file" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8 * 10**9), ("500MB", 5 * 10**8), ("1.5GiB", 3 << 29), ("2", 2 * 10**9), ("64 kb", 64000), ("100b", 100)],
+)
+def test_sizes_are_read_as_people_write_them(text, expected):
+    from lowmem_wanda.cli.options import byte_size
+
+    assert byte_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["much", "1e3GB", "8XB", "GB"])
+def test_what_is_no_size_is_usage(text, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["plan", "x", "--max-ram", text])
+    assert error.value.code == 2 and "no size such as 8GB" in capsys.readouterr().err
+
+
+def hollow_llama(path, width, hidden, blocks, kv_heads, vocab):
+    """A checkpoint of true size that takes no disk: headers, and holes for the weights."""
+    shapes = {"model.embed_tokens": (vocab, width), "lm_head": (vocab, width), "model.norm": (width,)}
+    for block in (f"model.layers.{index}." for index in range(blocks)):
+        heads = {"q_proj": width, "k_proj": kv_heads * 128, "v_proj": kv_heads * 128, "o_proj": width}
+        shapes |= {f"{block}self_attn.{name}": (rows, width) for name, rows in heads.items()}
+        shapes |= {f"{block}mlp.{name}_proj": (hidden, width) for name in ("gate", "up")}
+        shapes |= {f"{block}mlp.down_proj": (width, hidden)}
+        shapes |= {f"{block}{name}_layernorm": (width,) for name in ("input", "post_attention")}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    with open(path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "vocab_size": vocab,
+              "intermediate_size": hidden, "num_hidden_layers": blocks, "num_attention_heads": width // 128,
+              "num_key_value_heads": kv_heads, "max_position_embeddings": 4096, "tie_word_embeddings": False}  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    np.save(path / "tokens.npy", np.zeros((128, 2048), np.int64))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "cap", "states"),
+    [
+        ((8192, 28672, 80, 8, 32000), 12, "device"),  # Llama-2-70B
+        ((8192, 28672, 80, 8, 32000), 8, "device"),
+        ((8192, 28672, 80, 8, 32000), 4, "host"),
+        ((16384, 53248, 126, 8, 128256), 24, "device"),  # Llama-3.1-405B
+    ],
+)
+def test_the_largest_models_are_planned_for_small_cards(tmp_path, still, shape, cap, states):
+    path = hollow_llama(tmp_path, *shape)
+    planned = prepare(
+        path, text=[str(path / "tokens.npy")], dtype="bfloat16", limits=Limits(max_vram=cap * 10**9, max_ram=10**12)
+    )
+    layout, need = choose(replace(planned, device=torch.device("cuda")))
+    assert (layout.states, layout.slots) == (states, 3) and 0 < need.device <= cap * 10**9
+    assert need.host < 3.2 * shape[0] * (4 * shape[0] + 3 * shape[1]) * 2 + 5e9 * (states == "host")
+
+
+def shards(path):
+    return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("statistics", ["block", "sequential"])
+def test_no_layout_changes_a_bit(source, token_file, tmp_path, statistics):
+    expected = None
+    for number, limits in enumerate(
+        [Limits(), Limits(states="file"), Limits(slots=1), Limits(slots=2, reading="mmap", states="file", held=1)]
+    ):
+        out = tmp_path / str(number)
+        report = prune(prepare(source, text=[str(token_file)], batch=4, statistics=statistics, limits=limits), out)
+        expected = expected or shards(out)
+        assert shards(out) == expected
+        assert report["layout"]["slots"] == (limits.slots or 3)
+        assert report["layout"]["states"] == (limits.states or "device")
+        assert not list(out.glob(".*"))
+
+
+def test_a_job_goes_on_with_the_batch_it_began_with(source, token_file, tmp_path, monkeypatch):
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(prepare(source, text=[str(token_file)]), tmp_path / "out", stop)
+    monkeypatch.setattr(planning, "CPU_TOKENS", 16)  # from now on one sequence would be as many as fit
+    assert choose(prepare(source, text=[str(token_file)]))[0].batch == 1
+    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    assert json.loads((tmp_path / "out/job.json").read_bytes())["--batch"] == 6
+
+
+def test_the_report_has_the_peak_beside_the_plan_and_the_times(source, token_file, tmp_path):
+    report = prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    memory, timing = report["peak_memory"], report["timing"]
+    assert anonymous() * 0.5 < memory["host_measured"] < 1.1 * memory["host_predicted"]
+    assert {"embed", "measure", "prune", "onward", "read", "write", "copy"} == timing["parts"].keys()
+    assert timing["serial"] == pytest.approx(sum(timing["parts"].values()))
+    assert 0 < timing["compute_busy"] <= 1 and timing["serial_over_wall"] == pytest.approx(
+        timing["serial"] / timing["wall"]
+    )
+    assert report["blocks"][0]["parts"].keys() == {"measure", "prune", "onward", "read", "write"}
