@@ -14,7 +14,7 @@ from measure import commit, machine
 from lowmem_wanda.sparsity.masks import prune_lowest
 from lowmem_wanda.sparsity.methods import magnitude
 from lowmem_wanda.sparsity.patterns import parse
-from lowmem_wanda.streaming.tensors import raw
+from lowmem_wanda.streaming.buffers import raw
 
 ROWS, COLUMNS = 4096, 8192
 PIECE, BLOCK = 128 << 10, 4 << 10

@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 from measure import ROOT, commit, machine
 
-from lowmem_wanda.checkpoint.directory import Checkpoint, read_json
-from lowmem_wanda.checkpoint.pruned import pruned_linears
+from lowmem_wanda.checkpoint.directory import Checkpoint
+from lowmem_wanda.checkpoint.pruned import pruned_matrices, read_report
 from lowmem_wanda.llamacpp import survive as survival
-from lowmem_wanda.llamacpp.imatrix import open_gguf
-from lowmem_wanda.llamacpp.names import gguf_names
+from lowmem_wanda.llamacpp.names import gguf_names, open_gguf
 
 KINDS = (
     "F32", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_S",
@@ -101,13 +100,13 @@ def perplexity(arguments: argparse.Namespace, model: Path) -> tuple[float, float
 
 def positive(path: Path, model: Path) -> float:
     """Share of the pruned weights that are positive in a GGUF."""
-    linears = pruned_linears(Checkpoint(path), read_json(path / "report.json"))
-    names = gguf_names(list(linears), "this")
+    matrices = pruned_matrices(Checkpoint(path), read_report(path))
+    names = gguf_names(list(matrices), "this")
     tensors, above, all_ = {tensor.name: tensor for tensor in open_gguf(model).tensors}, 0, 0
-    for name, linear in linears.items():
-        rows, read, tensor = linear.shape[0], linear.reader(), tensors[names[name]]
-        order = survival._order(linear, read, tensor, model)
-        gone = linear.gone(read(0, rows))
+    for name, matrix in matrices.items():
+        rows, read, tensor = matrix.shape[0], matrix.reader(), tensors[names[name]]
+        order = survival._order(matrix, read, tensor, model)
+        gone = matrix.gone(read(0, rows))
         above += int((survival._dequantized(tensor, np.arange(rows) if order is None else order)[gone] > 0).sum())
         all_ += int(gone.sum())
     return above / all_

@@ -23,7 +23,7 @@ from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.sparsity.masks import prune_lowest, survey
 from lowmem_wanda.sparsity.methods import magnitude
 from lowmem_wanda.sparsity.patterns import NM
-from lowmem_wanda.streaming.tensors import DTYPES, read_cast
+from lowmem_wanda.streaming.buffers import DTYPES, read_cast
 
 SHAPES = {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)}
 TOKENS = (1, 16, 128, 1024, 4096)

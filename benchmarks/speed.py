@@ -39,7 +39,7 @@ found = {entry.metadata["Name"]: entry.version for entry in distributions()}
 print(json.dumps({"python": platform.python_version()} | {name: found[name] for name in wanted if name in found}))
 """
 IMPORTS = {
-    "ours": "import transformers.models.llama.modeling_llama, lowmem_wanda.prune",
+    "ours": "import transformers.models.llama.modeling_llama, lowmem_wanda.pruning.prune",
     "llm-compressor": "import datasets, llmcompressor.modifiers.pruning, transformers.models.llama.modeling_llama",
 }
 

@@ -1,3 +1,112 @@
-"""Prune language models of any size with Wanda, one decoder block in memory at a time."""
+"""Prune language models of any size with Wanda, one decoder block in memory at a time.
+
+    >>> from lowmem_wanda import check, prune
+    >>> report = prune("source", "pruned", pattern="2:4", text=["my.txt"], length=64)
+    >>> check("pruned", against="source").problems
+    []
+
+Importing this package imports neither torch nor transformers; they come when a function is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowmem_wanda.checkpoint.directory import Checkpoint
+    from lowmem_wanda.checkpoint.verify import Findings, check
+    from lowmem_wanda.errors import (
+        BudgetError,
+        CalibrationError,
+        CheckpointError,
+        LowmemError,
+        ModelError,
+        NumberError,
+        OutputError,
+        PatternError,
+    )
+    from lowmem_wanda.evaluation.evaluate import EvaluationReport, ModelReport, evaluate
+    from lowmem_wanda.llamacpp.collect import ImatrixReport, imatrix
+    from lowmem_wanda.llamacpp.survive import SurvivalReport, survive
+    from lowmem_wanda.pruning import ORDERS
+    from lowmem_wanda.pruning.compare import ComparisonReport, compare
+    from lowmem_wanda.pruning.plan import Plan, plan
+    from lowmem_wanda.pruning.prune import prune
+    from lowmem_wanda.pruning.report import PruneReport
+    from lowmem_wanda.sparsity import METHODS
+    from lowmem_wanda.sparsity.methods import Method
+    from lowmem_wanda.sparsity.selection import Scaled
+    from lowmem_wanda.sparsity.statistics import SquaredNorm
+    from lowmem_wanda.streaming.machine import DTYPES, READS, byte_size
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "checkpoint.directory": ("Checkpoint",),
+    "checkpoint.verify": ("Findings", "check"),
+    "errors": (
+        "BudgetError", "CalibrationError", "CheckpointError", "LowmemError", "ModelError", "NumberError", "OutputError",
+        "PatternError",
+    ),
+    "evaluation.evaluate": ("EvaluationReport", "ModelReport", "evaluate"),
+    "llamacpp.collect": ("ImatrixReport", "imatrix"),
+    "llamacpp.survive": ("SurvivalReport", "survive"),
+    "pruning": ("ORDERS",),
+    "pruning.compare": ("ComparisonReport", "compare"),
+    "pruning.plan": ("Plan", "plan"),
+    "pruning.prune": ("prune",),
+    "pruning.report": ("PruneReport",),
+    "sparsity": ("METHODS",),
+    "sparsity.methods": ("Method",),
+    "sparsity.selection": ("Scaled",),
+    "sparsity.statistics": ("SquaredNorm",),
+    "streaming.machine": ("DTYPES", "READS", "byte_size"),
+}  # fmt: skip
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "BudgetError",
+    "CalibrationError",
+    "Checkpoint",
+    "CheckpointError",
+    "ComparisonReport",
+    "DTYPES",
+    "EvaluationReport",
+    "Findings",
+    "ImatrixReport",
+    "LowmemError",
+    "METHODS",
+    "Method",
+    "ModelError",
+    "ModelReport",
+    "NumberError",
+    "ORDERS",
+    "OutputError",
+    "PatternError",
+    "Plan",
+    "PruneReport",
+    "READS",
+    "Scaled",
+    "SquaredNorm",
+    "SurvivalReport",
+    "byte_size",
+    "check",
+    "compare",
+    "evaluate",
+    "imatrix",
+    "plan",
+    "prune",
+    "survive",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a name of the library when it is first asked for."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

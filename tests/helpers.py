@@ -7,7 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.streaming.tensors import DTYPES, read_cast
+from lowmem_wanda.streaming.buffers import DTYPES, read_cast
+from lowmem_wanda.streaming.machine import Machine
+from lowmem_wanda.streaming.model import StreamedModel, open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -89,3 +91,8 @@ def digests(path: Path) -> dict[str, str]:
 
 def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def opened(path: Path, **settings) -> StreamedModel:
+    """The model in a folder, opened on the CPU."""
+    return open_model(path, Machine.of(device="cpu", **settings))

@@ -3,9 +3,8 @@
 import os
 import signal
 
+from lowmem_wanda import prune
 from lowmem_wanda.checkpoint import writer
-from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
 
 
 def prune_until(source, target, tokens, calls, half):
@@ -28,4 +27,4 @@ def prune_until(source, target, tokens, calls, half):
     os_write = os.write
     for name in ("write", "fsync", "replace"):
         setattr(writer.os, name, dying(getattr(os, name)))
-    prune(prepare(source, text=[tokens], batch=4), target)
+    prune(source, target, text=[tokens], batch=4)

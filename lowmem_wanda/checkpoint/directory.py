@@ -1,26 +1,19 @@
-"""A directory of safetensors: which tensor lies where, and its bytes when they are asked for.
+"""A directory of safetensors: which tensor lies where, and the small files beside them."""
 
-Needs numpy alone. The format (https://github.com/huggingface/safetensors#format): eight bytes of
-little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the tensors' bytes.
-"""
-
-import json
-import math
-import re
-import struct
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lowmem_wanda.checkpoint.reader import Tensor, stamp
+from lowmem_wanda.checkpoint.reader import FLOATS, QUANTIZED, Tensor, read_header, read_json
 from lowmem_wanda.errors import CheckpointError
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-QUANTIZED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-ITEMSIZE = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
-ITEMSIZE |= dict.fromkeys(QUANTIZED, 1)
-IN_BLOCK = re.compile(r"(^|\.)\d+\.")  # in the name of a tensor that lies in a block
-MAX_HEADER = 100_000_000  # the limit of the safetensors library
+WEIGHT_INDEX = ".index.json"
+COPIED = (".json", ".jinja", ".model", ".txt", ".md", ".tiktoken")
+COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README", "USE_POLICY")
+JOB, REPORT = "job.json", "report.json"  # what a pruning writes beside the checkpoint
+WHOLE = 256 << 20  # bytes; a larger source is fingerprinted by samples
 
 
 class Checkpoint:
@@ -86,89 +79,6 @@ class Checkpoint:
         return weight_map
 
 
-def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file. Raises CheckpointError unless they fill it exactly, without overlap."""
-    try:
-        with open(file, "rb") as handle:
-            size, _ = when = stamp(handle)
-            (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{file.name}: no safetensors header ({length} bytes of {size}); the file is truncated "
-                    "or no safetensors"
-                )
-            header = json.loads(handle.read(length), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        raise CheckpointError(f"{file.name}: cannot be read ({error.strerror}); download it to {file.parent}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name}: its header is no valid JSON ({error}); download it again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file.name}: its header is no JSON object; download it again")
-    header.pop("__metadata__", None)
-    tensors = {name: _tensor(file, name, entry, 8 + length, when) for name, entry in header.items()}
-    end = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
-        if tensor.offset != end:
-            raise CheckpointError(
-                f"{file.name}: tensor {tensor.name} starts at byte {tensor.offset} instead of {end}; download it again"
-            )
-        end += tensor.nbytes
-    if end != size:
-        kind = "truncated" if size < end else "too long"
-        raise CheckpointError(
-            f"{file.name}: is {kind}, {size} bytes where its header promises {end}; download it again"
-        )
-    return tensors
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError."""
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"{file.name}: cannot be read in {file.parent} ({error.strerror}); download it too"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name}: no valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file.name}: no JSON object; download it again")
-    return content
-
-
-def _tensor(file: Path, name: str, entry: Any, data: int, when: tuple[int, int]) -> Tensor:
-    """One header entry, checked; `data` is the byte at which the tensors start."""
-
-    match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if _naturals(*shape, start, stop):
-            pass
-        case _:
-            raise CheckpointError(f"{file.name}: the header entry of tensor {name} is malformed; download it again")
-    if dtype not in ITEMSIZE:
-        raise CheckpointError(
-            f"{file.name}: tensor {name} has dtype {dtype}, which is not read; get the unquantized (bf16, "
-            "fp16, fp32) checkpoint"
-        )
-    nbytes = math.prod(shape) * ITEMSIZE[dtype]
-    if stop - start != nbytes:
-        raise CheckpointError(
-            f"{file.name}: tensor {name}, {dtype} {shape}, needs {nbytes} bytes but has "
-            f"{stop - start}; download it again"
-        )
-    return Tensor(name, file, dtype, tuple(shape), data + start, nbytes, when)
-
-
-def _naturals(*values: Any) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key stands in it twice")
-    return content
-
-
 def _what_instead(path: Path) -> str:
     """Why a directory without model.safetensors cannot be read."""
     names = sorted(file.name for file in path.iterdir())
@@ -184,7 +94,7 @@ def _what_instead(path: Path) -> str:
     return f"neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint"
 
 
-def refuse_unprunable(checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
+def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
     """Raises CheckpointError for a quantized source and for one that brings code of its own."""
     config = checkpoint.config()
     if config.get("quantization_config"):
@@ -204,3 +114,42 @@ def refuse_unprunable(checkpoint: Checkpoint, trust_remote_code: bool = False) -
                 f"{tensor.file.name}: tensor {tensor.name} is quantized ({tensor.dtype}); prune the "
                 "unquantized checkpoint and quantize after"
             )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 in hex over config.json and the shards: all bytes, or of more than 256 MiB 64 KiB of every 4 MiB."""
+    digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
+    sizes = {file: file.stat().st_size for file in checkpoint.files}
+    step, length = (4 << 20, 4 << 20) if sum(sizes.values()) <= WHOLE else (4 << 20, 64 << 10)
+    for file, size in sizes.items():
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb", buffering=0) as handle:
+            for start in range(0, size, step):
+                handle.seek(start)
+                digest.update(handle.read(length))
+    return digest.hexdigest()
+
+
+def small_files(source: Path, code: bool = False) -> list[Path]:
+    """Configuration, tokenizer, licence and model card of a checkpoint, relative; Python files only with `code`."""
+    found = [path for path in source.iterdir() if path.is_file()] + list(
+        source.glob("additional_chat_templates/*.jinja")
+    )
+    return sorted(path.relative_to(source) for path in found if _is_copied(path, code))
+
+
+def differing(files: Iterable[Path], source: Path, target: Path) -> list[Path]:
+    """Those of the relative `files` that are missing in `target` or have other bytes than in `source`."""
+    return [
+        file
+        for file in files
+        if not (target / file).exists() or (target / file).read_bytes() != (source / file).read_bytes()
+    ]
+
+
+def _is_copied(path: Path, code: bool) -> bool:
+    if path.name in (JOB, REPORT) or path.name.endswith(WEIGHT_INDEX) or path.name.startswith("."):
+        return False
+    if path.suffix in COPIED or (code and path.suffix == ".py"):
+        return True
+    return path.name.upper().startswith(COPIED_NAMES) and path.suffix in ("", ".rst", ".pdf", ".html")

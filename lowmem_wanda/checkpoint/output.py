@@ -1,51 +1,51 @@
-"""The output directory as the state of a job: what it was asked to do, and which shards are done.
+"""The output directory of a job: what the job was asked to do, which shards are done, and how it becomes a checkpoint.
 
-`job.json` is written once, before anything else. Each finished shard adds a line to `.progress.jsonl`;
-a shard is done when it stands under its final name with the checksum of its line (a valid header and
-the right size prove nothing: a kill inside a save leaves both).
+`job.json` is written once, before anything else. Each finished shard adds a line to `.progress.jsonl`. A shard is done
+when it stands under its final name with the checksum of its line: a valid header and the right size prove nothing,
+because a kill inside a save leaves both. `config.json` comes last, so an unfinished directory loads as nothing.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lowmem_wanda.checkpoint.directory import CONFIG, Checkpoint, read_json
-from lowmem_wanda.checkpoint.writer import PARTIAL, explained, sha256_of, sync_directory, write_json
+from lowmem_wanda.checkpoint.directory import CONFIG, INDEX, JOB, REPORT, Checkpoint, differing
+from lowmem_wanda.checkpoint.reader import read_header, read_json
+from lowmem_wanda.checkpoint.writer import PARTIAL, explained, sha256_of, sync_directory, write_bytes, write_json
 from lowmem_wanda.errors import CheckpointError, OutputError
 
-JOB, REPORT, PROGRESS, LOCK = "job.json", "report.json", ".progress.jsonl", ".lock"
-WHOLE = 256 << 20  # bytes; a larger source is fingerprinted by samples
+FORMAT = 1  # of job.json and report.json
+PROGRESS, LOCK = ".progress.jsonl", ".lock"
 
 
-class Job:
-    """One pruning in `path`, begun or taken up again, while no other process is at work there (see `working`).
+class Output:
+    """The directory `path` of one job, begun or taken up again, while no other process works there (see `working`).
 
-    `arguments` is all that can change a bit of the result, as {flag or property: value}. Raises OutputError
-    for the same job with other arguments.
+    `arguments` is all that can change a bit of the result, as {name: JSON value}; `label` turns a name into what a
+    message calls it. Raises OutputError for the same directory with other arguments or of another format.
     """
 
-    def __init__(self, path: Path, arguments: dict[str, Any]) -> None:
-        self.path, self.arguments = path, arguments
+    def __init__(self, path: Path, arguments: dict[str, Any], label: Callable[[str], str] = str) -> None:
+        self.path, self.arguments = path, {"format": FORMAT, **arguments}
         self.resumed = (path / JOB).exists()
         self.finished: dict[str, dict[str, Any]] = {}
         if self.resumed:
-            self._compare(begun(path), arguments)
+            self._require_same(begun(path), label)
 
     def begin(self, needed: int, shards: Collection[str]) -> None:
         """Writes job.json, or finds which of `shards` are done. Raises OutputError where `needed` bytes do not fit."""
         self._take_up(shards)
-        check_disk(self.path, needed - sum(record["nbytes"] for record in self.finished.values()))
+        require_disk(self.path, needed - sum(entry["nbytes"] for entry in self.finished.values()))
         if not self.resumed:
             write_json(self.path / JOB, self.arguments)
 
-    def record(self, shard: str, entry: dict[str, Any]) -> None:
-        """Notes a finished shard; `entry` holds its nbytes and sha256 and goes into the report."""
+    def add(self, shard: str, entry: dict[str, Any]) -> None:
+        """Notes a finished shard; `entry` has its nbytes and sha256 and goes into the report."""
         with explained(self.path / PROGRESS), open(self.path / PROGRESS, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"shard": shard, **entry}) + "\n")  # a kill may have cut the line before
             file.flush()
@@ -54,9 +54,47 @@ class Job:
             sync_directory(self.path)
         self.finished[shard] = entry
 
+    def publish_files(self, source: Checkpoint, files: Sequence[Path]) -> None:
+        """Writes the small files of the source byte for byte, but for config.json, and the index of the shards."""
+        weight_map = {
+            name: shard.name for shard in sorted(self.path.glob("model-*.safetensors")) for name in read_header(shard)
+        }
+        if weight_map.keys() != source.tensors.keys():
+            missing = sorted(weight_map.keys() ^ source.tensors.keys())
+            raise OutputError(f"{self.path}: tensor {missing[0]} is not in both source and output; report this bug")
+        for file in files:
+            if file.name != CONFIG:
+                (self.path / file).parent.mkdir(exist_ok=True)
+                write_bytes(self.path / file, (source.path / file).read_bytes())
+        index = {"metadata": {"total_size": source.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.path / INDEX, index)
+
+    def publish_config(self, source: Checkpoint) -> None:
+        """Writes config.json, which completes the checkpoint."""
+        write_bytes(self.path / CONFIG, (source.path / CONFIG).read_bytes())
+
     def end(self) -> None:
         """Removes what only an unfinished job needs."""
         (self.path / PROGRESS).unlink(missing_ok=True)
+
+    def verified(self, source: Checkpoint, files: Sequence[Path]) -> dict[str, Any]:
+        """The report of a finished job, once its files are found to be what it says. Raises OutputError."""
+        again = f"delete {self.path} and prune again"
+        try:
+            report = read_json(self.path / REPORT)
+            expected = {shard["name"]: shard["sha256"] for shard in report["shards"]}
+            index = read_json(self.path / INDEX)["weight_map"]
+            report["summary"]["sparsity"], dict(report.get("imatrix") or {})
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            raise OutputError(f"{self.path}: its {REPORT} or {INDEX} is damaged; {again}") from None
+        for name, sha256 in expected.items():
+            if not (self.path / name).exists() or sha256_of(self.path / name) != sha256:
+                raise OutputError(f"{self.path / name}: is not the shard that was written; {again}")
+        if index != {name: shard for shard in expected for name in read_header(self.path / shard)}:
+            raise OutputError(f"{self.path / INDEX}: does not say where the tensors are; {again}")
+        for file in differing(files, source.path, self.path):
+            raise OutputError(f"{self.path / file}: is not the source's; {again}")
+        return report
 
     def _take_up(self, shards: Collection[str]) -> None:
         """Finds the finished shards of an interrupted run and clears away its half-written files."""
@@ -69,20 +107,43 @@ class Job:
             if name in shards and (self.path / name).exists() and sha256_of(self.path / name) == entry.get("sha256"):
                 self.finished[name] = entry
 
-    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        now = json.loads(json.dumps(now))
+    def _require_same(self, before: dict[str, Any], label: Callable[[str], str]) -> None:
+        now = json.loads(json.dumps(self.arguments))
         for key in [*now, *before]:
             if before.get(key) != now.get(key):
                 raise OutputError(
-                    f"{self.path}: holds a job with {key} = {_brief(before.get(key))}, this one has "
+                    f"{self.path}: holds a job with {label(key)} = {_brief(before.get(key))}, this one has "
                     f"{_brief(now.get(key))}; "
                     "repeat the first command or give another directory"
                 )
 
 
+def shard_names(depth: int) -> list[str]:
+    """The Hugging Face names of the shard outside the blocks and of each block's shard.
+
+    Other names convert to an empty GGUF without an error.
+    """
+    return [f"model-{index + 1:05d}-of-{depth + 1:05d}.safetensors" for index in range(depth + 1)]
+
+
 def begun(path: Path) -> dict[str, Any]:
-    """The arguments of the job in a directory, none where there is no job. Raises OutputError."""
-    return _ours(path / JOB) if (path / JOB).exists() else {}
+    """The arguments of the job in a directory; {} where there is no job. Raises OutputError.
+
+    A job.json of another format is refused: what it says, and the bits of its shards, may have another meaning.
+    """
+    if not (path / JOB).exists():
+        return {}
+    try:
+        arguments = read_json(path / JOB)
+    except CheckpointError:
+        raise OutputError(f"{path / JOB}: is damaged; delete {path} and prune again") from None
+    if arguments.get("format") != FORMAT:
+        raise OutputError(
+            f"{path}: holds a job that another version of lowmem-wanda began ({JOB} has format "
+            f"{_brief(arguments.get('format', 'none'))}, this version has {FORMAT}); continue it with that version, or "
+            "delete the directory and prune again"
+        )
+    return arguments
 
 
 def finished(path: Path) -> bool:
@@ -90,36 +151,47 @@ def finished(path: Path) -> bool:
     return (path / JOB).exists() and (path / CONFIG).exists()
 
 
-def refuse_unfinished(path: Path) -> None:
+def require_finished(path: Path) -> None:
     """Raises CheckpointError for the directory of a job that is not done."""
     if (path / JOB).exists() and not (path / CONFIG).exists():
         raise CheckpointError(f"{path}: is an unfinished job; run its prune command again to complete it")
 
 
-def refuse(path: str | Path, source: str | Path) -> None:
-    """Raises OutputError if the target is the source, lies within it, or holds something else."""
-    refuse_within(path, source)
+def require_target(path: str | Path, source: str | Path) -> None:
+    """Raises OutputError if the target is the source, lies within it, or holds something else than a job."""
+    require_outside(path, source)
     target = Path(path).resolve()
     with explained(Path(path)):
         if (target / JOB).exists() or not target.exists():
             return
-        begun = {LOCK, f".{JOB}{PARTIAL}"}  # all that a kill in the first moment leaves
-        if not target.is_dir() or any(entry.name not in begun for entry in target.iterdir()):
+        left = {LOCK, f".{JOB}{PARTIAL}"}  # all that a kill in the first moment leaves
+        if not target.is_dir() or any(entry.name not in left for entry in target.iterdir()):
             raise OutputError(f"{path}: exists and is not a job of this program; give a new or empty directory")
 
 
-def refuse_within(path: str | Path, source: str | Path) -> None:
+def require_outside(path: str | Path, source: str | Path) -> None:
     """Raises OutputError if the target is the source or lies within it."""
     target, inside = Path(path).resolve(), Path(source).resolve()
     if target == inside or inside in target.parents:
         raise OutputError(f"{path}: is or lies in the source {source}, which is never written to; give another one")
 
 
+def report_folder(path: str | Path, kind: str) -> Path:
+    """A folder that takes a report: new, empty, or with a report of the same kind. Raises OutputError."""
+    folder = Path(path)
+    with explained(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            held = folder / REPORT
+            if not held.is_file() or read_json(held).get("kind") != kind:
+                raise OutputError(f"{folder}: exists and holds no report of {kind}; give a new or empty directory")
+    return folder
+
+
 @contextmanager
 def working(path: Path) -> Iterator[None]:
     """Makes the directory and keeps a second process out of it. Raises OutputError in the second.
 
-    The lock is a file that is removed in the end; who opened one that was removed meanwhile tries again.
+    The lock is a file that is removed in the end. A process that opened a file which was removed meanwhile tries again.
     """
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -139,7 +211,7 @@ def working(path: Path) -> Iterator[None]:
         handle.close()
 
 
-def check_disk(path: Path, needed: int) -> None:
+def require_disk(path: Path, needed: int) -> None:
     """Raises OutputError where fewer than `needed` bytes are free."""
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
@@ -147,20 +219,6 @@ def check_disk(path: Path, needed: int) -> None:
             f"{path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; "
             "free some or give another disk"
         )
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 in hex over config.json and the shards: all bytes, or of more than 256 MiB 64 KiB of every 4 MiB."""
-    digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
-    sizes = {file: file.stat().st_size for file in checkpoint.files}
-    step, length = (4 << 20, 4 << 20) if sum(sizes.values()) <= WHOLE else (4 << 20, 64 << 10)
-    for file, size in sizes.items():
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb", buffering=0) as handle:
-            for start in range(0, size, step):
-                handle.seek(start)
-                digest.update(handle.read(length))
-    return digest.hexdigest()
 
 
 def _locked(handle: BinaryIO) -> bool:
@@ -174,14 +232,6 @@ def _locked(handle: BinaryIO) -> bool:
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
     return True
-
-
-def _ours(path: Path) -> dict[str, Any]:
-    """A JSON file that this program wrote. Raises OutputError where it is no longer that."""
-    try:
-        return read_json(path)
-    except CheckpointError:
-        raise OutputError(f"{path}: is damaged; delete {path.parent} and prune again") from None
 
 
 def _json_or_none(line: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""The pruned matrices of a checkpoint, as its report has them, and their values without torch."""
+"""The pruned matrices of a checkpoint: what its report promises of them, and their values without torch."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,34 +8,55 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint.directory import FLOATS, IN_BLOCK, Checkpoint, read_json
-from lowmem_wanda.checkpoint.output import REPORT
-from lowmem_wanda.checkpoint.reader import Tensor
+from lowmem_wanda.checkpoint.directory import REPORT, Checkpoint
+from lowmem_wanda.checkpoint.reader import FLOATS, Tensor, read_json
 from lowmem_wanda.errors import CheckpointError
 
-Rows = Callable[[int, int], np.ndarray]  # from an output to another -> their weights (rows, columns), float32
+IN_BLOCK = re.compile(r"(^|\.)\d+\.")  # in the name of a tensor that lies in a block
+Rows = Callable[[int, int], np.ndarray]  # (first output, last output + 1) -> their weights, float32 (rows, columns)
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A pruned matrix of a checkpoint: `pattern` (kept, of) where it holds one, `tiny` what pruned weights are beside
-    zero (0: they are), `transposed` where the file has (inputs, outputs)."""
+class Promise:
+    """What a report says of one pruned matrix.
+
+    `zeros` weights are exactly zero. `filled` weights have the magnitude `tiny` and stand for pruned ones; `tiny` is 0
+    where pruned weights are zeros. `nm` is (kept, of) of an N:M pattern, None for another `pattern`. A `transposed`
+    matrix lies in its file as (inputs, outputs).
+    """
+
+    zeros: int = 0
+    filled: int = 0
+    tiny: float = 0.0
+    pattern: str = ""
+    transposed: bool = False
+
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.pattern)
+        return (int(match[1]), max(1, int(match[2]))) if match else None
+
+
+NO_PROMISE = Promise()
+
+
+@dataclass(frozen=True)
+class PrunedMatrix:
+    """A matrix of a checkpoint and what its report promises of it."""
 
     tensor: Tensor
-    transposed: bool = False
-    pattern: tuple[int, int] | None = None
-    tiny: float = 0.0
+    promise: Promise = NO_PROMISE
 
     @property
     def shape(self) -> tuple[int, int]:
         """(outputs, inputs)."""
         rows, columns = self.tensor.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        return (columns, rows) if self.promise.transposed else (rows, columns)
 
     def reader(self) -> Rows:
-        """What reads outputs from one to another, (rows, columns) in float32; of a transposed one it holds all."""
+        """What reads some outputs, float32 (rows, columns). The reader of a transposed matrix holds all of it."""
         tensor = self.tensor
-        if self.transposed:
+        if self.promise.transposed:
             whole = np.ascontiguousarray(_floats(tensor).T)
             return lambda start, stop: whole[start:stop]
         size = tensor.nbytes // tensor.shape[0]
@@ -48,46 +69,62 @@ class Linear:
 
     def gone(self, weight: np.ndarray) -> np.ndarray:
         """Which of some weights are pruned."""
-        gone: np.ndarray = (weight == 0) | (np.abs(weight) == np.float32(self.tiny))
+        gone: np.ndarray = (weight == 0) | (np.abs(weight) == np.float32(self.promise.tiny))
         return gone
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """report.json of a directory; nothing where there is none. Raises CheckpointError."""
+    """report.json of a directory; {} where there is none. Raises CheckpointError."""
     return read_json(path / REPORT) if (path / REPORT).exists() else {}
 
 
-def pruned_linears(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Linear]:
-    """{name: linear} of a checkpoint that was pruned, as its report has them, or without one all matrices in blocks.
-
-    Raises CheckpointError where there are none.
-    """
-    tensors, path = checkpoint.tensors, checkpoint.path
+def promises_of(report: Mapping[str, Any]) -> dict[str, Promise]:
+    """{tensor: what the report of a pruning says of it}; {} of no report. Raises CheckpointError for another report."""
     try:
-        records = {name: one for block in report.get("blocks", ()) for name, one in block["linears"].items()}
-        found = {name: _linear(tensors[name], record) for name, record in records.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise CheckpointError(f"{path / REPORT}: is not what prune wrote; remove it to look at all matrices") from None
+        found = {name: _promise(one) for block in report.get("blocks", ()) for name, one in block["linears"].items()}
+        if report and not (found and report["shards"] and isinstance(report["shards"], list)):
+            raise KeyError("blocks")
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(f"{REPORT}: is not what prune wrote; remove it to look at the tensors alone") from None
+    return found
+
+
+def pruned_matrices(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, PrunedMatrix]:
+    """{name: matrix} of a pruned checkpoint, as its report has them, or without a report all matrices in blocks.
+
+    Raises CheckpointError where there are none, or where the report is of another checkpoint.
+    """
+    tensors, promises = checkpoint.tensors, promises_of(report)
+    if wrong := [name for name in promises if name not in tensors or not is_matrix(tensors[name])]:
+        raise CheckpointError(f"{checkpoint.path / REPORT}: is not what prune wrote: {wrong[0]} is not a matrix here")
+    found = {name: PrunedMatrix(tensors[name], promise) for name, promise in promises.items()}
     if not report:
-        found = {
-            name: Linear(tensor) for name, tensor in tensors.items() if IN_BLOCK.search(name) and is_matrix(tensor)
-        }
+        found = {name: PrunedMatrix(one) for name, one in tensors.items() if IN_BLOCK.search(name) and is_matrix(one)}
     if not found:
-        raise CheckpointError(f"{path}: has no matrices in blocks; give the folder of a pruned checkpoint")
+        raise CheckpointError(f"{checkpoint.path}: has no matrices in blocks; give the folder of a pruned checkpoint")
     return found
 
 
 def is_matrix(tensor: Tensor) -> bool:
+    """Whether a file tensor is a matrix of floating-point numbers."""
     return tensor.dtype in FLOATS and len(tensor.shape) == 2 and tensor.numel > 0
 
 
-def _linear(tensor: Tensor, record: Mapping[str, Any]) -> Linear:
-    """Raises ValueError, TypeError or KeyError where the record is none of such a tensor."""
-    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", record["pattern"])
-    pattern = (int(match[1]), int(match[2])) if match else None
-    if not is_matrix(tensor) or (pattern and pattern[1] == 0):
-        raise ValueError(tensor.name)
-    return Linear(tensor, bool(record["transposed"]), pattern, float(record.get("tiny", 0)))
+def holds(zero: np.ndarray, kept: int, of: int, axis: int = 1) -> bool:
+    """Whether each group of `of` values along the axis of a mask of zeros (rows, columns) has at most `kept` others."""
+    groups = zero.reshape(len(zero), -1, of).sum(axis=2) if axis else zero.reshape(-1, of, zero.shape[1]).sum(axis=1)
+    return bool((groups >= of - kept).all())
+
+
+def _promise(record: Mapping[str, Any]) -> Promise:
+    """Raises KeyError, TypeError, AttributeError or ValueError where the record is not of a matrix."""
+    pattern, transposed = record.get("pattern", ""), record.get("transposed", False)
+    if not isinstance(pattern, str) or re.fullmatch(r"\d+:0+", pattern) or not isinstance(transposed, bool):
+        raise ValueError(pattern)
+    counts = (record["zeros"], record.get("filled", 0))
+    if not all(isinstance(count, int) for count in counts):
+        raise ValueError(counts)
+    return Promise(*counts, float(record.get("tiny", 0)), pattern, transposed)
 
 
 def _floats(tensor: Tensor) -> np.ndarray:

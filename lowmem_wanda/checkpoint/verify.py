@@ -1,34 +1,33 @@
 """What a checkpoint is, read from its bytes alone: sparsity, patterns, and whether it is its source but for zeros.
 
-Needs neither torch nor transformers, so that the proof does not rest on what made the checkpoint.
+Neither torch nor transformers is needed, so the proof does not rest on what made the checkpoint.
 """
 
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint.directory import FLOATS, IN_BLOCK, Checkpoint
-from lowmem_wanda.checkpoint.output import REPORT, refuse_unfinished
-from lowmem_wanda.checkpoint.pruned import read_report
-from lowmem_wanda.checkpoint.reader import PIECE, Tensor
-from lowmem_wanda.checkpoint.writer import differing, sha256_of, small_files
-from lowmem_wanda.errors import CheckpointError
+from lowmem_wanda.checkpoint.directory import REPORT, Checkpoint, differing, small_files
+from lowmem_wanda.checkpoint.output import require_finished
+from lowmem_wanda.checkpoint.pruned import IN_BLOCK, NO_PROMISE, Promise, holds, is_matrix, promises_of, read_report
+from lowmem_wanda.checkpoint.reader import FLOATS, PIECE, Tensor
+from lowmem_wanda.checkpoint.writer import sha256_of
 
 PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # kept, of; what holds the first holds more
 TINY = {"F64": 1 << 52, "F32": 1 << 23, "F16": 1 << 10, "BF16": 1 << 7}  # bits of the smallest normal number
 
 
 @dataclass
-class Matrix:
-    """A matrix's zeros, what report.json has in their place (`filled`: the smallest number, of either sign), and the
-    N:M pattern that both hold along its inputs ("" for none).
+class MatrixFindings:
+    """What one matrix holds: `zeros` weights are zero, `filled` weights have the smallest magnitude in their place.
 
-    Transposed weights (GPT-2's Conv1D) hold theirs down the columns, which "2:4 (transposed)" says.
+    `pattern` is the N:M pattern that both hold along the inputs ("" for none). Transposed weights (GPT-2's Conv1D) hold
+    it down the columns, which "2:4 (transposed)" says. `kept` is False where a pattern that report.json promises is
+    broken.
     """
 
     name: str
@@ -36,54 +35,77 @@ class Matrix:
     shape: tuple[int, int]
     zeros: int
     pattern: str
-    kept: bool = True  # a pattern that report.json promises of it
+    kept: bool = True
     filled: int = 0
 
     @property
     def sparsity(self) -> float:
+        """The share of pruned weights."""
         return (self.zeros + self.filled) / max(1, self.shape[0] * self.shape[1])
 
 
 @dataclass
 class Findings:
-    """What `check` found; a checkpoint is what it says when there are no `problems`."""
+    """What `check` found; a checkpoint is what it says it is when there are no `problems`.
 
-    matrices: list[Matrix] = field(default_factory=list)
+    Beside a source, `identical` tensors have its bytes, and `masked` ones have them but for `zeroed` weights that are
+    pruned. `moved` matrices have kept weights of other values, as their report says of a method that updates weights.
+    """
+
+    matrices: list[MatrixFindings] = field(default_factory=list)
     identical: int = 0
     masked: int = 0
     zeroed: int = 0
+    moved: int = 0
     shards_verified: int = 0
     problems: list[str] = field(default_factory=list)
 
 
 def check(path: str | Path, against: str | Path | None = None) -> Findings:
-    """Reads every tensor of `path` once, 16 MiB at a time, and `against`, its source, beside it.
+    """What the checkpoint in a directory holds, and whether that is what it says it holds.
 
-    With a report.json the shards' checksums and each linear's zeros are held against it. Raises
-    CheckpointError where something cannot be read at all.
+    Every tensor is read once, 16 MiB at a time. Where prune left a report.json, the shards' checksums and each matrix's
+    zeros are held against it.
+
+    Args:
+        path: the folder of any safetensors checkpoint.
+        against: the folder of its source (default: none). Every weight must then be the source's or zero, and all
+            else the same bytes.
+
+    Returns:
+        `Findings`; it has no `problems` where all is as it should be.
+
+    Raises:
+        CheckpointError: something cannot be read at all, or the job in the directory is not done.
+
+    Example:
+        >>> from lowmem_wanda import check
+        >>> check("pruned", against="source").problems
+        []
     """
     path = Path(path)
-    refuse_unfinished(path)
+    require_finished(path)
     checkpoint, findings = Checkpoint(path), Findings()
     report = read_report(path)
-    promises = _promises(report)
+    promises = promises_of(report)
     for tensor in checkpoint.tensors.values():
-        if tensor.dtype in FLOATS and len(tensor.shape) == 2 and tensor.numel:
-            findings.matrices.append(_examine(tensor, promises.get(tensor.name)))
+        if is_matrix(tensor):
+            findings.matrices.append(_examine(tensor, promises.get(tensor.name, NO_PROMISE)))
     if report:
         _compare_report(path, report, promises, findings)
     if against is not None:
-        _compare_source(checkpoint, Checkpoint(against), promises, findings)
+        updated = report.get("summary", {}).get("keeps_bits", True) is False
+        _compare_source(checkpoint, Checkpoint(against), promises, updated, findings)
     return findings
 
 
-def _examine(tensor: Tensor, promise: dict[str, Any] | None) -> Matrix:
+def _examine(tensor: Tensor, promise: Promise) -> MatrixFindings:
     """Counts zeros, and keeps the patterns that no group of either direction breaks."""
     zeros, filled, promised = 0, 0, None
-    tiny = TINY[tensor.dtype] if promise and promise.get("filled") else 0
+    tiny = TINY[tensor.dtype] if promise.filled else 0
     candidates = [(kept, of, axis) for axis in (1, 0) for kept, of in PATTERNS]
-    if promise and (match := re.fullmatch(r"(\d+):(\d+)", str(promise.get("pattern")))):
-        promised = (int(match[1]), max(1, int(match[2])), 0 if promise.get("transposed") else 1)
+    if promise.nm:
+        promised = (*promise.nm, 0 if promise.transposed else 1)
         candidates.append(promised)
     candidates = [(kept, of, axis) for kept, of, axis in candidates if tensor.shape[axis] % of == 0]
     for bits in _rows(tensor, math.lcm(*(of for _, of, axis in candidates if axis == 0))):
@@ -93,39 +115,20 @@ def _examine(tensor: Tensor, promise: dict[str, Any] | None) -> Matrix:
             small = (bits << 1) == tiny << 1
             filled += int(small.sum())
             zero |= small
-        candidates = [entry for entry in candidates if _holds(zero, *entry)]
+        candidates = [entry for entry in candidates if holds(zero, *entry)]
     pattern = next((f"{kept}:{of}" + ("" if axis else " (transposed)") for kept, of, axis in candidates), "")
     kept = promised is None or promised in candidates
-    return Matrix(tensor.name, tensor.dtype, (tensor.shape[0], tensor.shape[1]), zeros, pattern, kept, filled)
-
-
-def _holds(zero: np.ndarray, kept: int, of: int, axis: int) -> bool:
-    groups = zero.reshape(len(zero), -1, of).sum(axis=2) if axis else zero.reshape(-1, of, zero.shape[1]).sum(axis=1)
-    return bool((groups >= of - kept).all())
+    return MatrixFindings(tensor.name, tensor.dtype, (tensor.shape[0], tensor.shape[1]), zeros, pattern, kept, filled)
 
 
 def _rows(tensor: Tensor, multiple: int) -> Iterator[np.ndarray]:
-    """Bits of about 16 MiB of whole rows, a multiple of so many, at a time, as unsigned integers (rows, columns)."""
+    """Yields the bits of about 16 MiB at a time as unsigned integers (rows, columns); rows come in multiples."""
     step = tensor.nbytes // tensor.shape[0] * multiple
     for piece in tensor.pieces(max(1, PIECE // step) * step):
         yield np.frombuffer(piece, f"<u{FLOATS[tensor.dtype]}").reshape(-1, tensor.shape[1])
 
 
-def _promises(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{tensor: what report.json says of it}. Raises CheckpointError for a report that says nothing of any."""
-    try:
-        promises = {name: linear for block in report.get("blocks", ()) for name, linear in block["linears"].items()}
-        kept = all(isinstance(linear, dict) and "zeros" in linear for linear in promises.values())
-        if report and not (promises and kept and report["shards"] and isinstance(report["shards"], list)):
-            raise KeyError("blocks")
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{REPORT}: is not what prune wrote; remove it to check the tensors alone") from None
-    return promises
-
-
-def _compare_report(
-    path: Path, report: dict[str, Any], promises: dict[str, dict[str, Any]], findings: Findings
-) -> None:
+def _compare_report(path: Path, report: Mapping[str, Any], promises: Mapping[str, Promise], findings: Findings) -> None:
     """Holds checksums, zeros and patterns against what report.json says of them."""
     for shard in report["shards"]:
         file = path / Path(shard["name"]).name
@@ -134,35 +137,39 @@ def _compare_report(
         else:
             findings.problems.append(f"{file.name}: is not the file that {REPORT} has the checksum of")
     found = {matrix.name: matrix for matrix in findings.matrices}
-    for name, linear in promises.items():
+    for name, promise in promises.items():
         matrix = found.get(name)
-        if matrix is None or matrix.zeros != linear["zeros"]:
+        if matrix is None or matrix.zeros != promise.zeros:
             zeros = matrix.zeros if matrix else "no"
-            findings.problems.append(f"{name}: has {zeros} zeros, {REPORT} says {linear['zeros']}")
-        elif matrix.filled != linear.get("filled", 0):
+            findings.problems.append(f"{name}: has {zeros} zeros, {REPORT} says {promise.zeros}")
+        elif matrix.filled != promise.filled:
             findings.problems.append(
-                f"{name}: has {matrix.filled} of the smallest number, {REPORT} says {linear['filled']}"
+                f"{name}: has {matrix.filled} of the smallest number, {REPORT} says {promise.filled}"
             )
         elif not matrix.kept:
-            findings.problems.append(f"{name}: does not hold {linear['pattern']}, which {REPORT} says it does")
+            findings.problems.append(f"{name}: does not hold {promise.pattern}, which {REPORT} says it does")
 
 
 def _compare_source(
-    pruned: Checkpoint, source: Checkpoint, promises: dict[str, dict[str, Any]], findings: Findings
+    pruned: Checkpoint, source: Checkpoint, promises: Mapping[str, Promise], updated: bool, findings: Findings
 ) -> None:
-    """Every weight of a block's matrix must be the source's or +0.0, or where report.json says so the smallest number
-    of either sign; all else and every small file the same bytes."""
+    """Every weight of a block's matrix must be the source's or +0.0; all else and every small file the same bytes.
+
+    Where report.json says so, a pruned weight is the smallest number of either sign instead of +0.0, and the kept
+    weights of the matrices in it may be others (`updated`).
+    """
     for name in sorted(pruned.tensors.keys() ^ source.tensors.keys()):
         where = pruned.path if name in source.tensors else source.path
         findings.problems.append(f"{name}: is missing in {where}")
     for name in sorted(pruned.tensors.keys() & source.tensors.keys()):
-        filled = bool(promises.get(name, {}).get("filled")) and pruned.tensors[name].dtype in TINY
-        _compare_tensor(pruned.tensors[name], source.tensors[name], filled, findings)
+        filled = bool(promises.get(name, NO_PROMISE).filled) and pruned.tensors[name].dtype in TINY
+        moves = updated and name in promises
+        _compare_tensor(pruned.tensors[name], source.tensors[name], filled, moves, findings)
     for file in differing(small_files(source.path), source.path, pruned.path):
         findings.problems.append(f"{file}: is missing or differs from the source's")
 
 
-def _compare_tensor(ours: Tensor, theirs: Tensor, filled: bool, findings: Findings) -> None:
+def _compare_tensor(ours: Tensor, theirs: Tensor, filled: bool, moves: bool, findings: Findings) -> None:
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         is_, was = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (ours, theirs))
         findings.problems.append(f"{ours.name}: is {is_}, the source's {was}")
@@ -176,8 +183,8 @@ def _compare_tensor(ours: Tensor, theirs: Tensor, filled: bool, findings: Findin
             gone = mine_bits << 1 == TINY[ours.dtype] << 1 if filled else mine_bits == 0
             zeroed += int((differs & gone).sum())
             changed += int((differs & ~gone).sum())
-    prunable = ours.dtype in FLOATS and len(ours.shape) == 2 and IN_BLOCK.search(ours.name)
-    if changed:
+    prunable = is_matrix(ours) and IN_BLOCK.search(ours.name)
+    if changed and not moves:
         findings.problems.append(f"{ours.name}: {changed} weights are neither the source's nor zero")
     elif zeroed and not prunable:
         findings.problems.append(
@@ -185,4 +192,5 @@ def _compare_tensor(ours: Tensor, theirs: Tensor, filled: bool, findings: Findin
         )
     findings.identical += not (zeroed or changed)
     findings.masked += bool(zeroed)
+    findings.moved += bool(changed and moves)
     findings.zeroed += zeroed

@@ -3,28 +3,26 @@
 `os.open` with mode 0666 gives what the umask allows; safetensors' own `save_file` leaves 0600.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lowmem_wanda.checkpoint.directory import ITEMSIZE
-from lowmem_wanda.checkpoint.reader import PIECE, Tensor, advise, opened
-from lowmem_wanda.checkpoint.system import copy_range, end_writeback, forget, preallocate, start_writeback
+from lowmem_wanda.checkpoint.reader import ITEMSIZE, PIECE, Tensor, advise, opened
 from lowmem_wanda.errors import OutputError
 
 COPIED_PIECE = 4 << 20  # bytes that are copied at a time; two such pieces are held
 PARTIAL = ".partial"  # what no finished file ends in
-
-COPIED = (".json", ".jinja", ".model", ".txt", ".md", ".tiktoken")
-COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README", "USE_POLICY")
-OURS = ("job.json", "report.json")  # of an earlier pruning of the source
-WEIGHT_INDEX = ".index.json"
+WAIT_BEFORE, WRITE, WAIT_AFTER = 1, 2, 4  # of sync_file_range(2)
+NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -107,12 +105,12 @@ def named_partial(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         if path.exists() and sha256_of(path) == sha256_of(partial):
             return
-        check_new(path)
+        require_new(path)
         os.replace(partial, path)
         sync_directory(path.parent)
 
 
-def check_new(path: str | Path) -> None:
+def require_new(path: str | Path) -> None:
     """Raises OutputError for a file that is there."""
     if Path(path).exists():
         raise OutputError(f"{path}: exists, and is not replaced; give another name or remove it")
@@ -209,26 +207,58 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def small_files(source: Path, code: bool = False) -> list[Path]:
-    """Configuration, tokenizer, licence and model card of a checkpoint, relative; Python files only with `code`."""
-    found = [path for path in source.iterdir() if path.is_file()] + list(
-        source.glob("additional_chat_templates/*.jinja")
-    )
-    return sorted(path.relative_to(source) for path in found if _is_copied(path, code))
+# What Linux can do with files beyond Python's own. Elsewhere each of these does nothing, and all still works.
 
 
-def differing(files: Iterable[Path], source: Path, target: Path) -> list[Path]:
-    """Those of the relative `files` that are missing in `target` or have other bytes than in `source`."""
-    return [
-        file
-        for file in files
-        if not (target / file).exists() or (target / file).read_bytes() != (source / file).read_bytes()
-    ]
+@lru_cache
+def library(name: str) -> Any:
+    """A function of the C library, or None; it lets go of Python's lock while it runs."""
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None) if sys.platform == "linux" else None
 
 
-def _is_copied(path: Path, code: bool) -> bool:
-    if path.name in OURS or path.name.endswith(WEIGHT_INDEX) or path.name.startswith("."):
-        return False
-    if path.suffix in COPIED or (code and path.suffix == ".py"):
-        return True
-    return path.name.upper().startswith(COPIED_NAMES) and path.suffix in ("", ".rst", ".pdf", ".html")
+def preallocate(handle: int, nbytes: int) -> None:
+    """Takes the disk space of a file at once. Raises OSError (ENOSPC) where it is not to be had.
+
+    `os.posix_fallocate` would write to every page where the file system cannot do this.
+    """
+    function = library("fallocate64")
+    if function and nbytes and function(handle, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        number = ctypes.get_errno()
+        if number not in (*NOT_HERE, errno.EINTR):
+            raise OSError(number, os.strerror(number))
+
+
+def start_writeback(handle: int, offset: int, nbytes: int) -> None:
+    """Has the system begin to write a range to the disk, without waiting."""
+    if function := library("sync_file_range"):
+        function(handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), WRITE)
+
+
+def end_writeback(handle: int, offset: int, nbytes: int) -> None:
+    """Waits until a range is on the disk, and gives its pages back. Raises OSError where it could not be written."""
+    if function := library("sync_file_range"):
+        if function(handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), WAIT_BEFORE | WRITE | WAIT_AFTER):
+            number = ctypes.get_errno()
+            if number not in (*NOT_HERE, errno.EINTR, errno.ESPIPE):  # told here, an error is not told by fsync again
+                raise OSError(number, os.strerror(number))
+        os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def forget(handle: int) -> None:
+    """Gives all pages of a file that is on the disk back."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_range(source: int, target: int, offset: int, nbytes: int) -> int:
+    """How many bytes from `offset` of one file the kernel has appended to another; 0 where it cannot."""
+    done = 0
+    while done < nbytes and hasattr(os, "copy_file_range"):
+        try:
+            copied = os.copy_file_range(source, target, nbytes - done, offset + done)
+        except OSError:  # a plain write will do it, or say why not
+            break
+        if not copied:
+            break
+        done += copied
+    return done

@@ -64,21 +64,6 @@ def beside(parts: Sequence[str]) -> str:
     return f'<div class="plots">{"".join(f"<div>{part}</div>" for part in parts)}</div>' if parts else ""
 
 
-def measured(figures: Record, name: str, form: str) -> str:
-    """A figure ± its standard error, as far as they are there."""
-    values = [figures.get(key) for key in (name, f"{name}_stderr")]
-    return " ± ".join(f"{value:{form}}" for value in values if isinstance(value, (int, float)))
-
-
-def size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.4g} MB"
-
-
-def span(seconds: float) -> str:
-    size, unit = time_unit(seconds)
-    return f"{seconds / size:.1f} {unit}"
-
-
 def time_unit(seconds: float) -> tuple[int, str]:
     return (1, "s") if seconds < 180 else (60, "min") if seconds < 10800 else (3600, "h")
 

@@ -4,25 +4,24 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+from lowmem_wanda.checkpoint.writer import write_bytes
 from lowmem_wanda.cli import plots
 from lowmem_wanda.cli.markup import (
     Best,
     Record,
     beside,
     document,
-    measured,
     pairs,
     paragraphs,
-    size,
-    span,
     table,
     time_unit,
 )
-from lowmem_wanda.llamacpp.quant_types import RULES
+from lowmem_wanda.cli.terminal import RULES, duration, measured, size
 
+PAGE = "report.html"
 Section = tuple[str, str, str]  # identifier, heading, HTML
 Kinds = Mapping[str, Mapping[int, Any]]  # {kind of linear: {block: its record}}
 LIMITS = (
@@ -56,12 +55,18 @@ def page(report: Record) -> str:
     return document(title, body)
 
 
+def save_page(folder: str | Path, report: Record) -> None:
+    """Writes report.html into a folder, which is made if it is not there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_bytes(Path(folder) / PAGE, page(report).encode("utf-8"))
+
+
 def _pruned(report: Record) -> Iterator[Section]:
     summary, blocks, calibration = report["summary"], report["blocks"], report["calibration"]
     made = report.get("imatrix")
     shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens from "
     yield "summary", "Summary", pairs({
-        "method": f"{report['arguments']['--method']} {report['arguments']['--pattern']}",
+        "method": f"{report['arguments']['method']} {report['arguments']['pattern']}",
         "calibration": shape + ", ".join(calibration["text"]) if calibration["text"] else "none needed",
         "norms": calibration.get("norms"),
         "importance matrix": made and f"{made['file']}, of {made['of']}, on {', '.join(made['text'])}",
@@ -70,7 +75,7 @@ def _pruned(report: Record) -> Iterator[Section]:
         "zeros": f"{summary['zeros']:,}",
         "parameters": f"{summary['parameters']:,}",
         "files": f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source's",
-        "time": f"{span(summary['seconds'])}, {summary['forward_passes_per_block']:.2f} forward passes a block",
+        "time": f"{duration(summary['seconds'])}, {summary['forward_passes_per_block']:.2f} forward passes a block",
         "memory": _peak(report["peak_memory"]),
     })  # fmt: skip
     yield "limits", "What this gives, and what not", paragraphs([summary["gives"], summary["gives_not"]])
@@ -161,7 +166,7 @@ def _quality(models: Sequence[Record], report: Record) -> str:
             model["name"],
             Best(value) if model["perplexity"] == best.get(model.get("pattern", "")) else value,
             *(measured(model, name, form) for name, form in DISTANCE.values()),
-            *((span(model["seconds"]), size(memory)) if memory else ("", "")),
+            *((duration(model["seconds"]), size(memory)) if memory else ("", "")),
         ]
 
     titles = ("", f"perplexity at {report['length']}", *DISTANCE, "time to prune", "memory")
@@ -199,11 +204,10 @@ def _errors(models: Mapping[str, Record]) -> str:
 
 
 def _time(report: Record, seconds: float, name: str = "parts", title: str = "") -> str:
-    """Seconds of each block, and how much of the work was hidden behind the computing."""
-    blocks, timing, text = report["blocks"], report.get("timing"), f"{title}{span(seconds)}"
+    """Seconds of each block, and how much of them was computing."""
+    blocks, timing, text = report["blocks"], report.get("timing"), f"{title}{duration(seconds)}"
     if timing and timing["serial"]:
-        text += f", computing in {timing['compute_busy']:.0%} of the last run; all parts one after the other: "
-        text += f"{timing['serial_over_wall']:.2f} times as long"
+        text += f", computing in {timing['compute_busy']:.0%} of the last run"
     parts = list(dict.fromkeys(part for block in blocks for part in block["parts"]))
     split = {part: [float(block["parts"].get(part, 0)) for block in blocks] for part in parts}
     return paragraphs([text]) + (plots.stacks(name, "by block and part", split, "seconds") if parts else "")

@@ -1,17 +1,11 @@
-"""What a person sees: tables and lines as rich renderables. Nothing here prints."""
+"""What commands share of the terminal: units, bars and tables. rich is imported when something is shown."""
 
-from typing import TYPE_CHECKING, Any
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
-from lowmem_wanda.llamacpp.quant_types import RULES
-
-if TYPE_CHECKING:  # `check` shows its findings without loading torch
-    from lowmem_wanda.checkpoint.verify import Findings
-    from lowmem_wanda.pruning.job import Task
-    from lowmem_wanda.pruning.plan import Plan
+RULES = {"keeps": "zeros stay", "offset": "an offset moves zeros", "codebook": "no zero in codebook"}  # of GGUF types
 
 
 def size(count: float) -> str:
@@ -33,6 +27,7 @@ def number(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as people say them: 12.3 s, 4 min 05 s, 2 h 30 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -40,168 +35,159 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def about(task: "Task") -> str:
-    """The line before the work: what is pruned how, on what, with which text."""
-    line = f"{task.checkpoint.path}: {task.depth} blocks, {task.method} {task.pattern}, on {task.device}"
-    if calibration := task.calibration:
-        sequences, length = calibration.tokens.shape
-        line += f"\ncalibration: {sequences} sequences of {length} tokens from {', '.join(calibration.sources)}"
-    if untouched := task.hollow.untouched:
-        line += f"\nnot pruned, as the model does not use them: {len(untouched)} tensors, {untouched[0]} and so on"
-    return line
-
-
-def block_line(record: dict[str, Any], depth: int) -> str:
-    """One aligned line for a finished block."""
-    linears = record["linears"].values()
-    weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
-    gone = sum(linear["zeros"] + linear.get("filled", 0) for linear in linears) / max(1, weights)
-    what = "tiny" if any("filled" in linear for linear in linears) else "zero"
-    digits = len(str(depth))
+def short_duration(seconds: float) -> str:
+    """Seconds for a narrow column: 12.3 s, 67 min, 2.5 h."""
     return (
-        f"block {record['index'] + 1:>{digits}}/{depth}  {len(linears):2d} linears  {gone:6.2%} {what}"
-        f"  {record['seconds']:8.2f} s  host {size(record['host_bytes']):>9}"
+        f"{seconds:.1f} s"
+        if seconds < 180
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
     )
 
 
-def closing(report: dict[str, Any], target: str) -> Table:
-    """What was pruned, its size, what it gives and what it does not."""
-    summary, arguments, memory = report["summary"], report["arguments"], report["peak_memory"]
-    table = _pairs(f"pruned: {target}")
-    table.add_row("method", _method(arguments))
-    table.add_row("calibration", _calibration(report["calibration"]))
-    table.add_row(
-        "pruned",
-        f"{summary['linears']} linears, {number(summary['zeros'] + summary.get('filled', 0))} of "
-        f"{number(summary['weights'])} weights "
-        f"({summary['sparsity']:.2%}); {number(summary['parameters'])} parameters in all",
-    )
-    if made := report.get("imatrix"):
-        table.add_row("imatrix", escape(f"{made['file']}, of {made['of']}: ") + _calibration(made))
-    table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
-    table.add_row("time", _timing(summary["seconds"], report["timing"]))
-    table.add_row("passes", f"{summary['forward_passes_per_block']:.2f} forward passes per block")
-    _add_peaks(table, memory)
-    table.add_row("gives", summary["gives"])
-    table.add_row("does not", summary["gives_not"])
-    return table
+def measured(figures: Mapping[str, Any], name: str, form: str) -> str:
+    """A figure ± its standard error, as far as they are there."""
+    values = [figures.get(key) for key in (name, f"{name}_stderr")]
+    return " ± ".join(f"{value:{form}}" for value in values if isinstance(value, (int, float)))
 
 
-def imatrix_table(result: dict[str, Any]) -> Table:
-    """What an importance matrix was computed on, and where it is."""
-    table = _pairs(f"importance matrix: {result['file']}")
-    table.add_row("entries", f"{result['entries']} weights of {escape(result['source'])}")
-    table.add_row("calibration", _calibration(result))
-    table.add_row("time", duration(result["seconds"]))
-    _add_peaks(table, result["peak_memory"])
-    return table
+def printable(text: str) -> str:
+    """One line without control characters: names in a file may hold anything."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
-def survival_table(report: dict[str, Any]) -> Table:
-    """A row for each type of a GGUF: what is left of the pruned weights, and of the others."""
-    made = "model" in report
-    table = Table(box=box.SIMPLE, title_justify="left", caption_justify="left")
-    table.title = escape(f"{report['path']}: {report['model'] if made else 'predicted on some rows of each linear'}")
-    for title in ("type", "bits", *(("linears",) if made else ()), "still zero", "leak", "error"):
-        table.add_column(title, justify="left" if title == "type" else "right", no_wrap=True)
-    table.add_column("pattern" if made else "")
-    for one in report["types"]:
-        figures = [f"{one[key]:.2%}" if key in one else "" for key in ("zero", "leak", "error")]
-        kept = f"in {one['holding']} of {one['patterned']}" if one.get("patterned") else ""
-        rest = [str(one["linears"]), *figures, kept] if made else [*figures, RULES[one["grid"]]]
-        table.add_row(one["type"], f"{one['bits']:g}" if "bits" in one else "", *rest)
-    weighted = "weighted by the importance matrix" if report["imatrix"] else "unweighted, as there is no --imatrix"
-    table.caption = (
-        "still zero: of the pruned weights; leak: size of what they became beside that of the kept ones; error: of the "
-        f"kept ones, {weighted}"
-    ) + ("" if made else "; all as quantized without an importance matrix, which makes offsets smaller")
-    return table
+def shown(arguments: argparse.Namespace, result: Any, *parts: Any) -> int:
+    """Prints a result, with --json as one object, else the lines and tables that show it; gives the exit code."""
+    from rich.console import Console
+
+    if arguments.json:
+        print(json.dumps(result))
+    for part in () if arguments.json else parts:
+        if isinstance(part, str):
+            print(printable(part))
+        else:
+            Console().print(part)
+    return 0
 
 
-def survival_lines(report: dict[str, Any]) -> list[str]:
-    """A line for each tensor of the GGUF."""
-    width = max((len(tensor["tensor"]) for tensor in report.get("tensors", ())), default=0)
-    return [
-        f"{one['tensor']:<{width}}  {one['type']:>7}  {one['zero']:8.2%} still zero  leak {one['leak']:7.2%}"
-        f"  error {one['error']:7.2%}"
-        + (f"  {one['pattern']} {'holds' if one['holds'] else 'broken'}" if one["pattern"] else "")
-        for one in report.get("tensors", ())
-    ]
+class Bar:
+    """A context with a progress bar on stderr, which appears when it begins, and lines above it."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.total = title, 0
+        self._bar: Any = None
+
+    def __enter__(self) -> "Bar":
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                   TimeElapsedColumn(), TextColumn("ETA"), Remaining())  # fmt: skip
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def line(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def begin(self, total: int | None) -> None:
+        """Shows the bar, of so many blocks (None: not known)."""
+        self.total = total or 0
+        if self._bar is None:
+            self._bar = self._progress.add_task(self.title, total=total)
+            self._progress.start()
+        self._progress.update(self._bar, total=total, completed=0, description=self.title)
+
+    def show(self, record: Mapping[str, Any], line: str | None = None, title: str | None = None) -> None:
+        """Moves the bar on to a block's record."""
+        if self._bar is None:
+            self.begin(None)
+        if line is not None:
+            self.line(line)
+        self._progress.update(self._bar, completed=record["index"] + 1, description=title or self.title)
 
 
-def plan_table(plan: "Plan", task: "Task") -> Table:
-    table = _pairs(f"plan: {task.checkpoint.path}, {task.method} {task.pattern}")
-    table.add_row("parameters", f"{number(plan.parameters)}, of which {number(plan.prunable)} can be pruned")
-    table.add_row("blocks", f"{plan.blocks}, the largest {size(plan.largest_block)}")
-    calibration = (
-        f"{plan.sequences} sequences of {plan.length}: {number(plan.tokens)} tokens" if plan.tokens else "none"
-    )
-    table.add_row("calibration", escape(f"norms of {task.norms}") if task.norms else calibration)
-    layout = plan.layout
-    table.add_row("layout", str(layout))
-    if layout.held:
-        table.add_row("held", f"{layout.held} micro-batches may wait for a linear")
-    table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
-    table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
-    if plan.device_peak:
-        table.add_row("device memory", f"{size(plan.device_peak)} predicted at most")
-    table.add_row("disk", size(plan.disk))
-    return table
+def pairs(title: str) -> Any:
+    """An empty table of names and values."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
 
-
-def check_lines(findings: "Findings") -> list[str]:
-    """A line for each matrix, and what was proved."""
-    width = max((len(matrix.name) for matrix in findings.matrices), default=0)
-    lines = [
-        f"{matrix.name:<{width}}  {matrix.dtype:>4} {matrix.shape[0]:>6} x {matrix.shape[1]:<6}"
-        f"  {matrix.sparsity:7.2%} {'tiny' if matrix.filled else 'zero'}  {matrix.pattern}".rstrip()
-        for matrix in findings.matrices
-    ]
-    if findings.shards_verified:
-        lines.append(f"{findings.shards_verified} shards have the checksums of report.json")
-    if findings.identical or findings.masked:
-        what = "the smallest number" if any(matrix.filled for matrix in findings.matrices) else "zero"
-        lines.append(
-            f"{findings.identical} tensors are the source's to the byte; {findings.masked} are the source's "
-            f"but for {findings.zeroed} weights that are {what}"
-        )
-    return lines
-
-
-def _pairs(title: str) -> Table:
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
 
 
-def _timing(seconds: float, timing: dict[str, Any]) -> str:
-    """All blocks' time, and how much of the last run's work was hidden behind the computing."""
-    if not timing["serial"]:
-        return duration(seconds)
+def evaluations(report: Mapping[str, Any], first: str) -> Any:
+    """An empty table of models: a column for their names, and if a text was scored one for perplexity."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = None
+    if "text" in report:
+        windows = f"{report['windows']} windows of {report['length']} tokens ({report['convention']})"
+        title = escape(f"{', '.join(report['text'])}: {windows}")
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    if "length" in report:
+        table.add_column(f"perplexity\nat {report['length']}", justify="right", no_wrap=True)
+    return table
+
+
+def add_distances(table: Any) -> None:
+    """Columns of the distance to a dense model."""
+    for title in ("x dense", "KL", "KL 99%", "top-1"):
+        table.add_column(title, justify="right", no_wrap=True)
+
+
+def perplexity(figures: Mapping[str, Any]) -> list[str]:
+    """The cell of a model's perplexity, if it was measured."""
+    if "perplexity" not in figures:
+        return []
+    return [measured(figures, "perplexity", ".3f" if figures["perplexity"] < 10 else ".2f")]
+
+
+def distances(figures: Mapping[str, Any]) -> list[str]:
+    """The cells of a model's distance to the dense one."""
+    return [
+        f"{figures['perplexity_ratio']:.2f}",
+        f"{figures['kl_mean']:.3f}",
+        f"{figures['kl_p99']:.3f}",
+        f"{figures['top1_agreement']:.1%}",
+    ]
+
+
+def damage_line(record: Mapping[str, Any], depth: int) -> str:
+    """One aligned line for a block that was evaluated or measured."""
+    digits = len(str(depth))
+    error = f"  off by {record['relative_error']:7.2%}" if "relative_error" in record else ""
     return (
-        f"{duration(seconds)}, computing in {timing['compute_busy']:.0%} of it; all parts one after the other: "
-        f"{timing['serial_over_wall']:.2f} times as long"
+        f"block {record['index'] + 1:>{digits}}/{depth}{error}  {record['seconds']:8.2f} s"
+        f"  host {size(record['host_bytes']):>9}"
     )
 
 
-def _add_peaks(table: Table, memory: dict[str, Any]) -> None:
-    """Rows of the peaks beside their predictions; none of a GPU where there is none."""
-    for where in ("host", "device") if memory["device_measured"] else ("host",):
-        peak, predicted = memory[f"{where}_measured"], memory[f"{where}_predicted"]
-        table.add_row(f"{where} memory", f"{size(peak)} at most ({size(predicted)} predicted)")
+def calibration_text(calibration: Mapping[str, Any]) -> str:
+    """What was measured on, in words."""
+    from rich.markup import escape
 
-
-def _method(arguments: dict[str, Any]) -> str:
-    pattern = arguments["--pattern"]
-    group = f"group of {pattern.split(':')[1]}" if ":" in pattern else arguments["--group"]
-    return f"{arguments['--method']} {pattern}, compared per {group}"
-
-
-def _calibration(calibration: dict[str, Any]) -> str:
     if norms := calibration.get("norms"):
         return escape(f"norms of {norms}")
     if not calibration["text"]:
         return "none needed"
     shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"
     return escape(f"{shape} from {', '.join(calibration['text'])}")
+
+
+def add_peaks(table: Any, memory: Mapping[str, Any]) -> None:
+    """Rows of the peaks beside their predictions; none of a GPU where there is none."""
+    for where in ("host", "device") if memory["device_measured"] else ("host",):
+        peak, predicted = memory[f"{where}_measured"], memory[f"{where}_predicted"]
+        table.add_row(f"{where} memory", f"{size(peak)} at most ({size(predicted)} predicted)")

@@ -1,8 +1,8 @@
-"""Calibration: files, the built-in text or a named data set -> token rows (sequences, length), int64.
+"""Calibration: files, the built-in text or a named data set become rows of token ids (sequences, length), int64.
 
-Sampling follows the paper's code (`lib/data.py` of locuslab/wanda): a random document, a random window of
-it. A document shorter than the window is joined with those after it; the paper's code draws again
-instead, and hangs where every document is short (its issue 82).
+Sampling follows the paper's code (`lib/data.py` of locuslab/wanda): a random document, a random sequence of it. A
+document shorter than the sequence is joined with those after it. The paper's code draws again instead, and hangs where
+every document is short (its issue 82).
 """
 
 import hashlib
@@ -17,8 +17,7 @@ from tokenize import TokenError
 
 import numpy as np
 
-from lowmem_wanda.checkpoint.directory import read_header
-from lowmem_wanda.checkpoint.reader import read
+from lowmem_wanda.checkpoint.reader import read, read_header
 from lowmem_wanda.errors import CalibrationError
 
 BUILT_IN = Path(__file__).parent / "texts"
@@ -31,38 +30,39 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids (sequences, length) int64, and the file names of the texts they are from."""
+    """Token ids (sequences, length), int64, and the file names of the texts that they are from."""
 
     tokens: np.ndarray
     sources: tuple[str, ...]
 
     @property
     def sha256(self) -> str:
+        """SHA-256 in hex of the ids."""
         return hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes()).hexdigest()
 
 
 def calibrate(
     texts: Sequence[str], encode: Encode, *, sequences: int, length: int, vocabulary: int, seed: int = 0
 ) -> Calibration:
-    """At most `sequences` rows of at most `length` tokens below `vocabulary`.
+    """At most `sequences` rows of at most `length` tokens, each id below `vocabulary`.
 
-    `texts` are files (plain text, .jsonl with a "text" field, .npy or .safetensors of token ids), "c4" or
-    "wikitext2" (downloaded); none means the built-in text, of which as many windows are taken as it holds.
-    Two-dimensional ids are used row by row as they stand. Raises CalibrationError.
+    `texts` are files (plain text, .jsonl with a "text" field, .npy or .safetensors of token ids), "c4" or "wikitext2"
+    (downloaded); none means the built-in text, of which as many rows are taken as it holds. Two-dimensional ids are
+    used row by row as they stand. `encode` is called for texts only. Raises CalibrationError.
     """
     if holds_ids(texts):
         tokens = _from_ids([Path(name) for name in texts], sequences, length, seed)
     elif texts:
         readers = [reader for text in texts for reader in _training(text)]
         encoded = [partial(lambda read: np.array(encode(read()), dtype=np.int64), reader) for reader in readers]
-        tokens = _windows(encoded, sequences, length, seed, " and ".join(texts))
+        tokens = _sampled(encoded, sequences, length, seed, " and ".join(texts))
     else:
         tokens = _built_in(encode, sequences, length, seed)
-    check_ids(tokens, vocabulary, " and ".join(texts) or "the built-in text")
+    require_ids(tokens, vocabulary, " and ".join(texts) or "the built-in text")
     return Calibration(tokens, tuple(Path(text).name for text in texts) or ("built-in text",))
 
 
-def check_ids(tokens: np.ndarray, vocabulary: int, name: str) -> None:
+def require_ids(tokens: np.ndarray, vocabulary: int, name: str) -> None:
     """Raises CalibrationError for an id that the model does not have."""
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         wrong = tokens.min() if tokens.min() < 0 else tokens.max()
@@ -70,7 +70,7 @@ def check_ids(tokens: np.ndarray, vocabulary: int, name: str) -> None:
 
 
 def holds_ids(texts: Sequence[str]) -> bool:
-    """Whether `texts` are files of token ids, so that no tokenizer is needed. Raises CalibrationError for a mixture."""
+    """Whether `texts` are files of token ids, which need no tokenizer. Raises CalibrationError for a mixture."""
     ids = [text for text in texts if text.endswith((".npy", ".safetensors"))]
     if ids and len(ids) < len(texts):
         raise CalibrationError(
@@ -85,7 +85,7 @@ def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
 
 
 def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> np.ndarray:
-    """Windows side by side of all built-in documents in one shuffled row: no token is used twice."""
+    """Sequences side by side of all built-in documents in one shuffled row: no token is used twice."""
     readers = [reader for path in sorted(BUILT_IN.glob("*.txt")) for reader in documents(path)]
     random.Random(seed).shuffle(readers)
     stream = np.array([token for reader in readers for token in encode(reader())], dtype=np.int64)
@@ -98,10 +98,10 @@ def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> np.ndar
     return stream[: held * length].reshape(held, length)[:sequences]
 
 
-def _windows(
+def _sampled(
     documents: Sequence[Callable[[], np.ndarray]], sequences: int, length: int, seed: int, name: str
 ) -> np.ndarray:
-    """Random windows of random documents, which are given as readers of their token ids."""
+    """Random sequences of random documents, which are given as readers of their token ids."""
 
     @lru_cache(maxsize=32)  # a long document is drawn again and again
     def ids(index: int) -> np.ndarray:
@@ -128,7 +128,7 @@ def _windows(
 
 
 def _training(text: str) -> list[Callable[[], str]]:
-    """Readers of the documents of a file or a data set; WikiText-2 is one, as in the paper's code."""
+    """Readers of the documents of a file or a data set. WikiText-2 is one document, as in the paper's code."""
     if text not in DATASETS:
         return documents(Path(text))
     rows = download(text, "train")
@@ -136,9 +136,10 @@ def _training(text: str) -> list[Callable[[], str]]:
 
 
 def documents(path: Path, strip: bool = True, longest: int | None = None) -> list[Callable[[], str]]:
-    """Readers of the documents of a text file; the file itself is not held in memory. Raises CalibrationError.
+    """Readers of the documents of a text file, which itself is not held in memory. Raises CalibrationError.
 
-    A plain text's are `strip`ped of space around them, and split where they have more than `longest` bytes (LONGEST).
+    Documents of a plain text lose the space around them (`strip`), and are split where they have more than `longest`
+    bytes (default: LONGEST).
     """
     jsonl = path.suffix == ".jsonl"
     try:
@@ -165,7 +166,7 @@ def _spans(mapped: mmap.mmap, separator: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _split(path: Path, start: int, stop: int, longest: int) -> Iterator[tuple[int, int]]:
-    """Pieces of about `longest` bytes that end with a line (or, without lines, where they must)."""
+    """Yields pieces of about `longest` bytes that end with a line, or where there are no lines anywhere."""
     with open(path, "rb") as file:
         while stop - start > longest:
             file.seek(start)
@@ -194,20 +195,20 @@ def _read(path: Path, start: int, stop: int, jsonl: bool, strip: bool) -> str:
 
 
 def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> np.ndarray:
-    """Rows of token ids as they stand; of one-dimensional ids, random windows."""
+    """Rows of token ids as they stand; of one-dimensional ids, random sequences."""
     arrays = [load_ids(path) for path in paths]
     widths = {array.shape[1] for array in arrays if array.ndim == 2}
     if widths and (len(widths) > 1 or any(array.ndim == 1 for array in arrays)):
         raise CalibrationError(f"{' and '.join(map(str, paths))}: rows of different lengths; give files of one width")
     if widths:
         return np.concatenate(arrays)[:sequences, :length].astype(np.int64)
-    return _windows(
+    return _sampled(
         [partial(np.asarray, array) for array in arrays], sequences, length, seed, " and ".join(map(str, paths))
     )
 
 
 def load_ids(path: Path) -> np.ndarray:
-    """Integers of one or two dimensions from .npy (never pickled) or the one tensor of a .safetensors."""
+    """Token ids of one or two dimensions from .npy (never pickled) or the one tensor of a .safetensors."""
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)

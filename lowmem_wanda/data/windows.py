@@ -1,11 +1,11 @@
-"""The text that a model is evaluated on -> windows of token ids, and which tokens of them are scored.
+"""The text that a model is evaluated on becomes windows of token ids, some tokens of which are scored.
 
 windows     one after the other, all tokens but a window's first are scored (the paper's code, `lib/eval.py`)
 stride      overlapping ones; each scores the tokens that no window before it has scored
 llama.cpp   one after the other, each beginning with the tokenizer's first special token where it adds one;
             the second half is scored (the `perplexity` tool)
 
-What is left at the end of the text is dropped.
+Tokens at the end of the text that fill no window are dropped.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lowmem_wanda.data.calibration import Encode, check_ids, documents, download, holds_ids, load_ids
+from lowmem_wanda.data.calibration import Encode, documents, download, holds_ids, load_ids, require_ids
 from lowmem_wanda.errors import CalibrationError
 
 CONVENTIONS = ("windows", "llama.cpp")
@@ -27,7 +27,7 @@ WHOLE = 8 << 20  # bytes of a document that are tokenized at once
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids (windows, length) int64; of each window the tokens from the index `first` (windows,) on are scored."""
+    """Token ids (windows, length), int64; of each window the tokens from the index `first` (windows,) on are scored."""
 
     tokens: np.ndarray
     first: np.ndarray
@@ -36,14 +36,14 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        """Of the ids and of what is scored."""
+        """SHA-256 in hex of the ids and of which are scored."""
         digest = hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes())
         digest.update(np.ascontiguousarray(self.first, dtype="<i8").tobytes())
         return digest.hexdigest()
 
     @property
     def scored(self) -> int:
-        """How many tokens are scored."""
+        """The number of tokens that are scored."""
         return int((self.tokens.shape[1] - self.first).sum())
 
 
@@ -57,9 +57,9 @@ def windows(
     convention: str = "windows",
     most: int | None = None,
 ) -> Windows:
-    """Windows of `length` tokens below `vocabulary`, the first `most` of them.
+    """The first `most` windows (default: all) of `length` tokens, each id below `vocabulary`.
 
-    `texts` are those of `text.calibrate`, taken from their beginning; the documents of one text follow each other.
+    `texts` are those of `calibrate`, taken from their beginning; the documents of one text follow each other.
     "wikitext2" and "c4" are the test and validation sets as the paper's code takes them. Rows of ids stay rows.
     Raises CalibrationError.
     """
@@ -77,12 +77,12 @@ def windows(
     else:
         starts = np.arange(0, len(tokens) - length + 1, step)[: most or _paper_windows(texts)]
         tokens = tokens[starts[:, None] + np.arange(length)]
-    check_ids(tokens, vocabulary, name)
+    require_ids(tokens, vocabulary, name)
     first = np.full(len(tokens), 1 if stride is None else tokens.shape[1] - stride)
     first[0] = 1
     if convention == "llama.cpp":
         first[:] = tokens.shape[1] // 2 + 1
-        special = _first_special(encode)
+        special = [] if holds_ids(texts) else _first_special(encode)
         tokens[:, : len(special)] = special
     if (tokens.shape[1] - first).sum() < 2:
         raise CalibrationError(f"{name}: --length {length} leaves no tokens to score; give a larger one")
@@ -90,7 +90,7 @@ def windows(
 
 
 def _stream(texts: Sequence[str], encode: Encode) -> np.ndarray:
-    """All token ids of the texts in one row, or rows of ids as they stand, int64."""
+    """All token ids of the texts in one row, or rows of ids as they stand; int64."""
     if holds_ids(texts):
         arrays = [load_ids(Path(text)).astype(np.int64) for text in texts]
         if len({array.shape[1:] for array in arrays}) > 1:
@@ -115,6 +115,6 @@ def _paper_windows(texts: Sequence[str]) -> int | None:
 
 
 def _first_special(encode: Encode) -> list[int]:
-    """The token that the tokenizer puts before every text, if it does."""
+    """The token that the tokenizer puts before every text, if there is one."""
     alone, before = encode("")[:1], encode("a")[:1]
     return alone if alone == before else []

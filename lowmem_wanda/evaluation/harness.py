@@ -5,8 +5,6 @@ models/huggingface.py), request by request; only the order of the computing diff
 """
 
 import logging
-import re
-from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,16 +15,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.evaluation.likelihood import Notify
-from lowmem_wanda.evaluation.requests import Answer, collect, lay_out, sweep
-from lowmem_wanda.streaming.model import FREE, Limits, open_work
+from lowmem_wanda.evaluation.requests import Answer, collect, group_inputs, sweep
+from lowmem_wanda.streaming.machine import Machine
+from lowmem_wanda.streaming.model import StreamedModel, open_model
 from lowmem_wanda.streaming.skeleton import load_tokenizer
+from lowmem_wanda.streaming.walk import Notify
 
 Request = tuple[Any, list[int], list[int]]  # what the harness knows it by, ids of the context and the continuation
 
 LOGGER = logging.getLogger(__name__)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-SIZES = {"": 10**9, "gb": 10**9, "mb": 10**6, "gib": 1 << 30, "mib": 1 << 20}
 GENERATES = (
     "a model that is streamed block by block does not generate text; run only tasks of output_type multiple_choice, "
     "loglikelihood or loglikelihood_rolling"
@@ -37,11 +34,11 @@ GENERATES = (
 class Lowmem(TemplateLM):  # type: ignore[misc]
     """The checkpoint in the folder `pretrained`, for the harness.
 
-    `max_ram` and `max_vram` are as on our command line: 8 (GB), "8GB", "500MB". `max_length` is the most tokens
-    of an input; the model's own. `add_bos_token` and `prefix_token_id` are HFLM's; `batch_size` and
-    `max_batch_size` change nothing, as memory says what is computed at a time. `sweeps`, `tokens` and `truncated`
-    count passes over the model, padded tokens and requests that lost their beginning. `notify` is called with
-    each block's record, with "sweep" and "sweeps" in it.
+    A `model` that is open already may stand for it. `max_ram` and `max_vram` are as on our command line: 8 (GB), "8GB",
+    "500MB". `max_length` is the most tokens of an input (default: the model's own). `add_bos_token` and
+    `prefix_token_id` are HFLM's; `batch_size` and `max_batch_size` change nothing, as memory says what is computed at a
+    time. `sweeps`, `tokens` and `truncated` count passes over the model, padded tokens and requests that lost their
+    beginning. `on_block` is called with each block's record, with "sweep" and "sweeps" in it.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
         device: str = "auto",
         dtype: str = "auto",
         batch: int | None = None,
-        limits: Limits = FREE,
+        model: StreamedModel | None = None,
         max_ram: float | str | None = None,
         max_vram: float | str | None = None,
         max_length: int | None = None,
@@ -60,23 +57,18 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
         trust_remote_code: bool = False,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
-        notify: Notify | None = None,
+        on_block: Notify | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
         if unknown:
             raise ModelError(f"--model_args {min(unknown)}: lowmem has no such argument; see lowmem_wanda/zeroshot.py")
-        if dtype not in DTYPES:
-            raise ModelError(f"--model_args dtype={dtype} is none of {', '.join(DTYPES)}")
-        ram, vram = size_of(max_ram, "max_ram") or limits.max_ram, size_of(max_vram, "max_vram") or limits.max_vram
-        limits = replace(limits, max_ram=ram, max_vram=vram)
-        self.work = open_work(
-            pretrained, device=device, dtype=dtype, batch=batch, limits=limits, trust_remote_code=trust_remote_code
-        )
+        ram, vram = (None if size is None else str(size) for size in (max_ram, max_vram))
+        self.streamed = model or open_model(pretrained, Machine.of(device, dtype, batch, trust_remote_code, ram, vram))
         beginning = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-        self.tokenizer = load_tokenizer(self.work.checkpoint, trust_remote_code, **beginning)
+        self.tokenizer = load_tokenizer(self.streamed.checkpoint, self.streamed.trust_remote_code, **beginning)
         self.sweeps = self.tokens = self.truncated = 0
-        self._device, self._notify = self.work.device, notify
+        self._device, self._on_block = self.streamed.device, on_block
         self._max_length, self._add_bos, self._prefix = max_length, add_bos_token, prefix_token_id
         prefix = self._prefix_or_none()
         self._beginning = None if prefix is None else self.tokenizer.decode(prefix)
@@ -91,8 +83,8 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
         token = self._prefix_or_none()
         if token is None:
             raise ModelError(
-                f"{self.work.checkpoint.path}: its tokenizer has no BOS or EOS token to put before a text without a "
-                "context; give --model_args prefix_token_id=ID"
+                f"{self.streamed.checkpoint.path}: its tokenizer has no BOS or EOS token to put before a text without "
+                "a context; give --model_args prefix_token_id=ID"
             )
         return token
 
@@ -103,7 +95,7 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
     @property
     def max_length(self) -> int:
         """The most tokens of an input, as HFLM finds it."""
-        return self._max_length or int(resolve_max_length(self.work.hollow.model.config, self.tokenizer))
+        return self._max_length or int(resolve_max_length(self.streamed.skeleton.model.config, self.tokenizer))
 
     @property
     def tokenizer_name(self) -> str:
@@ -150,13 +142,13 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
             return []
         self._check(requests)
         questions = [(context, continuation) for _, context, continuation in requests]
-        sweeps = lay_out(self.work, collect(questions, self.max_length))
+        sweeps = group_inputs(self.streamed, collect(questions, self.max_length))
         self.sweeps, self.tokens = self.sweeps + len(sweeps.parts), self.tokens + sum(sweeps.sizes)
         answers: dict[int, Answer] = {}
-        quiet = disable_tqdm or self._notify is not None
-        with tqdm(total=len(sweeps.parts) * self.work.depth, desc="Streaming blocks", disable=quiet) as bar:
+        quiet = disable_tqdm or self._on_block is not None
+        with tqdm(total=len(sweeps.parts) * self.streamed.depth, desc="Streaming blocks", disable=quiet) as bar:
             for number in range(len(sweeps.parts)):
-                answered = sweep(self.work, sweeps, number, self._telling(bar, number, len(sweeps.parts)))
+                answered = sweep(self.streamed, sweeps, number, self._telling(bar, number, len(sweeps.parts)))
                 for question, answer in answered.items():
                     if (name := requests[question][0]) is not None:  # with --use_cache, another run goes on from here
                         self.cache_hook.add_partial("loglikelihood", name, answer)
@@ -181,17 +173,7 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
 
         def tell(record: dict[str, Any]) -> None:
             bar.update()
-            if self._notify is not None:
-                self._notify({**record, "sweep": number, "sweeps": count})
+            if self._on_block is not None:
+                self._on_block({**record, "sweep": number, "sweeps": count})
 
         return tell
-
-
-def size_of(size: float | str | None, name: str) -> int | None:
-    """Bytes of 8 or "8" (GB), "8GB", "500MB", "7.5GiB". Raises ModelError."""
-    if size is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", str(size).lower())
-    if not match or match[2] not in SIZES:
-        raise ModelError(f"--model_args {name}={size} is no size such as 8GB or 500MB")
-    return int(float(match[1]) * SIZES[match[2]])

@@ -1,36 +1,31 @@
-"""Tokens scored by streaming: models walked block by block, side by side, then their heads on what was asked."""
+"""The likelihood of tokens by streaming: models walked block by block, then their heads on what is asked."""
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from lowmem_wanda.errors import NumberError
-from lowmem_wanda.evaluation.losses import Divergence, Softmax
-from lowmem_wanda.streaming.buffers import Ring
-from lowmem_wanda.streaming.clock import Clock, add, timing
-from lowmem_wanda.streaming.decoder import Block, Decoder
-from lowmem_wanda.streaming.head import Head, budget_of, head_linear
-from lowmem_wanda.streaming.model import Work
-from lowmem_wanda.streaming.placement import Layout
-from lowmem_wanda.streaming.resources import anonymous, limit_vram, map_blocks_from
-from lowmem_wanda.streaming.states import hidden_states
-from lowmem_wanda.streaming.walk import Parts, Stream, advance, walk
+from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.head import Head, head_bytes, head_linear
+from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.placement import Placement
+from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, anonymous
+from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, advance, ignore, streamed
 
-Notify = Callable[[dict[str, Any]], None]  # called with each block's record when all models are through it
+TOKEN_BYTES = 64  # that are kept of a scored token: its softmax, its target, its divergence
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids `tokens` (sequences, length), computed together. The ids that come after the positions `rows` of
-    them, counted through all sequences, are scored: they are `targets`, both (scored,); all are int64."""
+    """Token ids `tokens` (sequences, length), computed together.
+
+    The ids that come after the positions `rows` of them, counted through all sequences, are scored: they are `targets`.
+    Both are (scored,); all are int64.
+    """
 
     tokens: np.ndarray
     rows: np.ndarray
@@ -38,153 +33,190 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """`losses` -log p(target) in float64 and `top`, the most likely id, both (models, scored), in the order of the
-    batches; `divergence` KL(first model || other one), (models - 1, scored), float64. `blocks` has a record of each
-    block, with `errors`, for each other model ||output - the first one's|| / ||the first one's||."""
+class Likelihoods:
+    """What a model says of the scored tokens, in the order of the batches, and beside it a dense model.
+
+    `losses` are -log p(target) in nats, float64, and `top` the most likely ids, both (scored,); `dense_losses` and
+    `dense_top` those of the dense model and `divergence` KL(dense || model) in nats, where there is one. `blocks` has a
+    record of each block, with the `relative_error` ||output - dense output|| / ||dense output||.
+    """
 
     losses: np.ndarray
     top: np.ndarray
+    dense_losses: np.ndarray
+    dense_top: np.ndarray
     divergence: np.ndarray
     blocks: list[dict[str, Any]]
     timing: dict[str, Any]
+    peak: Peak
 
 
-def score(
-    works: Sequence[Work], batches: Sequence[Batch], layout: Layout, notify: Notify = lambda record: None
-) -> Scores:
-    """Scores the batches under every model. Raises NumberError for logits that are NaN or infinite."""
-    for work in works:
-        head_linear(work.hollow)
-    limit_vram(works[0].device, works[0].limits.max_vram)
-    map_blocks_from(layout.mapped)
-    with torch.no_grad():
-        return _Run(works, batches, layout, notify).do()
+def token_likelihoods(
+    model: StreamedModel,
+    batches: Sequence[Batch],
+    placement: Placement,
+    dense: StreamedModel | None = None,
+    on_block: Notify = ignore,
+) -> Likelihoods:
+    """The likelihoods of the batches' targets under a model, and under a `dense` one that is walked beside it.
 
-
-class _Run:
-    """One walk of all models, and their heads after it."""
-
-    def __init__(self, works: Sequence[Work], batches: Sequence[Batch], layout: Layout, notify: Notify) -> None:
-        self.works, self.batches, self.layout, self.notify = works, batches, layout, notify
-        self.device = works[0].device
-        self.decoders = [Decoder(work.hollow, work.checkpoint.tensors, work.device, work.dtype) for work in works]
-        self.states: list[Parts] = []
-        self.blocks: list[dict[str, Any]] = []
-        self.spent: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def do(self) -> Scores:
-        start = time.perf_counter()
-        with ExitStack() as stack:
-            for decoder in self.decoders:
-                stack.callback(decoder.close)
-            self._embed(stack)
-            self._walk()
-            softmaxes, divergences = self._apply_heads()
-        losses = np.stack([softmax.losses().cpu().double().numpy() for softmax in softmaxes])
-        if not np.isfinite(losses).all():
+    Raises NumberError for logits that are NaN or infinite, ModelError where logits do not come from a linear.
+    """
+    models = (model,) if dense is None else (dense, model)
+    for one in models:
+        head_linear(one.skeleton)
+    with streamed(*models, batches=[batch.tokens for batch in batches], placement=placement) as stream:
+        blocks = _walk(stream, on_block)
+        stream.buffers.close()
+        softmaxes, divergence = _apply_heads(stream, batches)
+        losses = [softmax.losses().cpu().double().numpy() for softmax in softmaxes]
+        top = [softmax.top.cpu().numpy() for softmax in softmaxes]
+        if not all(np.isfinite(values).all() for values in losses):
             raise NumberError("logits are NaN or infinite: try --dtype float32")
-        pairs = zip(divergences, softmaxes[1:], strict=True)
-        scored = [divergence.values(softmaxes[0], other) for divergence, other in pairs]
-        return Scores(
-            losses,
-            np.stack([softmax.top.cpu().numpy() for softmax in softmaxes]),
-            np.stack([values.cpu().double().numpy() for values in scored]) if scored else losses[:0],
-            self.blocks,
-            timing(time.perf_counter() - start, self.spent),
-        )
+        apart = divergence.values(*softmaxes).cpu().double().numpy() if divergence else np.empty(0)
+        return Likelihoods(losses[-1], top[-1], losses[0], top[0], apart, blocks, stream.timing(), stream.peak)
 
-    def _embed(self, stack: ExitStack) -> None:
-        def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowmem-wanda-")))
-            return stack.enter_context(hidden_states(self.layout.states, shape, dtype, self.device, folder))
 
-        clock = Clock(self.device)
-        with clock.part("embed"):
-            self.states += [
-                decoder.embed([batch.tokens for batch in self.batches], allocate) for decoder in self.decoders
-            ]
-        add(self.spent, clock.seconds())
+def _walk(stream: Stream, on_block: Notify) -> list[dict[str, Any]]:
+    """Takes the models through all blocks; gives the records of the blocks. The dense model comes first."""
+    device, last = stream.buffers.device, time.perf_counter()
+    blocks: list[dict[str, Any]] = []
 
-    def _walk(self) -> None:
-        layout, size = self.layout, max(work.block_bytes for work in self.works)
-        models = enumerate(zip(self.works, self.decoders, self.states, strict=True))
-        streams = [
-            Stream(decoder, parts, work.block_tensors, partial(self._step, number))
-            for number, (work, decoder, parts) in models
-        ]
-        with Ring(self.device, size, layout.slots, layout.arriving, self.works[0].limits.reading) as ring:
-            walk(streams, ring, range(self.works[0].depth))
-            add(self.spent, ring.spent)
-        for decoder in self.decoders:
-            decoder.empty()
-
-    def _step(self, number: int, block: Block, parts: Parts) -> None:
-        """One model's block; the last model's closes the record of that block."""
-        clock = Clock(self.device)
+    def timed_advance(block: Block, states: MicroBatches) -> dict[str, float]:
+        clock = Clock(device)
         with clock.part("onward"):
-            advance(block, parts)
-        if number == 0:
-            self.blocks.append({"index": block.index, "parts": {}, "errors": []})
-        record = self.blocks[-1]
-        if number:
+            advance(block, states)
+        return clock.seconds()
+
+    def dense_step(block: Block, states: MicroBatches) -> None:
+        blocks.append({"index": block.index, "parts": timed_advance(block, states)})
+
+    def step(block: Block, states: MicroBatches) -> None:
+        nonlocal last
+        if len(stream.decoders) == 1:
+            dense_step(block, states)
+        else:
+            add_seconds(blocks[-1]["parts"], timed_advance(block, states))
+            clock = Clock(device)
             with clock.part("compare"):
-                record["errors"].append(relative_error(parts, self.states[0], self.device))
-        add(record["parts"], clock.seconds())
-        if number == len(self.works) - 1:
-            now = time.perf_counter()
-            record |= {"seconds": now - self.last, "host_bytes": anonymous()}
-            self.last = now
-            add(self.spent, record["parts"])
-            self.notify(record)
+                blocks[-1]["relative_error"] = relative_error(states, stream.states[0], device)
+            add_seconds(blocks[-1]["parts"], clock.seconds())
+        seconds, last = time.perf_counter() - last, time.perf_counter()
+        blocks[-1] |= {"seconds": seconds, "host_bytes": anonymous()}
+        add_seconds(stream.spent, blocks[-1]["parts"])
+        on_block(blocks[-1])
 
-    def _apply_heads(self) -> tuple[list[Softmax], list[Divergence]]:
-        """Logits by slices of the vocabulary: of all models at once, so that none has to be kept."""
-        budget = budget_of(max(work.block_bytes for work in self.works))
-        heads = [Head(decoder, budget) for decoder in self.decoders]
-        targets = torch.from_numpy(np.concatenate([batch.targets for batch in self.batches])).to(self.device)
-        softmaxes = [Softmax(len(targets), self.device) for _ in heads]
-        divergences = [Divergence(len(targets), self.device) for _ in heads[1:]]
-        clock = Clock(self.device)
-        with clock.part("head"):
-            for piece in heads[0].slices():
-                for head in heads[1:]:
-                    head.load(piece)
-                for where, hidden in self._scored(heads[0].tokens):
-                    logits = [head.logits(states) for head, states in zip(heads, hidden, strict=True)]
-                    added = [
-                        softmax.add(where, made, targets[where], piece.start)
-                        for softmax, made in zip(softmaxes, logits, strict=True)
-                    ]
-                    for divergence, other in zip(divergences, logits[1:], strict=True):
-                        divergence.add(where, logits[0], other, added[0])
-        for head in heads:
-            head.close()
-        add(self.spent, clock.seconds())
-        return softmaxes, divergences
-
-    def _scored(self, count: int) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-        """At most `count` scored tokens at a time: which they are, and each model's hidden states (tokens, width)."""
-        offset = 0
-        for number, batch in enumerate(self.batches):
-            rows = torch.from_numpy(batch.rows)
-            for start in range(0, len(rows), count):
-                some = rows[start : start + count]
-                states = [parts[number].flatten(0, 1) for parts in self.states]
-                yield (
-                    slice(offset + start, offset + start + len(some)),
-                    [flat[some.to(flat.device)].to(self.device) for flat in states],
-                )
-            offset += len(rows)
+    stream.walk(*([dense_step, step] if len(stream.decoders) == 2 else [step]))
+    return blocks
 
 
-def relative_error(parts: Parts, dense: Parts, device: torch.device) -> float:
-    """||parts - dense|| / ||dense|| over all hidden states, sums in float64 where the device has it."""
+def _apply_heads(stream: Stream, batches: Sequence[Batch]) -> tuple[list["Softmax"], "Divergence | None"]:
+    """Logits by slices of the vocabulary: of all models at once, so that none has to be kept."""
+    device, nbytes = stream.buffers.device, head_bytes(stream.buffers.nbytes)
+    heads = [Head(decoder, nbytes) for decoder in stream.decoders]
+    targets = torch.from_numpy(np.concatenate([batch.targets for batch in batches])).to(device)
+    softmaxes = [Softmax(len(targets), device) for _ in heads]
+    divergence = Divergence(len(targets), device) if len(heads) == 2 else None
+    clock = Clock(device)
+    with clock.part("head"):
+        for piece in heads[0].slices():
+            for head in heads[1:]:
+                head.load(piece)
+            for where, hidden in _scored(stream, batches, heads[0].tokens):
+                logits = [head.logits(states) for head, states in zip(heads, hidden, strict=True)]
+                added = [
+                    softmax.add(where, made, targets[where], piece.start)
+                    for softmax, made in zip(softmaxes, logits, strict=True)
+                ]
+                if divergence:
+                    divergence.add(where, logits[0], logits[1], added[0])
+    for head in heads:
+        head.close()
+    add_seconds(stream.spent, clock.seconds())
+    return softmaxes, divergence
+
+
+def _scored(stream: Stream, batches: Sequence[Batch], count: int) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Yields which tokens are scored, at most `count` at a time, and each model's hidden states (tokens, width)."""
+    offset, device = 0, stream.buffers.device
+    for number, batch in enumerate(batches):
+        rows = torch.from_numpy(batch.rows)
+        for start in range(0, len(rows), count):
+            some = rows[start : start + count]
+            states = [parts[number].flatten(0, 1) for parts in stream.states]
+            yield (
+                slice(offset + start, offset + start + len(some)),
+                [flat[some.to(flat.device)].to(device) for flat in states],
+            )
+        offset += len(rows)
+
+
+def relative_error(states: MicroBatches, dense: MicroBatches, device: torch.device) -> float:
+    """||states - dense|| / ||dense|| over all hidden states, summed in float64 where the device has it."""
     precision = torch.float32 if device.type == "mps" else torch.float64
     sums = torch.zeros(2, dtype=precision, device=device)
-    for part, other in zip(parts, dense, strict=True):
+    for part, other in zip(states, dense, strict=True):
         right = other.to(device).float()
         left = part.to(device).float()
         sums += torch.stack([(left - right).square_().sum(dtype=precision), right.square().sum(dtype=precision)])
     return float((sums[0] / sums[1]).sqrt())
+
+
+class Softmax:
+    """The softmax of `count` tokens over slices of logits: its normalizer, the target's logit and the highest logit."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.precision = torch.float32 if device.type == "mps" else torch.float64
+        self.highest = torch.full((count,), torch.finfo(torch.float32).min, device=device)
+        self.sums = torch.zeros(count, dtype=self.precision, device=device)
+        self.target = torch.zeros(count, device=device)
+        self.top = torch.zeros(count, dtype=torch.int64, device=device)
+
+    def add(
+        self, where: slice, logits: torch.Tensor, targets: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds float32 logits (tokens, slice) of the ids from `start` on for the tokens `where`.
+
+        The ids that follow them are `targets` (tokens,). Gives exp(logit - highest so far), float32, and the factor by
+        which earlier sums were scaled.
+        """
+        highest, ids = logits.max(dim=1)
+        before = self.highest[where]
+        self.top[where] = torch.where(highest > before, ids + start, self.top[where])
+        now = torch.maximum(before, highest)
+        exponentials = (logits - now[:, None]).exp_()
+        scale = (before - now).to(self.precision).exp_()
+        self.sums[where] = self.sums[where] * scale + exponentials.sum(dim=1, dtype=self.precision)
+        self.highest[where] = now
+        place = targets - start
+        inside = (place >= 0) & (place < logits.shape[1])
+        picked = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        self.target[where] = torch.where(inside, picked, self.target[where])
+        return exponentials, scale
+
+    def normalizer(self) -> torch.Tensor:
+        """The logarithm of the sum of exp(logit), (tokens,)."""
+        return self.highest.to(self.precision) + self.sums.log()
+
+    def losses(self) -> torch.Tensor:
+        """-log p(target), (tokens,)."""
+        return self.normalizer() - self.target
+
+
+class Divergence:
+    """KL(p || q) of `count` tokens, where slices of the logits of p and q go through two `Softmax` as well."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.sums = torch.zeros_like(Softmax(count, device).sums)
+
+    def add(
+        self, where: slice, logits: torch.Tensor, others: torch.Tensor, added: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Adds logits of p and q (tokens, slice); `added` is what adding p's logits to its `Softmax` gave."""
+        exponentials, scale = added
+        products = (logits - others).mul_(exponentials)
+        self.sums[where] = self.sums[where] * scale + products.sum(dim=1, dtype=self.sums.dtype)
+
+    def values(self, p: Softmax, q: Softmax) -> torch.Tensor:
+        """KL(p || q) in nats, (tokens,)."""
+        return self.sums / p.sums - p.normalizer() + q.normalizer()

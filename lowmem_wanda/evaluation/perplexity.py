@@ -1,69 +1,60 @@
-"""What a model is worth on a text: its perplexity, and how far it is from the dense one, by streaming."""
+"""What a model is worth on a text: its perplexity, and how far it is from the dense model, by streaming.
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+Errors are standard errors of a mean that take tokens as independent, as llama.cpp's `perplexity` gives them.
+"""
+
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from lowmem_wanda.data.calibration import in_batches
-from lowmem_wanda.data.windows import Windows, windows
+from lowmem_wanda.data.windows import Windows
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.evaluation.likelihood import Batch, score
-from lowmem_wanda.evaluation.losses import against, perplexity
+from lowmem_wanda.evaluation.likelihood import TOKEN_BYTES, Batch, token_likelihoods
 from lowmem_wanda.streaming.head import head_linear
-from lowmem_wanda.streaming.model import Work, describe_device
-from lowmem_wanda.streaming.placement import choose
-from lowmem_wanda.streaming.resources import Peak, return_freed
+from lowmem_wanda.streaming.model import StreamedModel, describe_device
+from lowmem_wanda.streaming.placement import Workload, choose
+from lowmem_wanda.streaming.resources import return_freed
+from lowmem_wanda.streaming.walk import Notify, ignore
 
-Notify = Callable[[dict[str, Any]], None]
 
-
-def evaluate(
-    work: Work, text: Windows, dense: Work | None = None, notify: Notify = lambda record: None
+def measure(
+    model: StreamedModel, text: Windows, dense: StreamedModel | None = None, on_block: Notify = ignore
 ) -> dict[str, Any]:
     """The figures of a model on a text, and beside a dense one the distance to it.
 
-    `perplexity` and `perplexity_stderr` over `tokens`, scored in windows of `length`; with `dense` its own under
-    "dense", and those of `losses.against`; `blocks` with each one's `relative_error`; seconds, and bytes of memory.
+    These are `perplexity` and `perplexity_stderr` over `tokens`, scored in windows of `length`; with `dense` its own
+    under "dense", and those of `distance`; `blocks` with each one's `relative_error`; seconds, and bytes of memory.
     Raises ModelError where the two models are not of one kind, BudgetError, NumberError.
     """
-    works = [work] if dense is None else [dense, work]
     if dense is not None:
-        _compare(work, dense)
-    layout, need = choose(replace(work, shape=text.tokens.shape, beside=tuple(works[:-1])))
-    with Peak(work.device) as peak:
-        scores = score(works, batches(text, layout.batch), layout, lambda record: notify(_flat(record)))
+        _require_alike(model, dense)
+    models = (model,) if dense is None else (dense, model)
+    count, length = text.tokens.shape
+    placement, need = choose(Workload(models, count, length, token_bytes=TOKEN_BYTES, needs_logits=True))
+    found = token_likelihoods(model, batches(text, placement.batch), placement, dense, on_block)
     return_freed()
-    figures = _figures(scores.losses[-1], text)
+    figures = _figures(found.losses, text)
     if dense is not None:
-        figures |= against(scores.losses[1], scores.losses[0], scores.divergence[0], scores.top[0] == scores.top[1])
-        figures["dense"] = {"path": str(dense.checkpoint.path), **_figures(scores.losses[0], text)}
+        figures |= distance(found.losses, found.dense_losses, found.divergence, found.top == found.dense_top)
+        figures["dense"] = {"path": str(dense.checkpoint.path), **_figures(found.dense_losses, text)}
     return {
-        "path": str(work.checkpoint.path),
+        "path": str(model.checkpoint.path),
         **figures,
-        "blocks": [_flat(record) for record in scores.blocks],
-        "device": describe_device(work.device),
-        "dtype": work.dtype_name,
-        "seconds": scores.timing["wall"],
-        "timing": scores.timing,
-        "layout": {**asdict(layout), "reading": work.limits.reading},
-        "memory": list(peak.series),
-        "peak_memory": peak.beside(need.host, need.device),
+        "blocks": found.blocks,
+        "device": describe_device(model.device),
+        "dtype": model.dtype_name,
+        "seconds": found.timing["wall"],
+        "timing": found.timing,
+        "layout": {**asdict(placement), "reading": model.budget.read},
+        "memory": list(found.peak.series),
+        "peak_memory": found.peak.beside(need.host, need.device),
     }
 
 
-def cut(
-    work: Work, texts: Sequence[str], length: int, stride: int | None = None, convention: str = "windows",
-    most: int | None = None,
-) -> Windows:  # fmt: skip
-    """`windows` of the texts by the model's own tokenizer, of no more tokens than the model has positions."""
-    size = {"length": work.window(length), "vocabulary": work.hollow.vocabulary, "stride": stride, "most": most}
-    return windows(texts, work.encoder(texts), convention=convention, **size)  # type: ignore[arg-type]
-
-
 def batches(text: Windows, count: int) -> list[Batch]:
-    """The windows, `count` at a time, and what of them is scored."""
+    """The windows, `count` at a time, and which of their tokens are scored."""
     made, length = [], text.tokens.shape[1]
     for tokens, first in zip(in_batches(text.tokens, count), in_batches(text.first, count), strict=True):
         scored = np.arange(length) >= first[:, None]  # (sequences, length)
@@ -72,32 +63,63 @@ def batches(text: Windows, count: int) -> list[Batch]:
     return made
 
 
+def perplexity(losses: np.ndarray) -> tuple[float, float]:
+    """The exponential of the mean of -log p (tokens,), and its standard error."""
+    mean, error = _mean(losses)
+    return float(np.exp(mean)), float(np.exp(mean) * error)
+
+
+def distance(losses: np.ndarray, dense: np.ndarray, divergence: np.ndarray, same: np.ndarray) -> dict[str, Any]:
+    """What llama.cpp's `--kl-divergence` reports.
+
+    `losses` are those of a model and `dense` those of the dense one, `divergence` is KL(dense || model), and `same`
+    says whether both find the same id most likely; each is (tokens,).
+    """
+    ratio, ratio_error = perplexity(losses - dense)
+    kl, kl_error = _mean(divergence)
+    agreement, agreement_error = _mean(same.astype(np.float64))
+    change = np.exp(-losses) - np.exp(-dense)
+    return {
+        "kl_mean": kl,
+        "kl_mean_stderr": kl_error,
+        "kl_median": float(np.median(divergence)),
+        "kl_p99": float(np.percentile(divergence, 99)),
+        "kl_max": float(divergence.max()),
+        "top1_agreement": agreement,
+        "top1_agreement_stderr": agreement_error,
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_stderr": ratio_error,
+        "target_probability_change_mean": float(change.mean()),
+        "target_probability_change_rms": float(np.sqrt(np.square(change).mean())),
+    }
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return float(values.mean()), float(values.std() / np.sqrt(max(1, len(values) - 1)))
+
+
 def _figures(losses: np.ndarray, text: Windows) -> dict[str, Any]:
     value, error = perplexity(losses)
     length = text.tokens.shape[1]
     return {"perplexity": value, "perplexity_stderr": error, "tokens": len(losses), "length": length}
 
 
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """A block's record with the one model's error that there is, if any."""
-    rest = {key: value for key, value in record.items() if key != "errors"}
-    return rest | ({"relative_error": record["errors"][0]} if record["errors"] else {})
-
-
-def _compare(work: Work, dense: Work) -> None:
+def _require_alike(model: StreamedModel, dense: StreamedModel) -> None:
     """Raises ModelError where a model's blocks and logits have no counterpart in the dense one's."""
-    if (work.device, work.dtype) != (dense.device, dense.dtype):
+    paths = model.checkpoint.path, dense.checkpoint.path
+    if (model.device, model.dtype) != (dense.device, dense.dtype):
         raise ModelError(
-            f"{work.checkpoint.path}: is computed in {work.dtype} on {work.device}, {dense.checkpoint.path} in "
+            f"{paths[0]}: is computed in {model.dtype} on {model.device}, {paths[1]} in "
             f"{dense.dtype} on {dense.device}; give --dtype"
         )
+    ids = [head_linear(one.skeleton).out_features for one in (model, dense)]
     for what, one, other in (
-        ("blocks", work.depth, dense.depth),
-        ("as width of its hidden states", work.hollow.width, dense.hollow.width),
-        ("ids in its vocabulary", head_linear(work.hollow).out_features, head_linear(dense.hollow).out_features),
+        ("blocks", model.depth, dense.depth),
+        ("as width of its hidden states", model.skeleton.width, dense.skeleton.width),
+        ("ids in its vocabulary", *ids),
     ):
         if one != other:
             raise ModelError(
-                f"{work.checkpoint.path}: has {one} {what}, {dense.checkpoint.path} {other}; "
-                "give --against the model that it was made of"
+                f"{paths[0]}: has {one} {what}, {paths[1]} {other}; give --against the model that it was made of"
             )

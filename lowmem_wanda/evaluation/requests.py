@@ -1,19 +1,20 @@
-"""Questions about what follows in many short inputs, answered in as few walks through the model as memory allows.
+"""Questions about what follows many short inputs, answered in as few walks through the model as memory allows.
 
-A walk reads the whole model, so all inputs go along, each but once; those of one length are computed together.
+A walk reads the whole model, so all inputs go along, each of them once. Inputs of one length are computed together.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
-from lowmem_wanda.data.calibration import check_ids
+from lowmem_wanda.data.calibration import require_ids
 from lowmem_wanda.errors import BudgetError
-from lowmem_wanda.evaluation.likelihood import Batch, Notify, score
-from lowmem_wanda.streaming.model import Work
-from lowmem_wanda.streaming.placement import Layout, choose
+from lowmem_wanda.evaluation.likelihood import TOKEN_BYTES, Batch, token_likelihoods
+from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.placement import Placement, Workload, choose
+from lowmem_wanda.streaming.walk import Notify, ignore
 
 LEAST = 16384  # tokens of a sweep: with fewer, reading the model takes longer than computing with it
 
@@ -22,8 +23,10 @@ Answer = tuple[float, bool]  # log p of a continuation in nats, whether greedy d
 
 @dataclass(frozen=True)
 class Input:
-    """Ids that the model is given, and what is asked of them: (question's number, ids of its continuation). The last
-    id of a continuation is not given any more, those before it are the last ones of `tokens`."""
+    """Ids that the model is given, and what is asked of them: (number of the question, ids of its continuation).
+
+    The last id of a continuation is not given, the ids before it are the last ones of `tokens`.
+    """
 
     tokens: tuple[int, ...]
     asked: list[tuple[int, list[int]]]
@@ -31,42 +34,46 @@ class Input:
 
 @dataclass(frozen=True)
 class Sweeps:
-    """Inputs, the longest first, the lengths that they are padded to, and which of them go through the model
-    together."""
+    """Inputs, the longest first, the lengths that they are padded to, and which `parts` of them make a sweep."""
 
     inputs: list[Input]
     sizes: list[int]
     parts: list[slice]
-    layout: Layout
+    placement: Placement
 
 
 def collect(questions: Sequence[tuple[list[int], list[int]]], most: int) -> list[Input]:
-    """The inputs of (context, continuation) pairs of ids, each but once, the longest first; of those longer than
-    `most` tokens the end."""
+    """The inputs of (context, continuation) pairs of ids, each of them once, the longest first.
+
+    Of an input longer than `most` tokens the end is kept.
+    """
     found: dict[tuple[int, ...], Input] = {}
     for number, (context, continuation) in enumerate(questions):
-        tokens = tuple((context + continuation)[-(most + 1) :][:-1])
+        kept = (context + continuation)[-(most + 1) :]
+        tokens = tuple(kept[:-1])  # the last id is never given
         found.setdefault(tokens, Input(tokens, [])).asked.append((number, continuation))
     return sorted(found.values(), key=lambda one: (-len(one.tokens), one.tokens))
 
 
-def lay_out(work: Work, inputs: list[Input]) -> Sweeps:
-    """In which sweeps, and how, the inputs go through a model. Raises BudgetError."""
-    sizes = [padded(len(one.tokens), work.hollow.positions) for one in inputs]
-    most, layout = plan(work, sizes[0], sum(sizes))
-    return Sweeps(inputs, sizes, list(cut(sizes, most)), layout)
+def group_inputs(model: StreamedModel, inputs: list[Input]) -> Sweeps:
+    """The sweeps in which the inputs go through a model, and their placement. Raises BudgetError."""
+    sizes = [padded(len(one.tokens), model.skeleton.positions) for one in inputs]
+    most, placement = sweep_size(model, sizes[0], sum(sizes))
+    return Sweeps(inputs, sizes, list(cut(sizes, most)), placement)
 
 
-def sweep(work: Work, sweeps: Sweeps, number: int, notify: Notify = lambda record: None) -> dict[int, Answer]:
-    """Answers of one sweep, by the questions' numbers. Raises CalibrationError for an id that the model does not have,
-    NumberError."""
+def sweep(model: StreamedModel, sweeps: Sweeps, number: int, on_block: Notify = ignore) -> dict[int, Answer]:
+    """The answers of one sweep, by the numbers of the questions.
+
+    Raises CalibrationError for an id that the model does not have, NumberError.
+    """
     part = sweeps.parts[number]
-    batches = list(in_batches(sweeps.inputs[part], sweeps.sizes[part], sweeps.layout.batch * sweeps.sizes[0]))
+    batches = list(batched(sweeps.inputs[part], sweeps.sizes[part], sweeps.placement.batch * sweeps.sizes[0]))
     targets = np.concatenate([batch.targets for batch in batches])
     for ids in (targets, *(batch.tokens for batch in batches)):
-        check_ids(ids, work.hollow.vocabulary, f"{work.checkpoint.path}: its tokenizer")
-    scores = score([work], batches, sweeps.layout, notify)
-    losses, hits = scores.losses[0], scores.top[0] == targets
+        require_ids(ids, model.skeleton.vocabulary, f"{model.checkpoint.path}: its tokenizer")
+    found = token_likelihoods(model, batches, sweeps.placement, on_block=on_block)
+    losses, hits = found.losses, found.top == targets
     answers, start = {}, 0
     for question, continuation in (asked for one in sweeps.inputs[part] for asked in one.asked):
         end = start + len(continuation)
@@ -76,24 +83,28 @@ def sweep(work: Work, sweeps: Sweeps, number: int, notify: Notify = lambda recor
 
 
 def padded(length: int, positions: int | None) -> int:
-    """The length that an input is padded to: few different ones, each at most a sixteenth longer (up to 256, the next
-    multiple of 16), and none beyond the model's positions."""
+    """The length that an input is padded to, of which there are few.
+
+    It is at most a sixteenth longer (up to 256, the next multiple of 16), and not beyond the model's positions.
+    """
     step = max(16, 1 << max(0, (length - 1).bit_length() - 5))
     rounded = -(-length // step) * step
     return rounded if positions is None else min(rounded, max(length, positions))
 
 
-def plan(work: Work, longest: int, total: int) -> tuple[int, Layout]:
-    """How many of `total` tokens, in inputs of at most `longest`, go through the model in one sweep, and the layout.
+def sweep_size(model: StreamedModel, longest: int, total: int) -> tuple[int, Placement]:
+    """How many of `total` tokens, in inputs of at most `longest`, go through the model in one sweep, and where.
 
-    All, or half as many until their hidden states need not lie in a file, but not below `LEAST`. Raises BudgetError.
+    All of them, or half as many until their hidden states need not lie in a file, but not below `LEAST`. Raises
+    BudgetError.
     """
     tokens = total
     while True:
         try:
-            layout, _ = choose(replace(work, shape=(-(-tokens // longest), longest)))
-            if layout.states != "file" or tokens <= LEAST:
-                return tokens, layout
+            work = Workload((model,), -(-tokens // longest), longest, token_bytes=TOKEN_BYTES, needs_logits=True)
+            placement, _ = choose(work)
+            if placement.states != "file" or tokens <= LEAST:
+                return tokens, placement
         except BudgetError:
             if tokens <= LEAST:
                 raise
@@ -101,7 +112,7 @@ def plan(work: Work, longest: int, total: int) -> tuple[int, Layout]:
 
 
 def cut(sizes: Sequence[int], most: int) -> Iterator[slice]:
-    """Consecutive pieces, each of at most `most` tokens, or of one input."""
+    """Yields consecutive pieces, each of at most `most` tokens, or of one input."""
     start = total = 0
     for index, size in enumerate(sizes):
         if total + size > most and index > start:
@@ -111,8 +122,8 @@ def cut(sizes: Sequence[int], most: int) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def in_batches(inputs: Sequence[Input], sizes: Sequence[int], tokens: int) -> Iterator[Batch]:
-    """Inputs of one padded size together, as many as make `tokens`; what follows an input changes nothing in it."""
+def batched(inputs: Sequence[Input], sizes: Sequence[int], tokens: int) -> Iterator[Batch]:
+    """Yields inputs of one padded size together, as many as make `tokens`; padding changes nothing before it."""
     for size, group in groupby(zip(sizes, inputs, strict=True), key=lambda pair: pair[0]):
         same = [one for _, one in group]
         count = max(1, tokens // size)

@@ -2,7 +2,7 @@
 
 The harness finds no models of others by itself (0.4.13 has no entry points for them), so its command line is
 
-    python -m lowmem_wanda.zeroshot run --model lowmem --model_args pretrained=DIR --tasks boolq
+    python -m lowmem_wanda.evaluation.zeroshot run --model lowmem --model_args pretrained=DIR --tasks boolq
 """
 
 import logging
@@ -17,36 +17,39 @@ from lm_eval.tasks import TaskManager
 
 from lowmem_wanda.errors import CalibrationError, LowmemError, ModelError
 from lowmem_wanda.evaluation.harness import GENERATES, Lowmem
+from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.skeleton import first_line
+from lowmem_wanda.streaming.walk import Notify
 
 BOOTSTRAP = 1000  # samples for a standard error that has no formula (2 % off); the harness's 100,000 take minutes
 
 
-def zeroshot(
-    source: str | Path,
+def run(
+    model: StreamedModel,
     tasks: Sequence[str],
     *,
     include_path: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    **settings: Any,
+    on_block: Notify | None = None,
 ) -> dict[str, dict[str, float]]:
-    """{task or group: {metric: value, and where there is one its "_stderr"}} of the checkpoint in `source`.
+    """{task or group: {metric: value, and where there is one its "_stderr"}} of an opened model.
 
     `tasks` are names, patterns or YAML files of tasks, also of those in `include_path`; of each the first `limit`
-    documents. `settings` are those of `Lowmem`. Raises LowmemError.
+    documents are asked. `on_block` is called with each block's record (see `Lowmem`). Raises LowmemError.
     """
-    return run(Lowmem(str(source), **settings), tasks, include_path=include_path, limit=limit, num_fewshot=num_fewshot)
+    lowmem = Lowmem(str(model.checkpoint.path), model=model, on_block=on_block)
+    return answers(lowmem, tasks, include_path=include_path, limit=limit, num_fewshot=num_fewshot)
 
 
-def run(
-    model: Lowmem, tasks: Sequence[str], *, include_path: str | None, limit: int | None, num_fewshot: int | None
+def answers(
+    lowmem: Lowmem, tasks: Sequence[str], *, include_path: str | None, limit: int | None, num_fewshot: int | None
 ) -> dict[str, dict[str, float]]:
-    """What `zeroshot` gives, of a model that is there already and counts its sweeps."""
+    """What `run` gives, of a model that the harness sees already and that counts its sweeps."""
     with _quiet():
         manager, loaded = load_tasks(tasks, include_path)
         results = lm_eval.simple_evaluate(
-            model,
+            lowmem,
             tasks=loaded,
             task_manager=manager,
             limit=limit,
@@ -58,8 +61,11 @@ def run(
 
 
 def load_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[Any, list[Any]]:
-    """The harness's task manager, and the tasks and groups with their data sets. Raises CalibrationError for a task
-    that is not known or whose data cannot be had, ModelError for one that generates text."""
+    """The harness's task manager, and the tasks and groups with their data sets.
+
+    Raises CalibrationError for a task that is unknown or whose data is not available, ModelError for one that generates
+    text.
+    """
     manager, names = _find(tasks, include_path)
     loaded: list[Any] = []
     for name in names:
@@ -83,7 +89,7 @@ def load_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[Any, lis
 
 
 def _find(tasks: Sequence[str], include_path: str | None) -> tuple[Any, list[str]]:
-    """The task manager that knows all tasks, and their names."""
+    """The task manager that knows all tasks, and the tasks' names."""
     if include_path is not None and not Path(include_path).is_dir():
         raise CalibrationError(f"--include-path {include_path} is no folder")
     for defaults in (False, True):  # it takes 15 s to read the harness's own 14,000 tasks
@@ -105,7 +111,7 @@ def _is_file(task: str) -> bool:
 
 
 def _metrics(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Metrics by plain names: "acc" for "acc,none", where what follows the comma is the filter of the harness."""
+    """Yields metrics by plain names: "acc" for "acc,none", where a filter of the harness follows the comma."""
     for key, value in found.items():
         name, comma, rule = key.partition(",")
         if comma and isinstance(value, (int, float)):
@@ -114,7 +120,7 @@ def _metrics(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness without its log, and with what it prints on stderr."""
+    """Keeps the harness's log away, and sends what it prints to stderr."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,115 +1,274 @@
-"""The importance matrix of a checkpoint as it is: the same walk, nothing pruned, nothing written but sums."""
+"""The importance matrix of a model as it is walked, and of a checkpoint as it stands: nothing pruned, only sums."""
 
+import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+import numpy as np
 import torch
 
-from lowmem_wanda.checkpoint.writer import check_new
-from lowmem_wanda.data.calibration import Calibration, in_batches
-from lowmem_wanda.llamacpp.imatrix import About, Entry, Store, check_target, write
-from lowmem_wanda.llamacpp.names import gguf_names
-from lowmem_wanda.streaming.buffers import Ring
-from lowmem_wanda.streaming.decoder import Block, Decoder
-from lowmem_wanda.streaming.model import Work, describe_device
-from lowmem_wanda.streaming.placement import Layout, choose
-from lowmem_wanda.streaming.recorder import Recorder
-from lowmem_wanda.streaming.resources import Peak, anonymous, limit_vram, map_blocks_from
-from lowmem_wanda.streaming.states import hidden_states
-from lowmem_wanda.streaming.walk import Parts, Stream, advance, walk
+from lowmem_wanda.checkpoint.output import FORMAT
+from lowmem_wanda.checkpoint.reader import Tensor, read_header
+from lowmem_wanda.checkpoint.writer import require_new, write_shard
+from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches
+from lowmem_wanda.errors import CheckpointError, NumberError
+from lowmem_wanda.llamacpp.imatrix import About, Entry, require_matrix_target, write
+from lowmem_wanda.llamacpp.names import gguf_names, package
+from lowmem_wanda.sparsity.statistics import SquaredNorm
+from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.machine import Machine
+from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model
+from lowmem_wanda.streaming.placement import Workload, choose
+from lowmem_wanda.streaming.resources import anonymous
+from lowmem_wanda.streaming.walk import MicroBatches, Notify, advance, ignore, streamed, watched
 
-Notify = Callable[[dict[str, Any]], None]
+SUMS, COUNTS = ".sums", ".counts"
+
+
+class ImatrixReport(TypedDict):
+    """What an importance matrix is of, and what it took. Times are in seconds, memory in bytes."""
+
+    format: int
+    kind: str
+    source: str
+    file: str
+    entries: int
+    text: list[str]
+    sequences: int
+    length: int
+    tokens: int
+    device: str
+    dtype: str
+    seconds: float
+    peak_memory: dict[str, int]
 
 
 def imatrix(
-    work: Work, calibration: Calibration, path: str | Path, notify: Notify = lambda record: None
-) -> dict[str, Any]:
-    """Writes what llama.cpp's quantization asks for to `path` (.gguf, or .dat for the older format).
+    source: str | Path,
+    target: str | Path,
+    *,
+    text: Sequence[str] = (),
+    sequences: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch: int | None = None,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
+    slots: int | None = None,
+    read: str = "pread",
+    states: str | None = None,
+    trust_remote_code: bool = False,
+    on_start: Notify = ignore,
+    on_block: Notify = ignore,
+) -> ImatrixReport:
+    """Writes the importance matrix of a checkpoint, which llama.cpp's quantization asks for.
 
-    The sums are over the tokens of `calibration`, for every linear in every block; gives what was done. Raises
-    ModelError for a model whose tensors llama.cpp has no names for, OutputError, BudgetError, NumberError.
+    It has, for the weight of every matrix in every block, the sum over all tokens of each input channel's square.
+
+    Args:
+        source: the folder of a Hugging Face safetensors checkpoint.
+        target: a new file, .gguf, or .dat for the older format.
+        text: what is measured on: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
+        sequences: how many sequences (default: 128).
+        length: tokens of each, capped by the model's positions (default: 2048).
+        seed: of the sample (default: 0).
+        device: "auto" (default), "cpu", "cuda", "cuda:N" or "mps".
+        dtype: to compute in: "auto" (default: float32 on a CPU, else as stored), "float32", "bfloat16", "float16".
+        batch: sequences computed at a time (default: what fits).
+        max_ram: host memory that the process may take in all, bytes or a text such as "8GB" (default: what is free).
+        max_vram: GPU memory that tensors may take, likewise (default: what is free).
+        slots: block buffers in host memory, 1 to 3 (default: 3 where they fit).
+        read: how shards are read, "pread" (default) or "mmap".
+        states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
+        trust_remote_code: run Python code that the checkpoint brings (default: False).
+        on_start: called once, before the work, with what will be done.
+        on_block: called with each block's record when it is done.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ModelError: llama.cpp has no names for the model's tensors, or the model cannot be walked.
+        LowmemError: any other trouble that a user can mend, in one sentence.
+
+    Example:
+        >>> from lowmem_wanda import imatrix
+        >>> imatrix("source", "source.imatrix.gguf", text=["my.txt"], sequences=4, length=64, device="cpu")["entries"]
+        35
     """
-    path = Path(path)
-    check_target(path, "out_file", work.checkpoint.path)
-    check_new(path)
-    names, start = gguf_names(work.hollow.weights, "an importance matrix"), time.perf_counter()
-    layout, need = choose(replace(work, shape=calibration.tokens.shape, judges=False))
-    limit_vram(work.device, work.limits.max_vram)
-    with ExitStack() as stack:
-        peak = stack.enter_context(Peak(work.device))
-        stack.enter_context(torch.no_grad())
-        folder = stack.enter_context(_emptied(path.with_name(f".{path.name}.blocks")))
-        _walk(work, calibration, layout, folder, notify)
-        save_imatrix(path, work, calibration, names, Store(folder))
+    package("an importance matrix")
+    require_matrix_target(target, "out_file", Path(source))
+    require_new(target)
+    machine = Machine.of(
+        device, dtype, batch, trust_remote_code, max_ram, max_vram, slots=slots, read=read, states=states
+    )
+    model = open_model(source, machine)
+    size = {"sequences": sequences, "length": model.window(length), "seed": seed}
+    calibration = calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, **size)
+    on_start({"source": str(source), "blocks": model.depth, "device": str(model.device)})
+    return collect(model, calibration, Path(target), on_block)
+
+
+def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block: Notify = ignore) -> ImatrixReport:
+    """Writes the importance matrix of an opened model on a calibration to `path`; gives what was done."""
+    require_matrix_target(path, "out_file", model.checkpoint.path)
+    require_new(path)
+    weights = [matrix.name for block in model.skeleton.matrices for matrix in block]
+    names, start = gguf_names(weights, "an importance matrix"), time.perf_counter()
     count, length = calibration.tokens.shape
+    placement, need = choose(Workload((model,), count, length))
+    batches = in_batches(calibration.tokens, placement.batch)
+    with (
+        _emptied(path.with_name(f".{path.name}.blocks")) as folder,
+        streamed(model, batches=batches, placement=placement, folder=folder) as stream,
+    ):
+        store, last = Store(folder), time.perf_counter()
+
+        def step(block: Block, states: MicroBatches) -> None:
+            nonlocal last
+            sums = InputSums(block)
+            with sums.listening():
+                advance(block, states)
+            store.put(block.index, sums.entries())
+            seconds, last = time.perf_counter() - last, time.perf_counter()
+            on_block({"index": block.index, "seconds": seconds, "host_bytes": anonymous()})
+
+        stream.walk(step)
+        save_imatrix(path, model, calibration, names, store)
     return {
+        "format": FORMAT,
         "kind": "imatrix",
-        "source": str(work.checkpoint.path),
+        "source": str(model.checkpoint.path),
         "file": str(path),
         "entries": len(names),
         "text": list(calibration.sources),
         "sequences": count,
         "length": length,
         "tokens": count * length,
-        "device": describe_device(work.device),
-        "dtype": work.dtype_name,
+        "device": describe_device(model.device),
+        "dtype": model.dtype_name,
         "seconds": time.perf_counter() - start,
-        "peak_memory": peak.beside(need.host, need.device),
+        "peak_memory": stream.peak.beside(need.host, need.device),
     }
+
+
+def save_imatrix(
+    path: Path, model: StreamedModel, calibration: Calibration, names: Mapping[str, str], store: "Store"
+) -> None:
+    """Writes all entries of a store, one block's in memory at a time."""
+    blocks = model.skeleton.matrices
+    shapes = {names[matrix.name]: (1, matrix.shape[1]) for block in blocks for matrix in block}
+
+    def entries() -> Iterator[tuple[str, Entry]]:
+        for index, block in enumerate(blocks):
+            found = store.get(index, [matrix.name for matrix in block])
+            yield from ((names[name], entry) for name, entry in found.items())
+
+    count, length = calibration.tokens.shape
+    write(path, shapes, entries(), About(calibration.sources, count, length))
+
+
+class InputSums:
+    """Sums of squares of the inputs of all matrices in a block, of every run within `listening` but not `pausing`.
+
+    Matrices of the same inputs share a sum. One that is not `on` records nothing.
+    """
+
+    def __init__(self, block: Block, on: bool = True) -> None:
+        self.block, self.on, self.paused = block, on, False
+        columns = {matrix.inputs: matrix.shape[1] for matrix in block.matrices} if on else {}
+        self.sums = {module: SquaredNorm(count, block.device) for module, count in columns.items()}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        with watched(self.block, self.sums, self._arrived):
+            yield
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+    def entries(self) -> dict[str, Entry]:
+        """{matrix: entry}. Raises NumberError for NaN or infinity."""
+        made = {}
+        for matrix in self.block.matrices:
+            known = self.sums[matrix.inputs]
+            sums = known.sums.cpu().double().numpy()
+            if not np.isfinite(sums).all():
+                raise NumberError(f"tensor {matrix.name}: its inputs hold NaN or infinity: try --dtype float32")
+            made[matrix.name] = Entry(sums[None], np.array([known.tokens]))
+        return made
+
+    def _arrived(self, module: str, inputs: torch.Tensor) -> None:
+        if not self.paused:
+            self.sums[module].add(inputs)
+
+
+class Store:
+    """Entries of blocks that are done, a file for each in a hidden directory of the job.
+
+    Entries of another `key`, as of another calibration, count as none.
+    """
+
+    def __init__(self, folder: Path, key: str = "") -> None:
+        self.path = folder / ".imatrix"
+        self._mark = hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def has(self, index: int) -> bool:
+        """Whether a block's entries are there."""
+        return self._file(index).exists()
+
+    def put(self, index: int, entries: Mapping[str, Entry]) -> None:
+        """Keeps {matrix: entry} of a block."""
+        arrays = {name + SUMS: entry.sums.astype("<f8") for name, entry in entries.items()}
+        counts = {name + COUNTS: entry.counts.astype("<i8") for name, entry in entries.items()}
+        kinds = dict.fromkeys(arrays, "F64") | dict.fromkeys(counts, "I64")
+        self.path.mkdir(exist_ok=True)
+        file = self._file(index)
+        tensors = [
+            (Tensor(name, file, kinds[name], array.shape, 0, array.nbytes), [array.tobytes()])
+            for name, array in {**arrays, **counts}.items()
+        ]
+        write_shard(file, tensors)
+
+    def get(self, index: int, names: Collection[str]) -> dict[str, Entry]:
+        """What was kept of some matrices of a block. Raises CheckpointError, and removes what is damaged."""
+        try:
+            found = read_header(self._file(index))
+            return {name: Entry(_array(found[name + SUMS]), _array(found[name + COUNTS])) for name in names}
+        except (CheckpointError, KeyError):
+            self._file(index).unlink(missing_ok=True)
+            raise CheckpointError(f"{self._file(index)}: was damaged; run the same command again") from None
+
+    def remove(self) -> None:
+        """Removes all entries."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"{index:05d}-{self._mark}.safetensors"
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    kind = {"F64": "<f8", "I64": "<i8"}[tensor.dtype]
+    return np.frombuffer(b"".join(tensor.pieces()), kind).reshape(tensor.shape)
 
 
 @contextmanager
 def _emptied(folder: Path) -> Iterator[Path]:
-    """A folder for sums, without what a killed run left in it."""
+    """Gives a folder for sums, without what a killed run left in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def save_imatrix(path: Path, work: Work, calibration: Calibration, names: Mapping[str, str], store: Store) -> None:
-    """Writes all entries of a store, one block's in memory at a time."""
-    blocks = [work.hollow.linears(index).values() for index in range(work.depth)]
-    tensors = work.checkpoint.tensors
-    shapes = {names[name]: (1, work.hollow.matrix_shape(tensors[name])[1]) for block in blocks for name in block}
-
-    def entries() -> Iterator[tuple[str, Entry]]:
-        for index, block in enumerate(blocks):
-            yield from ((names[name], entry) for name, entry in store.get(index, block).items())
-
-    count, length = calibration.tokens.shape
-    write(path, shapes, entries(), About(calibration.sources, count, length))
-
-
-def _walk(work: Work, calibration: Calibration, layout: Layout, folder: Path, notify: Notify) -> None:
-    """Every block's sums, into a store in `folder`."""
-    map_blocks_from(layout.mapped)
-    store, decoder = Store(folder), Decoder(work.hollow, work.checkpoint.tensors, work.device, work.dtype)
-    last = time.perf_counter()
-
-    def step(block: Block, parts: Parts) -> None:
-        nonlocal last
-        recorder = Recorder(block)
-        with recorder.listening():
-            advance(block, parts)
-        store.put(block.index, recorder.entries())
-        seconds, last = time.perf_counter() - last, time.perf_counter()
-        notify({"index": block.index, "seconds": seconds, "host_bytes": anonymous()})
-
-    with ExitStack() as stack:
-        stack.callback(decoder.close)
-
-        def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return stack.enter_context(hidden_states(layout.states, shape, dtype, work.device, folder))
-
-        parts = decoder.embed(in_batches(calibration.tokens, layout.batch), allocate)
-        reading = work.limits.reading
-        ring = stack.enter_context(Ring(work.device, work.block_bytes, layout.slots, layout.arriving, reading))
-        walk([Stream(decoder, parts, work.block_tensors, step)], ring, range(work.depth))

@@ -4,25 +4,21 @@ Two formats (llama.cpp, tools/imatrix): GGUF, with `<weight>.in_sum2` and `<weig
 .dat, which ik_llama.cpp reads, with means times a number of chunks. Weights are named as in a GGUF.
 """
 
-import hashlib
 import os
-import shutil
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from lowmem_wanda.checkpoint.output import refuse_within
+from lowmem_wanda.checkpoint.output import require_outside
 from lowmem_wanda.checkpoint.reader import opened
-from lowmem_wanda.checkpoint.writer import named_partial, write_bytes
+from lowmem_wanda.checkpoint.writer import named_partial
 from lowmem_wanda.errors import CheckpointError, OutputError
-from lowmem_wanda.llamacpp.names import package
+from lowmem_wanda.llamacpp.names import open_gguf, package
 
 SUFFIXES = (".gguf", ".dat")
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -30,22 +26,25 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a weight's inputs: `sums` of squares (experts, inputs), float32 or float64, over `counts`
-    tokens (experts,), int64. A weight that is no stack of experts has one."""
+    """What is known of a weight's inputs.
+
+    `sums` of squares are (experts, inputs), float32 or float64, over `counts` tokens (experts,), int64. A weight that
+    is not a stack of experts has one expert.
+    """
 
     sums: np.ndarray
     counts: np.ndarray
 
     @property
     def means(self) -> np.ndarray:
-        """Mean squares, (experts, inputs); 1 for an expert that saw no token, as llama.cpp has it."""
+        """Mean squares (experts, inputs); 1 for an expert that saw no token, as llama.cpp has it."""
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), 1.0)
 
 
 @dataclass(frozen=True)
 class About:
-    """Of what an importance matrix was computed: names of texts, and `chunks` sequences of `length` tokens."""
+    """What an importance matrix was computed on: `chunks` sequences of `length` tokens of the texts `datasets`."""
 
     datasets: tuple[str, ...]
     chunks: int
@@ -55,13 +54,16 @@ class About:
 Shapes = Mapping[str, tuple[int, int]]  # GGUF name of a weight -> (experts, inputs)
 
 
-def check_target(path: str | Path, what: str, source: Path, made: Path | None = None) -> None:
-    """Raises OutputError for a name that says neither format, a file in the source, or a directory that is not there
-    and is not the one that will be `made`."""
+def require_matrix_target(path: str | Path, what: str, source: Path, made: Path | None = None) -> None:
+    """Raises OutputError where no importance matrix can be written to `path`, which messages call `what`.
+
+    Its name must say a format, and it must not lie in the source. Its directory must be there, or the one that will be
+    `made`.
+    """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise OutputError(f"{what} {path}: give a name that ends in .gguf, or in .dat for the older format")
-    refuse_within(path, source)
+    require_outside(path, source)
     parent = path.resolve().parent
     if not parent.is_dir() and (made is None or parent != made.resolve()):
         raise OutputError(f"{what} {path}: there is no such directory; make it first")
@@ -70,9 +72,9 @@ def check_target(path: str | Path, what: str, source: Path, made: Path | None = 
 
 
 def write(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]], about: About) -> None:
-    """Writes the entries, which come one at a time in the order of `shapes`, in the format of the path's suffix.
+    """Writes the entries, one at a time in the order of `shapes`, in the format of the path's suffix.
 
-    A file of the same bytes is left as it is. Raises OutputError for another one in its place.
+    A file of the same bytes is left as it is. Raises OutputError for another file in its place.
     """
     with named_partial(path) as partial:
         if path.suffix == ".dat":
@@ -82,9 +84,9 @@ def write(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]], abou
 
 
 def read(path: str | Path) -> tuple[dict[str, Entry], About]:
-    """{GGUF name of a weight: entry} of either format; sums of a GGUF stay in the file until they are used.
+    """{GGUF name of a weight: entry} of either format, and what it was computed on.
 
-    Raises CheckpointError for a file that is neither.
+    Sums of a GGUF stay in the file until they are used. Raises CheckpointError for a file of neither format.
     """
     path = Path(path)
     with opened(path) as file:
@@ -159,7 +161,7 @@ def _read_gguf(path: Path) -> tuple[dict[str, Entry], About]:
 
 
 def _read_legacy(path: Path) -> tuple[dict[str, Entry], About]:
-    """Sums are means times `ncall`, and counts `ncall`. Raises struct.error or ValueError where it is none."""
+    """Sums are means times `ncall`, counts `ncall`. Raises struct.error or ValueError for another kind of file."""
     with opened(path) as file:
         left = os.fstat(file.fileno()).st_size
 
@@ -185,59 +187,5 @@ def _read_legacy(path: Path) -> tuple[dict[str, Entry], About]:
 
 
 def _shown(text: Any) -> str:
-    """A name as it can be shown: files may hold anything."""
+    """A name without control characters, since a file may hold anything."""
     return "".join(sign if sign.isprintable() else "?" for sign in str(text))
-
-
-def open_gguf(path: Path) -> Any:
-    """A memory-mapped reader of a GGUF file. Raises CheckpointError where it is none."""
-    gguf = package("reading a GGUF file")
-
-    class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
-        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
-            """What lies in the file; GGUFReader itself goes on for as many items as a header says."""
-            found = super()._get(offset, dtype, count, *rest, **named)
-            if len(found) < count:
-                raise ValueError("it ends before its header says")
-            return found
-
-    try:
-        return Reader(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no whole GGUF file ({str(error)[:100]}); get it again") from None
-
-
-class Store:
-    """Entries of blocks that are done, a file for each in a hidden directory of the job. Those of another `key`, as of
-    another calibration, count as none."""
-
-    def __init__(self, folder: Path, key: str = "") -> None:
-        self.path = folder / ".imatrix"
-        self._mark = hashlib.sha256(key.encode()).hexdigest()[:16]
-
-    def has(self, index: int) -> bool:
-        return self._file(index).exists()
-
-    def put(self, index: int, entries: Mapping[str, Entry]) -> None:
-        """Keeps {file tensor: entry} of a block."""
-        arrays = {name + SUMS: entry.sums for name, entry in entries.items()}
-        arrays |= {name + COUNTS: entry.counts for name, entry in entries.items()}
-        self.path.mkdir(exist_ok=True)
-        write_bytes(self._file(index), save(arrays))
-
-    def get(self, index: int, names: Collection[str]) -> dict[str, Entry]:
-        """What was kept of some tensors of a block. Raises CheckpointError, and removes what is damaged."""
-        try:
-            found = load(self._file(index).read_bytes())
-            return {name: Entry(found[name + SUMS], found[name + COUNTS]) for name in names}
-        except (OSError, SafetensorError, KeyError):
-            self._file(index).unlink(missing_ok=True)
-            raise CheckpointError(f"{self._file(index)}: was damaged; run the same command again") from None
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def _file(self, index: int) -> Path:
-        return self.path / f"{index:05d}-{self._mark}.safetensors"

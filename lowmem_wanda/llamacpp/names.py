@@ -1,4 +1,4 @@
-"""What llama.cpp calls a weight: the names of GGUF tensors, from the table in the `gguf` package.
+"""What llama.cpp calls a weight: the names of GGUF tensors, from the table in the `gguf` package; and GGUF files.
 
 The table is kept by llama.cpp's own converter, architecture by architecture. No family is named here: the
 architecture is any whose table knows all of a model's linears, and where tables differ (two of the RWKV kind
@@ -9,9 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from lowmem_wanda.errors import LowmemError, ModelError
+from lowmem_wanda.errors import CheckpointError, LowmemError, ModelError
 
 NEEDED = ("GGUFReader", "GGUFWriter", "ReaderField", "MODEL_ARCH", "get_tensor_name_map", "quantize", "dequantize")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -41,7 +42,7 @@ def gguf_names(tensors: Sequence[str], what: str) -> dict[str, str]:
         example = next(name for name in tensors if _kind(name) == missing)
         raise ModelError(
             f"tensor {example}: the gguf package has no name for it beside the model's others, so llama.cpp does not "
-            f"know such a model: {what} cannot be had for it, everything else works"
+            f"know such a model: {what} is not available for it, everything else works"
         )
     names = {name: f"{found[_kind(name)].replace('.0.', f'.{_block(name)}.', 1)}.weight" for name in tensors}
     shared = [name for name, count in Counter(names.values()).items() if count > 1]
@@ -77,3 +78,23 @@ def _most_common(kinds: Iterable[str], what: str) -> dict[str, str] | None:
 def _tables(gguf: Any) -> list[Any]:
     """The name maps of one block of every architecture."""
     return [gguf.get_tensor_name_map(kind, 1) for kind in gguf.MODEL_ARCH]
+
+
+def open_gguf(path: Path) -> Any:
+    """A memory-mapped reader of a GGUF file. Raises CheckpointError where the file is not a whole GGUF."""
+    gguf = package("reading a GGUF file")
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            """What lies in the file; GGUFReader itself goes on for as many items as a header says."""
+            found = super()._get(offset, dtype, count, *rest, **named)
+            if len(found) < count:
+                raise ValueError("it ends before its header says")
+            return found
+
+    try:
+        return Reader(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is no whole GGUF file ({str(error)[:100]}); get it again") from None

@@ -1,4 +1,4 @@
-"""Norms of the dense model's inputs from a published importance matrix, so that pruning needs no forward pass."""
+"""Norms of the dense model's inputs from a published importance matrix, with which pruning needs no forward pass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from lowmem_wanda.sparsity.statistics import SquaredNorm
 
 @dataclass(frozen=True)
 class Norms:
-    """`entries` of the file tensors that are to be pruned, `about` what they were computed on."""
+    """The `entries` of the matrices to prune, by name, and `about`, what they were computed on."""
 
     path: str
     sha256: str
@@ -27,16 +27,16 @@ class Norms:
         measured = f", {about.chunks} sequences of {about.length} tokens" if about.length else ""
         return f"{self.path}{measured} of {', '.join(about.datasets) or 'unknown text'}"
 
-    def inputs(self, tensor: str, device: torch.device) -> SquaredNorm:
-        """The statistic of a linear's inputs, as if it had been measured."""
-        entry = self.entries[tensor]
+    def inputs(self, name: str, device: torch.device) -> SquaredNorm:
+        """The statistic of a matrix's inputs, as if it had been measured."""
+        entry = self.entries[name]
         return SquaredNorm.known(entry.sums[0], int(entry.counts[0]), device)
 
 
 def load_norms(path: str, names: Mapping[str, str], columns: Mapping[str, int]) -> Norms:
-    """The entries of {file tensor: inputs of its linear}, whose GGUF names are `names`.
+    """The entries of matrices of so many `columns`, {matrix: inputs}, whose GGUF names are `names`.
 
-    Raises CalibrationError, naming the entry, for one that is missing, of another size, measured on nothing or no
+    Raises CalibrationError, naming the entry, for one that is missing, of another size, measured on nothing, or without
     sums of squares.
     """
     found, about = read(path)

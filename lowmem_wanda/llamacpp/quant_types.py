@@ -1,8 +1,8 @@
 """What quantization of a GGUF makes of pruned weights: a rule for every type, and advice.
 
-Measured with llama.cpp's own quantization (benchmarks/quants.py; MXFP4 with the gguf package's, NVFP4 by its grid): a
-type keeps every zero where its grid has one in the same place in every block; an offset moves it, and a codebook may
-have none.
+The rules were measured with llama.cpp's own quantization (benchmarks/quants.py; MXFP4 with the gguf package's, NVFP4
+follows from its grid). A type keeps every zero if its grid has a zero in the same place in every block. An offset moves
+zeros, and a codebook may have none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 KEEPS, OFFSET, CODEBOOK = "keeps", "offset", "codebook"
-RULES = {KEEPS: "zeros stay", OFFSET: "an offset moves zeros", CODEBOOK: "no zero in codebook"}
 RUINED = ("IQ2_S", "IQ2_XS", "IQ2_XXS")  # codebooks that make all or most zeros positive
 WEIGHED = ("IQ3_S", "IQ3_XXS")  # and those where an importance matrix keeps them small
 
 
 @dataclass(frozen=True)
 class Type:
-    """`bits` per weight, scales included; `grid` one of RULES."""
+    """A type of a GGUF: `bits` per weight, scales included, and its `grid`, which is KEEPS, OFFSET or CODEBOOK."""
 
     bits: float
     grid: str
@@ -46,7 +45,10 @@ SIGNED = "convert with --outtype bf16 or f32, and quantize that."
 
 
 def advice(types: Sequence[Mapping[str, Any]] = (), tiny: bool = False) -> list[str]:
-    """What to do; first of all about the types that a GGUF has. `tiny`: pruned weights were given random signs."""
+    """What to do, and before that what concerns the `types` of a GGUF.
+
+    `tiny` says that pruned weights were given the smallest magnitude and random signs.
+    """
     first = []
     for one in types:
         what = f"{one['linears']} linears are {one['type']}"
@@ -63,26 +65,23 @@ def advice(types: Sequence[Mapping[str, Any]] = (), tiny: bool = False) -> list[
 
 
 @dataclass
-class Remains:
-    """Sums over the weights of one or many tensors.
+class Survival:
+    """Sums over the weights of one or many tensors."""
 
-    `pruned` weights, of which `zero` are still exactly zero and `signed` have their sign; squares of what they became
-    and of the weights that were kept, and of these, weighted by the importance matrix, the squares and those of the
-    errors.
-    """
-
-    pruned: int = 0
-    zero: int = 0
-    signed: int = 0
-    kept: int = 0
-    leaked: float = 0.0
-    kept_squares: float = 0.0
-    squares: float = 0.0
-    errors: float = 0.0
+    pruned: int = 0  # weights that the checkpoint has pruned
+    zero: int = 0  # of these, those that are exactly zero in the GGUF
+    signed: int = 0  # of these, those that have the sign that they have in the checkpoint
+    kept: int = 0  # weights that the checkpoint has kept
+    leaked: float = 0.0  # squares of what the pruned weights became
+    kept_squares: float = 0.0  # squares of the kept weights
+    squares: float = 0.0  # the same, weighted by the importance matrix
+    errors: float = 0.0  # squares of the errors of kept weights, weighted likewise
 
     def add(self, weight: np.ndarray, gone: np.ndarray, stored: np.ndarray, importance: np.ndarray) -> None:
-        """Rows of the checkpoint, which of their weights are pruned, the same rows dequantized, all (rows, columns);
-        and what errors in each column weigh (columns,) or all alike (1,)."""
+        """Adds rows of the checkpoint (rows, columns), which of their weights are `gone`, and the rows dequantized.
+
+        `importance` is what errors in each column weigh (columns,), or (1,) where they all weigh alike.
+        """
         left = ~gone
         self.pruned += int(gone.sum())
         self.zero += int((gone & (stored == 0)).sum())
@@ -95,13 +94,15 @@ class Remains:
         errors = np.where(left, weight - stored, 0) ** 2
         self.errors += float((errors.sum(axis=0, dtype=np.float64) * importance).sum())
 
-    def merge(self, other: "Remains") -> None:
+    def merge(self, other: "Survival") -> None:
         for name in (field.name for field in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def figures(self) -> dict[str, Any]:
-        """Shares: of the pruned weights that are `zero`, or have their `signs`; `leak`, their size (root mean square)
-        beside that of the kept ones; `error` of the kept ones relative to them."""
+        """The shares of pruned weights that are `zero` and that have their `signs`, and two root mean squares.
+
+        `leak` is the size of the pruned weights beside that of the kept ones, `error` that of the kept ones' errors.
+        """
         leak = (self.leaked / max(1, self.pruned)) / max(self.kept_squares / max(1, self.kept), 1e-300)
         return {
             "pruned": self.pruned,

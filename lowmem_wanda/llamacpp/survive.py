@@ -1,58 +1,74 @@
-"""What of a pruned checkpoint is left in a GGUF that was quantized from it, or would be.
+"""What quantization leaves of a pruned checkpoint: in a GGUF that was made of it, or as it is predicted.
 
-Needs numpy and the gguf package, neither torch nor transformers. A GGUF's tensors are dequantized some rows at a time
-out of a memory mapping.
+This needs numpy and the gguf package, neither torch nor transformers. The tensors of a GGUF are dequantized some rows
+at a time out of a memory mapping.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
-from lowmem_wanda.checkpoint.output import refuse_unfinished
-from lowmem_wanda.checkpoint.pruned import Linear, Rows, pruned_linears, read_report
+from lowmem_wanda.checkpoint.output import FORMAT, require_finished
+from lowmem_wanda.checkpoint.pruned import PrunedMatrix, Rows, holds, pruned_matrices, read_report
 from lowmem_wanda.errors import CheckpointError, LowmemError
-from lowmem_wanda.llamacpp.imatrix import open_gguf
 from lowmem_wanda.llamacpp.imatrix import read as read_imatrix
-from lowmem_wanda.llamacpp.names import gguf_names, package
-from lowmem_wanda.llamacpp.quant_types import KEEPS, TYPES, Remains, advice
+from lowmem_wanda.llamacpp.names import gguf_names, open_gguf, package
+from lowmem_wanda.llamacpp.quant_types import KEEPS, TYPES, Survival, advice
 
-Importance = Callable[[str], np.ndarray]  # name of a linear -> what errors in its columns weigh, (columns,) or (1,)
+Importance = Callable[[str], np.ndarray]  # name of a matrix -> what errors in its columns weigh, (columns,) or (1,)
 CHUNK = 1 << 18  # weights that are dequantized at a time
-SAMPLE = 1 << 20  # weights of all linears together that a prediction quantizes
+SAMPLE = 1 << 20  # weights of all matrices together that a prediction quantizes
 SEEN, COLUMNS = 64, 512  # rows and columns that tell in which order rows are stored
 ALIKE = 0.5  # cosine of a row and its quantized self, at least; of two different rows it is about 0.05
 
 
-def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Path | None = None) -> dict[str, Any]:
-    """What quantization leaves of a pruned checkpoint: in the GGUF `model`, tensor by tensor, or as it is predicted
-    on some rows for every type that the gguf package can quantize to.
+class SurvivalReport(TypedDict, total=False):
+    """What quantization leaves of a pruned checkpoint, type by type; `tensors` are there of a given GGUF alone."""
 
-    Errors on kept weights are weighted by an `imatrix`, if there is one. Raises CheckpointError, LowmemError.
+    format: int
+    path: str
+    imatrix: str | None
+    types: list[dict[str, Any]]
+    advice: list[str]
+    model: str
+    tensors: list[dict[str, Any]]
+
+
+def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Path | None = None) -> SurvivalReport:
+    """What quantization leaves of a pruned checkpoint.
+
+    Args:
+        path: the folder of a pruned checkpoint.
+        model: a GGUF that was made of it, which is compared tensor by tensor; default: a prediction on some rows, for
+            every type that the gguf package can quantize to.
+        imatrix: an importance matrix (.gguf, .dat) that weighs the errors of kept weights (default: all weigh alike).
+
+    Returns:
+        Shares and errors, type by type, and advice.
+
+    Raises:
+        CheckpointError: a file cannot be read, or is of another checkpoint.
+        LowmemError: the gguf package is not installed.
+
+    Example:
+        >>> from lowmem_wanda import survive
+        >>> [one["zero"] for one in survive("pruned")["types"] if one["type"] == "Q8_0"]
+        [1.0]
     """
-    refuse_unfinished(Path(path))
-    linears = pruned_linears(Checkpoint(path), read_report(Path(path)))
-    names = gguf_names(list(linears), "survive")
-    known = read_imatrix(imatrix)[0] if imatrix else {}
-    for name, linear in linears.items():
-        entry, inputs = known.get(names[name]), linear.shape[1]
-        if known and (entry is None or entry.sums.shape != (1, inputs)):
-            raise CheckpointError(
-                f"{imatrix}: has no entry {names[name]} of {inputs} values; get that of this very model"
-            )
-
-    def importance(name: str) -> np.ndarray:
-        return known[names[name]].means[0] if known else np.ones(1)
-
-    report: dict[str, Any] = {"path": str(path), "imatrix": str(imatrix) if imatrix else None}
-    tiny = any(linear.tiny for linear in linears.values())
+    require_finished(Path(path))
+    matrices = pruned_matrices(Checkpoint(path), read_report(Path(path)))
+    names = gguf_names(list(matrices), "survive")
+    importance = _importance(imatrix, matrices, names)
+    tiny = any(matrix.promise.tiny for matrix in matrices.values())
+    report: SurvivalReport = {"format": FORMAT, "path": str(path), "imatrix": str(imatrix) if imatrix else None}
     if model is None:
-        report |= {"types": predict(linears, importance), "advice": advice(tiny=tiny)}
+        report |= {"types": predict(matrices, importance), "advice": advice(tiny=tiny)}
     else:
-        tensors = list(_compared(linears, names, importance, Path(model)))
+        tensors = list(_compared(matrices, names, importance, Path(model)))
         types = _by_type(tensors)
         report |= {"model": str(model), "tensors": tensors, "types": types, "advice": advice(types, tiny)}
     if not any(one.get("pruned") for one in report["types"]):
@@ -60,32 +76,50 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
     return report
 
 
+def _importance(
+    imatrix: str | Path | None, matrices: Mapping[str, PrunedMatrix], names: Mapping[str, str]
+) -> Importance:
+    """What errors in a matrix's columns weigh. Raises CheckpointError for the importance matrix of another model."""
+    if imatrix is None:
+        return lambda name: np.ones(1)
+    known = read_imatrix(imatrix)[0]
+    for name, matrix in matrices.items():
+        entry, inputs = known.get(names[name]), matrix.shape[1]
+        if entry is None or entry.sums.shape != (1, inputs):
+            raise CheckpointError(
+                f"{imatrix}: has no entry {names[name]} of {inputs} values; get that of this very model"
+            )
+    return lambda name: known[names[name]].means[0]
+
+
 def outlook(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Any]:
     """The prediction for a checkpoint that was just pruned; without the gguf package the rules alone."""
-    linears = pruned_linears(checkpoint, report)
+    matrices = pruned_matrices(checkpoint, report)
     try:
-        types = predict(linears, lambda name: np.ones(1))
+        types = predict(matrices, lambda name: np.ones(1))
     except LowmemError:
         types = [{"type": kind, "bits": known.bits, "grid": known.grid} for kind, known in TYPES.items()]
-    return {"types": types, "advice": advice(tiny=any(linear.tiny for linear in linears.values()))}
+    return {"types": types, "advice": advice(tiny=any(matrix.promise.tiny for matrix in matrices.values()))}
 
 
-def predict(linears: Mapping[str, Linear], importance: Importance) -> list[dict[str, Any]]:
-    """For each type of a GGUF what is left of some rows of all linears; for those that gguf cannot quantize to, the
-    rule alone, and likewise where no linear has inputs that its blocks divide."""
-    gguf, share = package("a prediction"), SAMPLE // max(1, len(linears))
+def predict(matrices: Mapping[str, PrunedMatrix], importance: Importance) -> list[dict[str, Any]]:
+    """For each type of a GGUF what is left of some rows of all matrices.
+
+    A type that the gguf package cannot quantize to, or whose blocks divide the inputs of no matrix, has its rule alone.
+    """
+    gguf, share = package("a prediction"), SAMPLE // max(1, len(matrices))
     known = {kind.name: kind for kind in gguf.GGMLQuantizationType}
     kinds = [known[name] for name in TYPES if name in known and _can_quantize(gguf, known[name])]
-    sums, fitting = {kind.name: Remains() for kind in kinds}, dict.fromkeys((kind.name for kind in kinds), 0)
-    for name, linear in linears.items():
-        rows, columns = linear.shape
+    sums, fitting = {kind.name: Survival() for kind in kinds}, dict.fromkeys((kind.name for kind in kinds), 0)
+    for name, matrix in matrices.items():
+        rows, columns = matrix.shape
         count = min(rows, max(1, share // columns))
-        weight = linear.reader()((rows - count) // 2, (rows - count) // 2 + count)
+        weight = matrix.reader()((rows - count) // 2, (rows - count) // 2 + count)
         for kind in kinds:
             if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
                 with np.errstate(all="ignore"):  # of blocks that are all zeros, or nearly
                     stored = gguf.dequantize(gguf.quantize(weight, kind), kind).reshape(weight.shape)
-                sums[kind.name].add(weight, linear.gone(weight), stored, importance(name))
+                sums[kind.name].add(weight, matrix.gone(weight), stored, importance(name))
                 fitting[kind.name] += 1
     records = []
     for kind, type_ in TYPES.items():
@@ -105,50 +139,55 @@ def _can_quantize(gguf: Any, kind: Any) -> bool:
 
 
 def _compared(
-    linears: Mapping[str, Linear], names: Mapping[str, str], importance: Importance, model: Path
+    matrices: Mapping[str, PrunedMatrix], names: Mapping[str, str], importance: Importance, model: Path
 ) -> Iterator[dict[str, Any]]:
-    """A record for each linear. Raises CheckpointError for one that the GGUF does not hold as it is here."""
+    """A record for each matrix. Raises CheckpointError for one that the GGUF does not hold as it is here."""
     stored = {tensor.name: tensor for path in _parts(model) for tensor in open_gguf(path).tensors}
-    for name, linear in linears.items():
+    for name, matrix in matrices.items():
         tensor = stored.get(names[name])
-        if tensor is None or tuple(int(size) for size in tensor.shape[::-1]) != linear.shape:
+        if tensor is None or tuple(int(size) for size in tensor.shape[::-1]) != matrix.shape:
             shape = "no such tensor" if tensor is None else f"{[int(size) for size in tensor.shape[::-1]]}"
             raise CheckpointError(
-                f"{model}: {names[name]} should be {list(linear.shape)}, it has {shape}: give the GGUF that was made "
+                f"{model}: {names[name]} should be {list(matrix.shape)}, it has {shape}: give the GGUF that was made "
                 "of this very checkpoint"
             )
-        yield {"name": name, "tensor": tensor.name, **_examine(linear, tensor, importance(name), model)}
+        yield {"name": name, "tensor": tensor.name, **_examine(matrix, tensor, importance(name), model)}
 
 
 def _parts(model: Path) -> list[Path]:
-    """All files of a GGUF that is split in several."""
+    """All files of a GGUF, which may be split into several."""
     match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", model.name)
     if not match:
         return [model]
     return [model.with_name(f"{match[1]}-{part + 1:05d}-of-{match[2]}.gguf") for part in range(int(match[2]))]
 
 
-def _examine(linear: Linear, tensor: Any, importance: np.ndarray, model: Path) -> dict[str, Any]:
+def _examine(matrix: PrunedMatrix, tensor: Any, importance: np.ndarray, model: Path) -> dict[str, Any]:
     """What is left of one tensor, all of it."""
-    rows, columns = linear.shape
-    read, remains = linear.reader(), Remains()
-    order = _order(linear, read, tensor, model)
-    holds = linear.pattern is not None and columns % linear.pattern[1] == 0
+    rows, columns = matrix.shape
+    read, survival = matrix.reader(), Survival()
+    order = _order(matrix, read, tensor, model)
+    nm = matrix.promise.nm
+    held = nm is not None and columns % nm[1] == 0
     for start in range(0, rows, step := max(1, CHUNK // columns)):
         weight = read(start, min(start + step, rows))
         stored = _dequantized(tensor, slice(start, start + step) if order is None else order[start : start + step])
-        remains.add(weight, linear.gone(weight), stored, importance)
-        if linear.pattern and holds:
-            kept, of = linear.pattern
-            holds = bool(((stored == 0).reshape(len(stored), -1, of).sum(axis=2) >= of - kept).all())
-    pattern = ":".join(map(str, linear.pattern)) if linear.pattern else ""
-    figures, kind = remains.figures(), tensor.tensor_type.name
-    if not linear.tiny and figures["pruned"] and figures["zero"] < 0.5 and kind in TYPES and TYPES[kind].grid == KEEPS:
+        survival.add(weight, matrix.gone(weight), stored, importance)
+        held = held and nm is not None and holds(stored == 0, *nm)
+    pattern = matrix.promise.pattern if nm else ""
+    figures, kind = survival.figures(), tensor.tensor_type.name
+    if (
+        not matrix.promise.tiny
+        and figures["pruned"]
+        and figures["zero"] < 0.5
+        and kind in TYPES
+        and TYPES[kind].grid == KEEPS
+    ):
         raise CheckpointError(
-            f"{model}: {tensor.name} is {kind}, which keeps zeros, and has none where {linear.tensor.name} has: it was "
+            f"{model}: {tensor.name} is {kind}, which keeps zeros, and has none where {matrix.tensor.name} has: it was "
             "made of another checkpoint, perhaps the dense one"
         )
-    return {"type": kind, "pattern": pattern, "holds": holds, **figures, "remains": remains}
+    return {"type": kind, "pattern": pattern, "holds": held, **figures, "survival": survival}
 
 
 def _dequantized(tensor: Any, rows: Any) -> np.ndarray:
@@ -163,34 +202,34 @@ def _dequantized(tensor: Any, rows: Any) -> np.ndarray:
     return values.reshape(len(data), -1).astype(np.float32, copy=False)
 
 
-def _order(linear: Linear, read: Rows, tensor: Any, model: Path) -> np.ndarray | None:
-    """Which row of the GGUF each row of the checkpoint is; None where that is the same one.
+def _order(matrix: PrunedMatrix, read: Rows, tensor: Any, model: Path) -> np.ndarray | None:
+    """Which row of the GGUF each row of the checkpoint is; None where it is the same row.
 
     The converter reorders rows of some families, as Llama's q and k for its rotary embedding. The order is found from
-    the values: rows that are alike; those of which nothing was kept take what is left. Raises CheckpointError where
-    these are no rows of the checkpoint.
+    the values, by the cosines of rows; rows of which nothing was kept take what is left. Raises CheckpointError where
+    the rows are not those of the checkpoint.
     """
-    rows, columns = linear.shape
+    rows, columns = matrix.shape
     some = np.unique(np.linspace(0, rows - 1, SEEN).astype(int))
     here = np.concatenate([read(row, row + 1) for row in some])
-    alive = ~linear.gone(here).all(axis=1)
+    alive = ~matrix.gone(here).all(axis=1)
     if (_cosines(here[alive], _dequantized(tensor, some)[alive]) > ALIKE).sum() >= 0.9 * alive.sum():
         return None
     step = max(1, CHUNK // columns)
     starts = range(0, rows, step)
     mine = np.concatenate([read(at, min(at + step, rows))[:, :COLUMNS].copy() for at in starts])
     theirs = _unit(np.concatenate([_dequantized(tensor, slice(at, at + step))[:, :COLUMNS].copy() for at in starts]))
-    alive = ~linear.gone(mine).all(axis=1)
+    alive = ~matrix.gone(mine).all(axis=1)
     order = np.concatenate([(_unit(mine[at : at + step]) @ theirs.T).argmax(axis=1) for at in starts])
     found = np.unique(order[alive])
     if min(len(found), (_cosines(mine, theirs[order])[alive] > ALIKE).sum()) < 0.9 * alive.sum():
-        raise CheckpointError(f"{model}: {tensor.name} does not hold the weights of {linear.tensor.name}, in any order")
+        raise CheckpointError(f"{model}: {tensor.name} does not hold the weights of {matrix.tensor.name}, in any order")
     order[~alive] = np.resize(np.setdiff1d(np.arange(rows), found), rows - alive.sum())
     return order
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Of each row of one and the same row of the other."""
+    """The cosine of each row of one and the same row of the other."""
     return (_unit(one) * _unit(other)).sum(axis=1)  # type: ignore[no-any-return]
 
 
@@ -199,10 +238,10 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _by_type(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tensors' figures summed up, type by type, in the order of TYPES; takes the sums out of them."""
-    sums: dict[str, Remains] = {}
+    """The figures of the tensors, summed up by type in the order of TYPES; their sums are taken out of them."""
+    sums: dict[str, Survival] = {}
     for tensor in tensors:
-        sums.setdefault(tensor["type"], Remains()).merge(tensor.pop("remains"))
+        sums.setdefault(tensor["type"], Survival()).merge(tensor.pop("survival"))
     made = []
     for kind in sorted(sums, key=lambda kind: [*TYPES, kind].index(kind)):
         own = [tensor for tensor in tensors if tensor["type"] == kind]

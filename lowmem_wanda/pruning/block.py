@@ -1,17 +1,100 @@
-"""How the scores of a weight are spread, and how much of them is pruned, from some of its rows."""
+"""ONE block: its matrices are measured, scored and masked, and the hidden states move on."""
 
+import time
 from typing import Any
 
 import torch
 
+from lowmem_wanda.errors import ModelError, NumberError
+from lowmem_wanda.llamacpp.collect import InputSums
+from lowmem_wanda.pruning.job import PruneJob
+from lowmem_wanda.pruning.passes import Passes
+from lowmem_wanda.sparsity.masks import prune_lowest, sign_zeros, survey
 from lowmem_wanda.sparsity.selection import Score
+from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.matrices import Matrix
+from lowmem_wanda.streaming.placement import Placement
+from lowmem_wanda.streaming.resources import Clock
+from lowmem_wanda.streaming.walk import MicroBatches, advance
 
-SAMPLE = 1 << 16  # weights that are looked at
+SAMPLE = 1 << 16  # weights whose scores a report looks at
 PERCENT = (1, 10, 50, 90, 99)
 
 
+def prune_block(
+    job: PruneJob, block: Block, states: MicroBatches, placement: Placement, moves_on: bool, sums: InputSums
+) -> dict[str, Any]:
+    """Prunes the job's matrices of a block and, if it `moves_on`, moves the hidden states on while `sums` listens.
+
+    Gives the record of what came of it.
+    """
+    names = {matrix.name for matrix in job.selected[block.index]}
+    matrices = [matrix for matrix in block.matrices if matrix.name in names]
+    linears: dict[str, Any] = {}
+
+    def prune(matrix: Matrix, inputs: Any) -> None:
+        linears[matrix.name] = prune_matrix(job, block.weight(matrix), matrix, inputs, placement.chunk)
+
+    if job.measures and job.method.statistic is not None:
+        passes = Passes(block, states, job.method.statistic, matrices, prune, sums)
+        passes.run(job.statistics, moves_on, placement.held)
+        return {"linears": linears, "passes": passes.count, "parts": passes.clock.seconds()}
+    clock = Clock(block.device)
+    with clock.part("prune"):
+        for matrix in matrices:
+            prune(matrix, job.norms.inputs(matrix.name, block.device) if job.norms else None)
+    moved = move_on(block, states, sums) if moves_on else {}
+    return {"linears": linears, "passes": float(moves_on), "parts": clock.seconds() | moved}
+
+
+def move_on(block: Block, states: MicroBatches, sums: InputSums) -> dict[str, float]:
+    """Moves the hidden states on while `sums` listens; gives the seconds."""
+    clock = Clock(block.device)
+    with clock.part("onward"), sums.listening():
+        advance(block, states)
+    return clock.seconds()
+
+
+def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: Any, chunk: int) -> dict[str, Any]:
+    """Prunes a weight (rows, columns) in place and gives the record of it.
+
+    Raises NumberError for scores that are not numbers, ModelError where the pattern does not hold afterwards.
+    """
+    start, method = time.perf_counter(), job.method
+    dense = None if method.keeps_bits else weight.clone()
+    try:
+        scores = method.scores(weight, inputs)
+        sample = Sample(scores, *weight.shape)
+        prune_lowest(weight, scores, job.pattern, chunk)
+        if method.update is not None and dense is not None:
+            method.update(weight, dense, inputs)
+    except NumberError as error:
+        raise NumberError(f"tensor {matrix.name}: {error}") from None
+    zeros, holds = survey(weight, job.pattern, chunk)
+    if not holds:
+        raise ModelError(
+            f"tensor {matrix.name}: does not hold {job.pattern} after pruning ({zeros} zeros of "
+            f"{weight.numel()}); report this bug"
+        )
+    spread, filled = sample.spread(weight), {}
+    if job.zeros == "signed-tiny":
+        count, tiny = sign_zeros(weight, job.seed, matrix.name)
+        filled = {"filled": count, "tiny": tiny}
+    return {
+        "shape": list(weight.shape),
+        "transposed": matrix.transposed,
+        "pattern": str(job.pattern),
+        "holds": holds,
+        "zeros": 0 if filled else zeros,
+        **filled,
+        "sparsity": zeros / weight.numel(),
+        "score": spread,
+        "seconds": time.perf_counter() - start,
+    }
+
+
 class Sample:
-    """Scores of evenly spaced rows of a (rows, columns) weight, kept while it is pruned."""
+    """Scores of evenly spaced rows of a weight (rows, columns), kept while it is pruned."""
 
     def __init__(self, score: Score, rows: int, columns: int) -> None:
         step = -(-rows // max(1, SAMPLE // columns))
@@ -19,8 +102,11 @@ class Sample:
         self.scores = score(self.rows)
 
     def spread(self, pruned: torch.Tensor) -> dict[str, Any]:
-        """`quantiles` of the scores by percent, and the share of their squares that the pruned weight (rows, columns)
-        has `lost`: for wanda's score what the output loses of its squares where inputs are uncorrelated."""
+        """How the scores are spread, and how much of them the pruned weight (rows, columns) has lost.
+
+        `quantiles` are by percent. `lost` is the share of the squared scores: for Wanda's score what the output loses
+        of its squares where inputs are uncorrelated.
+        """
         squares = self.scores.double() if self.scores.is_cpu else self.scores
         squares = squares.square()
         lost = squares[pruned[self.rows] == 0].sum() / squares.sum().clamp_min(torch.finfo(torch.float32).tiny)

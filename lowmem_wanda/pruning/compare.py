@@ -1,179 +1,270 @@
-"""Several prunings of one checkpoint, each evaluated against the dense model: a table of what they cost."""
+"""`compare`: several prunings of one checkpoint, each evaluated against the dense model, in one table."""
 
+import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from itertools import product
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
-from lowmem_wanda.checkpoint.output import JOB, fingerprint, finished
+import numpy as np
+
+from lowmem_wanda.checkpoint.directory import JOB, REPORT, fingerprint
+from lowmem_wanda.checkpoint.output import FORMAT, finished, report_folder, require_outside, require_target
+from lowmem_wanda.checkpoint.reader import read_json
+from lowmem_wanda.checkpoint.writer import write_json
 from lowmem_wanda.data.calibration import Calibration, calibrate
 from lowmem_wanda.data.windows import Windows
-from lowmem_wanda.errors import PatternError
-from lowmem_wanda.evaluation.perplexity import evaluate
-from lowmem_wanda.pruning.job import Task, prepare
-from lowmem_wanda.pruning.prune import prune
-from lowmem_wanda.pruning.report import comparison, read_rows, save, versions
-from lowmem_wanda.sparsity.methods import METHODS
-from lowmem_wanda.sparsity.patterns import Unstructured, parse
-from lowmem_wanda.streaming.model import Work, describe_device, open_work
+from lowmem_wanda.errors import LowmemError, OutputError
+from lowmem_wanda.evaluation.evaluate import cut, describe_windows
+from lowmem_wanda.evaluation.perplexity import measure
+from lowmem_wanda.pruning.job import label, prepare
+from lowmem_wanda.pruning.prune import run
+from lowmem_wanda.pruning.variants import Variant, titles_of, variant_of, variants_of
+from lowmem_wanda.sparsity import METHODS as NAMES
+from lowmem_wanda.streaming.machine import Machine
+from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
+from lowmem_wanda.streaming.walk import Notify, ignore
 
 Samples = dict[tuple[int | None, int | None], Calibration]  # by sequences and seed
-Notify = Callable[[str, dict[str, Any]], None]  # which variant, and the record of a block of it
+UNSEEDED = ("method", "pattern", "group", "statistics", "sequences")
 FIGURES = (
     "perplexity", "perplexity_stderr", "kl_mean", "kl_mean_stderr", "kl_p99", "top1_agreement", "perplexity_ratio",
     "perplexity_ratio_stderr",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way of pruning; None for what does not matter to it: N:M has groups of its own, and a method without
-    calibration has no sequences."""
+class ComparisonReport(TypedDict):
+    """What several prunings cost. A row has a variant, its figures, seconds and bytes; `spread` is over seeds."""
 
-    method: str
-    pattern: str
-    group: str | None
-    statistics: str | None
-    sequences: int | None
-    seed: int | None
-
-    @property
-    def flags(self) -> dict[str, Any]:
-        """As keywords of `prepare`."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-
-def variants(
-    methods: Sequence[str],
-    patterns: Sequence[str],
-    groups: Sequence[str | None] = (None,),
-    orders: Sequence[str] = ("block",),
-    sequences: Sequence[int] = (128,),
-    seeds: Sequence[int] = (0,),
-) -> tuple[Variant, ...]:
-    """All that differ. Raises PatternError for a word that is none of its kind."""
-    for flag, given, known in (
-        ("--methods", methods, tuple(METHODS)),
-        ("--groups", groups, (None, "row", "matrix")),
-        ("--statistics", orders, ("block", "dense", "sequential")),
-    ):
-        for word in given:
-            if word not in known:
-                raise PatternError(f"{flag} {word}: is none; there are {', '.join(filter(None, known))}")
-    if min(sequences) < 1:
-        raise PatternError(f"--sequences {min(sequences)}: give whole numbers above 0")
-    made = []
-    for pattern, method, group, order, count, seed in product(patterns, methods, groups, orders, sequences, seeds):
-        kind, rule = parse(pattern), METHODS[method]
-        compared = (group or rule.group) if isinstance(kind, Unstructured) else None
-        measured = (order, count, seed) if rule.statistic else (None, None, None)
-        made.append(Variant(method, str(kind), compared, *measured))
-    return tuple(dict.fromkeys(made))
-
-
-def names(chosen: Sequence[Variant]) -> dict[Variant, str]:
-    """A name for each: its method, its pattern, and whatever else those of the same method and pattern differ in."""
-    words = {"group": "per {}", "statistics": "{}", "sequences": "{} sequences", "seed": "seed {}"}
-
-    def name(variant: Variant) -> str:
-        alike = [other for other in chosen if (other.method, other.pattern) == (variant.method, variant.pattern)]
-        varied = [key for key in words if len({getattr(other, key) for other in alike}) > 1]
-        rest = [words[key].format(getattr(variant, key)) for key in varied]
-        return " ".join([variant.method, variant.pattern, *rest])
-
-    return {variant: name(variant) for variant in chosen}
+    format: int
+    kind: str
+    source: str
+    arguments: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    text: list[str]
+    convention: str
+    length: int
+    windows: int
+    dense: dict[str, Any] | None
+    rows: list[dict[str, Any]]
+    spread: list[dict[str, Any]]
 
 
 def compare(
-    source: Path,
-    target: Path,
-    chosen: Sequence[Variant],
-    text: Windows,
+    source: str | Path,
+    target: str | Path,
     *,
+    text: Sequence[str],
+    methods: Sequence[str] = NAMES,
+    patterns: Sequence[str] = ("50%", "4:8", "2:4"),
+    groups: Sequence[str | None] = (None,),
+    statistics: Sequence[str] = ("block",),
+    sequences: Sequence[int] = (128,),
+    seeds: Sequence[int] = (0,),
     calibration: Sequence[str] = (),
     length: int = 2048,
-    machine: Mapping[str, Any],
-    selection: Mapping[str, Any] = MappingProxyType({}),
-    arguments: Mapping[str, Any],
+    windows: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     keep: bool = False,
-    notify: Notify = lambda what, record: None,
-) -> dict[str, Any]:
-    """Prunes `source` in each chosen way in a folder of `target`, evaluates that on `text`, removes it unless it is to
-    be kept, and gives the report, which is saved after every row (see `report.comparison`). Rows that are there
-    from the same settings are not made again. `machine` are keywords of `open_work`, `selection` of `prepare`,
-    `arguments` are for the report.
+    device: str = "auto",
+    dtype: str = "auto",
+    batch: int | None = None,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
+    slots: int | None = None,
+    read: str = "pread",
+    trust_remote_code: bool = False,
+    on_block: Notify = ignore,
+    on_report: Notify = ignore,
+) -> ComparisonReport:
+    """Prunes a checkpoint in several ways, evaluates each against the dense model, and gives one table.
+
+    Each pruning is made in a folder of the target, evaluated on `text` and removed again. report.json is written after
+    every row; rows that are there from the same settings are not made again.
+
+    Args:
+        source: the folder of a Hugging Face safetensors checkpoint.
+        target: a new folder for report.json, or one with a comparison to continue.
+        text: what is evaluated on: files of text or token ids, or "wikitext2", "c4".
+        methods: names of methods (default: all).
+        patterns: patterns as `prune` takes them (default: "50%", "4:8", "2:4").
+        groups: "row" and "matrix"; None (default) is each method's own.
+        statistics: of "block" (default), "dense", "sequential".
+        sequences: numbers of calibration sequences (default: 128).
+        seeds: of the calibration samples (default: 0).
+        calibration: what is measured on, as `text` of `prune` (default: the built-in text).
+        length: tokens of a sequence and of a window, capped by the model's positions (default: 2048).
+        windows: the number of windows that are evaluated, from the beginning (default: all).
+        include: globs of the names of tensors to prune (default: all).
+        exclude: globs of the names of tensors to leave dense (default: none).
+        keep: keep the pruned checkpoints (default: False).
+        device: "auto" (default), "cpu", "cuda", "cuda:N" or "mps".
+        dtype: to compute in: "auto" (default: float32 on a CPU, else as stored), "float32", "bfloat16", "float16".
+        batch: sequences computed at a time (default: what fits).
+        max_ram: host memory that the process may take in all, bytes or a text such as "8GB" (default: what is free).
+        max_vram: GPU memory that tensors may take, likewise (default: what is free).
+        slots: block buffers in host memory, 1 to 3 (default: 3 where they fit).
+        read: how shards are read, "pread" (default) or "mmap".
+        trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
+        on_block: called with each block's record, which names the `variant`.
+        on_report: called with the report, just before it is written.
+
+    Returns:
+        The report, as it stands in report.json.
+
+    Raises:
+        PatternError: a word is none of its kind.
+        OutputError: the target holds something else, or rows of other settings.
+        LowmemError: any other trouble that a user can mend, in one sentence.
+
+    Example:
+        >>> from lowmem_wanda import compare
+        >>> report = compare("source", "table", text=["my.txt"], methods=["magnitude"], patterns=["2:4"], length=64,
+        ...                  windows=2, device="cpu")
+        >>> [row["name"] for row in report["rows"]]
+        ['magnitude 2:4']
     """
-    dense = open_work(source, **machine)
-    given = {**{f"--{key}": list(globs) for key, globs in selection.items()}, "--calibration": list(calibration)}
-    settings = _settings(dense, text) | given | {"--length": length}
-    rows = read_rows(target, settings)
-    samples = _samples(dense, chosen, calibration, length)
-    chosen = tuple(dict.fromkeys(_as_sampled(variant, samples) for variant in chosen))
-    samples |= {(len(sample.tokens), seed): sample for (_, seed), sample in samples.items()}
-    titles = names([*chosen, *map(variant_of, rows)])
-    rows = [row | {"name": titles[variant_of(row)]} for row in rows]
-    save(target, report := comparison(dense, text, arguments, settings, rows))
-    for variant in chosen:
-        sample = samples.get((variant.sequences, variant.seed))
-        folder = target / re.sub(r"[^\w.%]+", "-", titles[variant])
-        key = {"name": titles[variant], **asdict(variant), "calibration sha256": sample.sha256 if sample else None}
-        same = [row for row in rows if all(row.get(part) == value for part, value in key.items())]
-        rows = [row for row in rows if variant_of(row) != variant]
-        if same and (not keep or finished(folder)):
-            rows += same
-        else:
-            task = prepare(source, calibration=sample, **machine, **selection, **variant.flags)
-            rows.append(key | _row(task, folder, dense, text, machine, partial(notify, titles[variant])))
-        save(target, report := comparison(dense, text, arguments, settings, rows))
-        if not keep and (folder / JOB).exists():
-            shutil.rmtree(folder)
-    return report
+    if not text:
+        raise LowmemError("nothing to evaluate on: give --text FILE")
+    require_outside(target, source)
+    chosen = variants_of(methods, patterns, groups, statistics, sequences, seeds)
+    place = {"device": device, "dtype": dtype, "batch": batch, "trust_remote_code": trust_remote_code,
+             "max_ram": max_ram, "max_vram": max_vram, "slots": slots, "read": read}  # fmt: skip
+    machine = Machine.of(**place)  # type: ignore[arg-type]
+    dense = open_model(source, machine)
+    evaluated = cut(dense, text, length=length, windows=windows)
+    folder = report_folder(target, "compare")
+    names = {"include": list(include), "exclude": list(exclude), "calibration": list(calibration)}
+    arguments = {"source": str(source), "target": str(target), "text": list(text), "methods": list(methods),
+                 "patterns": list(patterns), "groups": list(groups), "statistics": list(statistics),
+                 "sequences": list(sequences), "seeds": list(seeds), **names, "length": length, "windows": windows,
+                 "keep": keep, **place}  # fmt: skip
+    settings = _settings(dense, evaluated) | names | {"length": length}
+    table = _Table(dense, machine, evaluated, folder, arguments, settings, keep, on_block, on_report)
+    return table.fill(chosen)
 
 
-def variant_of(row: Mapping[str, Any]) -> Variant:
-    """What a row of a report is of."""
-    return Variant(**{field.name: row[field.name] for field in fields(Variant)})
+class _Table:
+    """The rows of a comparison, which are made one after the other."""
+
+    def __init__(
+        self, dense: StreamedModel, machine: Machine, text: Windows, folder: Path, arguments: dict[str, Any],
+        settings: dict[str, Any], keep: bool, on_block: Notify, on_report: Notify,
+    ) -> None:  # fmt: skip
+        self.dense, self.machine, self.text, self.folder = dense, machine, text, folder
+        self.arguments, self.settings, self.keep = arguments, settings, keep
+        self.on_block, self.on_report = on_block, on_report
+        self.rows = read_rows(folder, settings)
+
+    def fill(self, chosen: Sequence[Variant]) -> ComparisonReport:
+        """Makes the rows that are not there yet; gives the report."""
+        samples = samples_of(self.dense, chosen, self.settings["calibration"], self.settings["length"])
+        chosen = tuple(dict.fromkeys(_as_sampled(variant, samples) for variant in chosen))
+        samples |= {(len(sample.tokens), seed): sample for (_, seed), sample in samples.items()}
+        titles = titles_of([*chosen, *map(variant_of, self.rows)])
+        self.rows = [row | {"name": titles[variant_of(row)]} for row in self.rows]
+        report = self._save()
+        for variant in chosen:
+            sample = samples.get((variant.sequences, variant.seed))
+            folder = self.folder / re.sub(r"[^\w.%]+", "-", titles[variant])
+            key = {"name": titles[variant], **asdict(variant), "calibration_sha256": sample.sha256 if sample else None}
+            same = [row for row in self.rows if all(row.get(part) == value for part, value in key.items())]
+            self.rows = [row for row in self.rows if variant_of(row) != variant]
+            made = (
+                same
+                if same and (not self.keep or finished(folder))
+                else [key | self._row(variant, titles[variant], sample, folder)]
+            )
+            self.rows += made
+            report = self._save()
+            if not self.keep and (folder / JOB).exists():
+                shutil.rmtree(folder)
+        return report
+
+    def _row(self, variant: Variant, name: str, sample: Calibration | None, folder: Path) -> dict[str, Any]:
+        """One pruning and what it costs."""
+        selection = {key: self.settings[key] for key in ("include", "exclude")}
+        require_target(folder, self.dense.checkpoint.path)
+        job = prepare(self.dense, calibration=sample, **selection, **variant.keywords)
+
+        def told(record: dict[str, Any]) -> None:
+            self.on_block({"variant": name, **record})
+
+        made = run(job, folder, told)
+        result = measure(open_model(folder, self.machine), self.text, self.dense, told)
+        return {
+            **{key: result[key] for key in FIGURES},
+            "dense": result["dense"],
+            "sparsity": made["summary"]["sparsity"],
+            "seconds": made["summary"]["seconds"],
+            "eval_seconds": result["seconds"],
+            "host_bytes": made["peak_memory"]["host_measured"],
+            "device_bytes": made["peak_memory"]["device_measured"],
+            "blocks": [{key: block[key] for key in ("index", "relative_error")} for block in result["blocks"]],
+        }
+
+    def _save(self) -> ComparisonReport:
+        computed = {key: self.settings[key] for key in ("device", "dtype")}
+        report: ComparisonReport = {
+            "format": FORMAT,
+            "kind": "compare",
+            "source": str(self.dense.checkpoint.path),
+            "arguments": {**self.arguments, **computed},
+            "settings": dict(self.settings),
+            "versions": versions(),
+            **describe_windows(self.text),  # type: ignore[typeddict-item]
+            "dense": self.rows[0]["dense"] if self.rows else None,
+            "rows": list(self.rows),
+            "spread": _spread(self.rows),
+        }
+        self.on_report(report)  # type: ignore[arg-type]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / REPORT, report)
+        return report
+
+
+def read_rows(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a comparison that was begun in a folder. Raises OutputError where its settings are others."""
+    if not (folder / REPORT).exists():
+        return []
+    report = read_json(folder / REPORT)
+    if report.get("format") != FORMAT:
+        raise OutputError(f"{folder}: holds a comparison of another version of lowmem-wanda; give another directory")
+    before = report.get("settings", {})
+    for key, value in json.loads(json.dumps(settings)).items():
+        if before.get(key) != value:
+            raise OutputError(
+                f"{folder}: holds rows of another {label(key)}; repeat the first command or give another directory"
+            )
+    return list(report["rows"])
+
+
+def samples_of(dense: StreamedModel, chosen: Sequence[Variant], texts: Sequence[str], length: int) -> Samples:
+    """{(sequences, seed): calibration}. Each seed's text is read once, and fewer sequences are the first of more."""
+    needed = {(variant.sequences, variant.seed) for variant in chosen if variant.sequences and variant.seed is not None}
+    most: dict[int, int] = {}
+    for count, seed in needed:
+        most[seed] = max(most.get(seed, 0), count)
+    size = {"length": dense.window(length), "vocabulary": dense.skeleton.vocabulary}
+    whole = {seed: calibrate(texts, dense.encode, sequences=count, seed=seed, **size) for seed, count in most.items()}
+    return {(count, seed): replace(whole[seed], tokens=whole[seed].tokens[:count]) for count, seed in needed}
 
 
 def _as_sampled(variant: Variant, samples: Samples) -> Variant:
-    """With as many sequences as the text gave: a short one holds fewer than were asked for."""
+    """The variant with as many sequences as the text gave: a short one holds fewer than were asked for."""
     sample = samples.get((variant.sequences, variant.seed))
     return replace(variant, sequences=len(sample.tokens)) if sample else variant
 
 
-def _row(
-    task: Task,
-    folder: Path,
-    dense: Work,
-    text: Windows,
-    machine: Mapping[str, Any],
-    notify: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """One pruning and what it costs."""
-    made = prune(task, folder, notify)
-    result = evaluate(open_work(folder, **machine), text, dense, notify)
-    return {
-        **{key: result[key] for key in FIGURES},
-        "dense": result["dense"],
-        "sparsity": made["summary"]["sparsity"],
-        "seconds": made["summary"]["seconds"],
-        "eval_seconds": result["seconds"],
-        "host_bytes": made["peak_memory"]["host_measured"],
-        "device_bytes": made["peak_memory"]["device_measured"],
-        "blocks": [{key: block[key] for key in ("index", "relative_error")} for block in result["blocks"]],
-    }
-
-
-def _settings(dense: Work, text: Windows) -> dict[str, Any]:
+def _settings(dense: StreamedModel, text: Windows) -> dict[str, Any]:
     """All that rows must have in common to stand in one table."""
     return {
-        "source fingerprint": fingerprint(dense.checkpoint),
-        "windows sha256": text.sha256,
+        "source_fingerprint": fingerprint(dense.checkpoint),
+        "windows_sha256": text.sha256,
         "convention": text.convention,
         "device": describe_device(dense.device),
         "dtype": dense.dtype_name,
@@ -181,15 +272,14 @@ def _settings(dense: Work, text: Windows) -> dict[str, Any]:
     }
 
 
-def _samples(dense: Work, chosen: Sequence[Variant], texts: Sequence[str], length: int) -> Samples:
-    """{(sequences, seed): calibration}; each seed's text is read once, and fewer sequences are the first of more."""
-    wanted = {(variant.sequences, variant.seed) for variant in chosen if variant.sequences and variant.seed is not None}
-    most: dict[int, int] = {}
-    for count, seed in wanted:
-        most[seed] = max(most.get(seed, 0), count)
-    if not most:
-        return {}
-    encode = dense.encoder(texts)
-    size = {"length": dense.window(length), "vocabulary": dense.hollow.vocabulary}
-    whole = {seed: calibrate(texts, encode, sequences=count, seed=seed, **size) for seed, count in most.items()}
-    return {(count, seed): replace(whole[seed], tokens=whole[seed].tokens[:count]) for count, seed in wanted}
+def _spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means and standard deviations over the rows that differ in their seed alone."""
+    spread = []
+    for row in rows:
+        alike = [other for other in rows if all(other[key] == row[key] for key in UNSEEDED)]
+        if len(alike) > 1 and row is alike[0]:
+            values = [other["perplexity"] for other in alike]
+            name = row["name"].replace(f" seed {row['seed']}", "")
+            mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
+            spread.append({"name": name, "rows": len(alike), "perplexity_mean": mean, "perplexity_sd": sd})
+    return spread

@@ -1,45 +1,53 @@
-"""A pruning ready to start: everything that is checked and chosen before a weight is read."""
+"""A pruning that is ready to start: everything that is chosen and checked before a weight is read."""
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from lowmem_wanda import __version__
-from lowmem_wanda.checkpoint.directory import Checkpoint
-from lowmem_wanda.checkpoint.output import fingerprint
-from lowmem_wanda.checkpoint.writer import sha256_of, small_files
+from lowmem_wanda.checkpoint.directory import fingerprint, small_files
+from lowmem_wanda.checkpoint.writer import sha256_of
 from lowmem_wanda.data.calibration import Calibration, calibrate
 from lowmem_wanda.errors import CalibrationError, PatternError
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.llamacpp.norms import Norms, load_norms
-from lowmem_wanda.pruning.passes import greenlets
-from lowmem_wanda.sparsity.methods import METHODS, Method
+from lowmem_wanda.pruning import ORDERS
+from lowmem_wanda.pruning.passes import require_greenlet
+from lowmem_wanda.sparsity.methods import Method, find_method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
-from lowmem_wanda.streaming.model import FREE, Limits, Work, describe_device, open_work
-from lowmem_wanda.streaming.skeleton import Hollow
+from lowmem_wanda.sparsity.selection import CPU_CHUNK, DEVICE_CHUNK, SCORE_BYTES
+from lowmem_wanda.sparsity.statistics import SquaredNorm
+from lowmem_wanda.streaming.machine import ANY, Machine
+from lowmem_wanda.streaming.matrices import Matrix
+from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
+from lowmem_wanda.streaming.placement import Workload
+
+ZEROS = ("exact", "signed-tiny")
+FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "text", "statistics", "dtype", "batch",
+         "device", "trust_remote_code", "calibration", "length")  # fmt: skip
+LABELS = {"norms_sha256": "--norms sha256", "threads": "threads (OMP_NUM_THREADS)", "lowmem_wanda": "lowmem-wanda"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Work):
-    """One pruning, ready to start: the model without weights, the calibration tokens, and what is selected.
+class PruneJob:
+    """One pruning, ready to start: what is pruned, how, and what its matrices are measured on.
 
-    `selected` has for each block {path of a linear in it: file tensor of its weight}. `norms` stand for what would
-    be measured; `imatrix` is where an importance matrix goes, and `names` what its weights are called there. `zeros`
-    is "exact", or "signed-tiny" for what is put in their place.
+    `selected` are the matrices to prune, block by block. `statistics` is one of ORDERS. `norms` stand for what would be
+    measured. `imatrix` is the file that takes an importance matrix, and `names` what its weights are called there.
+    `zeros` is "exact", or "signed-tiny" for what is put in the place of zeros.
     """
 
-    method: str
+    model: StreamedModel
+    method: Method
     pattern: Pattern
+    selected: tuple[tuple[Matrix, ...], ...]
     calibration: Calibration | None
-    selected: tuple[dict[str, str], ...]
-    seed: int
     statistics: str
+    seed: int
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     norms: Norms | None
@@ -49,8 +57,8 @@ class Task(Work):
 
     @property
     def measures(self) -> bool:
-        """Whether linears are measured on the calibration before they are pruned."""
-        return self.calibration is not None and self.norms is None and self.rule.statistic is not None
+        """Whether matrices are measured on the calibration before they are pruned."""
+        return self.calibration is not None and self.norms is None and self.method.statistic is not None
 
     @property
     def moved_on_dense(self) -> bool:
@@ -58,124 +66,137 @@ class Task(Work):
         return self.statistics == "dense" and self.measures
 
     @property
-    def rule(self) -> Method:
-        return METHODS[self.method]
+    def batch(self) -> int | None:
+        """The number of sequences at a time that was asked for, and no more than there are; None: what fits."""
+        return self.model.batch and min(self.model.batch, self.workload.sequences or 1)
 
     @cached_property
     def files(self) -> list[Path]:
         """The small files that go along, config.json among them."""
-        return small_files(self.checkpoint.path, code=self.trust_remote_code)
+        return small_files(self.model.checkpoint.path, code=self.model.trust_remote_code)
 
-    @property
-    def scores(self) -> bool:
-        return True
-
-    @property
-    def waits(self) -> bool:
-        return self.statistics == "sequential" and self.measures
+    @cached_property
+    def workload(self) -> Workload:
+        """What goes through the model, and what that holds."""
+        sequences, length = self.calibration.tokens.shape if self.calibration else (0, 0)
+        matrices = [matrix for block in self.selected for matrix in block]
+        sizes = {
+            tensor.name: tensor.nbytes // max(1, tensor.numel) for tensor in self.model.checkpoint.tensors.values()
+        }
+        statistic = self.method.statistic if self.measures else None
+        sums = [sum(statistic.nbytes(one.shape[1]) for one in block) for block in self.selected] if statistic else [0]
+        return Workload(
+            (self.model,),
+            sequences,
+            length,
+            statistics=max(sums),
+            workspace=max(self.method.workspace(*matrix.shape, sizes[matrix.tensor]) for matrix in matrices),
+            scored=CPU_CHUNK if self.model.device.type == "cpu" else DEVICE_CHUNK,
+            score_bytes=SCORE_BYTES,
+            holds_micro_batches=self.statistics == "sequential" and self.measures,
+        )
 
     @property
     def recorded_on(self) -> str:
-        """What else than the shards an importance matrix depends on, beside the batch."""
-        text = self.calibration.sha256 if self.calibration else ""
-        return f"{text} {self.shape} {self.dtype_name} {self.moved_on_dense} {describe_device(self.device)}"
+        """What an importance matrix depends on beside the shards and the batch."""
+        text, shape = (self.calibration.sha256, self.calibration.tokens.shape) if self.calibration else ("", (0, 0))
+        device = describe_device(self.model.device)
+        return f"{text} {shape} {self.model.dtype_name} {self.moved_on_dense} {device}"
 
     def arguments(self, batch: int) -> dict[str, Any]:
         """All that can change a bit of the result, as it stands in job.json; `batch` sequences at a time."""
-        sparsity = {"sparsity": self.pattern.sparsity} if isinstance(self.pattern, Unstructured) else {}
+        source, running_on = self.model.checkpoint, versions()
         return {
-            "source fingerprint": fingerprint(self.checkpoint),
-            "--method": self.method,
-            "--pattern": str(self.pattern),
-            **sparsity,
-            "--group": self.pattern.group,
-            "--include": list(self.include),
-            "--exclude": list(self.exclude),
-            **({"--norms sha256": self.norms.sha256} if self.norms else {}),
-            **({"--zeros": self.zeros, "--seed": self.seed} if self.zeros != "exact" else {}),
-            **self.measuring(batch),
-            "--device": describe_device(self.device),
-            "--trust-remote-code": self.trust_remote_code,
-            "small files": {str(file): sha256_of(self.checkpoint.path / file) for file in self.files},
-            "lowmem-wanda": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "source_fingerprint": fingerprint(source),
+            "method": str(self.method),
+            **({"method_code": self.method.code} if self.method.code else {}),
+            "pattern": str(self.pattern),
+            **({"sparsity": self.pattern.sparsity} if isinstance(self.pattern, Unstructured) else {}),
+            "group": self.pattern.group,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            **({"norms_sha256": self.norms.sha256} if self.norms else {}),
+            **({"zeros": self.zeros, "seed": self.seed} if self.zeros != "exact" else {}),
+            **self._measured_on(batch),
+            "device": describe_device(self.model.device),
+            "trust_remote_code": self.model.trust_remote_code,
+            "small_files": {str(file): sha256_of(source.path / file) for file in self.files},
+            **{name.replace("-", "_"): running_on[name] for name in ("lowmem-wanda", "torch", "transformers")},
         }
 
-    def measuring(self, batch: int) -> dict[str, Any]:
-        """The part of `arguments` that matters where something is measured."""
+    def _measured_on(self, batch: int) -> dict[str, Any]:
+        """The part of `arguments` that counts where something is measured."""
         if self.calibration is None or not self.measures:
-            return {"--text": []}
+            return {"text": []}
         return {
-            "--text": list(self.calibration.sources),
-            "--seed": self.seed,
-            "calibration shape": list(self.calibration.tokens.shape),
-            "calibration sha256": self.calibration.sha256,
-            "--statistics": self.statistics,
-            "--dtype": self.dtype_name,
-            "--batch": batch,
-            "threads (OMP_NUM_THREADS)": torch.get_num_threads() if self.device.type == "cpu" else 0,
+            "text": list(self.calibration.sources),
+            "seed": self.seed,
+            "calibration_shape": list(self.calibration.tokens.shape),
+            "calibration_sha256": self.calibration.sha256,
+            "statistics": self.statistics,
+            "dtype": self.model.dtype_name,
+            "batch": batch,
+            "threads": torch.get_num_threads() if self.model.device.type == "cpu" else 0,
         }
+
+
+def label(name: str) -> str:
+    """What a message calls an argument of a job: its flag, where there is one."""
+    return LABELS.get(name) or (f"--{name.replace('_', '-')}" if name in FLAGS else name.replace("_", " "))
 
 
 def prepare(
-    source: str | Path,
+    source: str | Path | StreamedModel,
     *,
-    method: str = "wanda",
+    method: str | Method = "wanda",
     pattern: str = "2:4",
     group: str | None = None,
     text: Sequence[str] = (),
     sequences: int = 128,
     length: int = 2048,
     seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch: int | None = None,
     statistics: str = "block",
-    limits: Limits = FREE,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    trust_remote_code: bool = False,
-    calibration: Calibration | None = None,
-    norms: str | None = None,
+    norms: str | Path | None = None,
     imatrix: str | Path | None = None,
     zeros: str = "exact",
-) -> Task:
-    """Checks everything that can be checked before work begins. Raises a LowmemError that says what is wrong.
+    calibration: Calibration | None = None,
+    machine: Machine = ANY,
+) -> PruneJob:
+    """The job of pruning a checkpoint, or a model that is open, once all that can be checked before it is.
 
-    `sequences` of `length` tokens are calibrated on, `batch` of them at a time (default: as `layout` finds),
-    measured in one of `orders`; or on a `calibration` that is there already; or `norms` of the dense model's inputs
-    are read from an importance matrix. `imatrix` is a file for that of the pruned model. `include` and `exclude`
-    are globs on tensor names, with or without ".weight".
+    A `calibration` that is there already stands for `text`, `sequences` and `length`. All others are the parameters of
+    `prune`. Raises a LowmemError that says what is wrong.
     """
-    kind, rule = _pattern(pattern, group, METHODS[method]), METHODS[method]
+    chosen = find_method(method)
+    kind = _choose_pattern(pattern, group, chosen)
+    _require_known(statistics, zeros, sequences, length)
     if norms:
-        _refuse_unused(norms, method, statistics, text if not imatrix else ())
-    if statistics == "sequential" and rule.statistic:
-        greenlets()
-    work = open_work(source, device=device, dtype=dtype, limits=limits, trust_remote_code=trust_remote_code)
-    checkpoint, model = work.checkpoint, work.hollow
-    selected = _select(model, checkpoint, kind, include, exclude)
-    names = gguf_names(model.weights, "--norms" if norms else "--imatrix") if norms or imatrix else {}
-    columns = {name: model.matrix_shape(checkpoint.tensors[name])[1] for block in selected for name in block.values()}
-    known = load_norms(norms, names, columns) if norms else None
-    if not imatrix and (known or rule.statistic is None):
+        _require_use_of_norms(norms, chosen, statistics, text if not imatrix else ())
+    if statistics == "sequential" and chosen.statistic:
+        require_greenlet()
+    model = source if isinstance(source, StreamedModel) else open_model(source, machine)
+    selected = _choose_matrices(model, kind, include, exclude)
+    matrices = [matrix for block in selected for matrix in block]
+    if zeros != "exact":
+        _require_no_doubles(model, matrices)
+    names, known = _choose_names(model, norms, imatrix), None
+    if norms:
+        known = load_norms(str(norms), names, {matrix.name: matrix.shape[1] for matrix in matrices})
+    if not imatrix and (known or chosen.statistic is None):
         calibration = None
     elif calibration is None:
-        size = {"sequences": sequences, "length": work.window(length)}
-        calibration = calibrate(text, work.encoder(text), vocabulary=model.vocabulary, seed=seed, **size)
-    if zeros != "exact":
-        _refuse_doubles(checkpoint, columns)
-    shape = calibration.tokens.shape if calibration else (0, 0)
-    settings = {field.name: getattr(work, field.name) for field in fields(Work)}
-    return Task(
-        **settings | {"judges": False, "shape": shape, "batch": batch and min(batch, shape[0] or 1)},
-        method=method,
+        size = {"sequences": sequences, "length": model.window(length), "seed": seed}
+        calibration = calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, **size)
+    return PruneJob(
+        model=model,
+        method=chosen,
         pattern=kind,
-        calibration=calibration,
         selected=selected,
-        seed=seed,
+        calibration=calibration,
         statistics=statistics,
+        seed=seed,
         include=tuple(include),
         exclude=tuple(exclude),
         norms=known,
@@ -185,36 +206,24 @@ def prepare(
     )
 
 
-def _pattern(text: str, group: str | None, rule: Method) -> Pattern:
-    """The pattern of a text; of a sparsity, in the group that was asked for or else the method's own."""
+def _choose_pattern(text: str, group: str | None, method: Method) -> Pattern:
+    """The pattern of a text; a sparsity is compared in the group that was asked for, or else in the method's own."""
     kind = parse(text, group or "row")
-    return replace(kind, group=rule.group) if group is None and isinstance(kind, Unstructured) else kind
+    return replace(kind, group=method.group) if group is None and isinstance(kind, Unstructured) else kind
 
 
-def _refuse_unused(norms: str, method: str, statistics: str, text: Sequence[str]) -> None:
-    """Raises CalibrationError for what norms that are known leave no use for."""
-    given = {
-        f"--method {method}": METHODS[method].statistic is None,
-        f"--statistics {statistics}": statistics != "block",
-        f"--text {' '.join(text)}": bool(text),
-    }
-    if useless := [flag for flag, there in given.items() if there]:
-        raise CalibrationError(f"--norms {norms}: nothing is measured, {useless[0]} has no use; leave one of them out")
+def _choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:
+    """What llama.cpp calls the matrices, where that is needed."""
+    weights = [matrix.name for block in model.skeleton.matrices for matrix in block]
+    return gguf_names(weights, "--norms" if norms else "--imatrix") if norms or imatrix else {}
 
 
-def _refuse_doubles(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Raises PatternError for a weight whose smallest number no GGUF holds."""
-    for name in names:
-        if checkpoint.tensors[name].dtype == "F64":
-            raise PatternError(f"--zeros signed-tiny: tensor {name} is float64, whose smallest number is 0 in any GGUF")
-
-
-def _select(
-    model: Hollow, checkpoint: Checkpoint, kind: Pattern, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[dict[str, str], ...]:
-    """The linears to prune, block by block. Raises PatternError for a glob or a pattern that fits none."""
-    linears = [model.linears(index) for index in range(len(model.blocks))]
-    names = {name for block in linears for name in block.values()}
+def _choose_matrices(
+    model: StreamedModel, pattern: Pattern, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[tuple[Matrix, ...], ...]:
+    """The matrices to prune, block by block. Raises PatternError for a glob or a pattern that fits none."""
+    blocks = model.skeleton.matrices
+    names = {matrix.name for block in blocks for matrix in block}
 
     def matches(name: str, globs: Sequence[str]) -> bool:
         return any(
@@ -226,15 +235,44 @@ def _select(
             if not any(matches(name, [glob]) for name in names):
                 raise PatternError(f"{flag} {glob!r} matches no prunable tensor; they are named as {min(names)}")
     selected = tuple(
-        {
-            path: name
-            for path, name in block.items()
-            if (not include or matches(name, include)) and not matches(name, exclude)
-        }
-        for block in linears
+        tuple(one for one in block if (not include or matches(one.name, include)) and not matches(one.name, exclude))
+        for block in blocks
     )
     if not any(selected):
         raise PatternError("--include and --exclude leave nothing to prune; widen them")
-    for name in (name for block in selected for name in block.values()):
-        kind.require_shape(name, *model.matrix_shape(checkpoint.tensors[name]))
+    for matrix in (matrix for block in selected for matrix in block):
+        pattern.require_shape(matrix.name, *matrix.shape)
     return selected
+
+
+def _require_known(statistics: str, zeros: str, sequences: int, length: int) -> None:
+    """Raises PatternError or CalibrationError for a word or a number that is none of its kind."""
+    for flag, word, known in (("--statistics", statistics, ORDERS), ("--zeros", zeros, ZEROS)):
+        if word not in known:
+            raise PatternError(f"{flag} {word}: give one of {', '.join(known)}")
+    for flag, number in (("--sequences", sequences), ("--length", length)):
+        if number < 1:
+            raise CalibrationError(f"{flag} {number}: give a whole number above 0")
+
+
+def _require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:
+    """Raises CalibrationError for what norms that are known leave no use for, or cannot replace."""
+    useless = {
+        f"--method {method}": method.statistic is None,
+        f"--statistics {statistics}": statistics != "block",
+        f"--text {' '.join(text)}": bool(text),
+    }
+    for flag, there in useless.items():
+        if there:
+            raise CalibrationError(f"--norms {norms}: nothing is measured, {flag} has no use; leave one of them out")
+    if method.statistic is not SquaredNorm:
+        raise CalibrationError(f"--norms {norms}: method {method} measures more than norms; give it calibration text")
+
+
+def _require_no_doubles(model: StreamedModel, matrices: Iterable[Matrix]) -> None:
+    """Raises PatternError for a matrix whose smallest number no GGUF holds."""
+    for matrix in matrices:
+        if model.checkpoint.tensors[matrix.tensor].dtype == "F64":
+            raise PatternError(
+                f"--zeros signed-tiny: tensor {matrix.name} is float64, whose smallest number is 0 in any GGUF"
+            )

@@ -1,10 +1,11 @@
-"""In which order a block's linears are measured, pruned, and the hidden states moved on.
+"""What a block's matrices are measured on, when they are pruned, and when the hidden states move on.
 
-block        the dense block up to its last linear; all are pruned; the pruned block moves the hidden states
-             on (the order of the paper's code): 1.7 passes
-dense        the dense block measures and moves on at once, then all are pruned: 1 pass, no error carried on
-sequential   each linear on what the already pruned ones before it put out (GPTQ's "true sequential"): 1 pass
-             where micro-batches are held while they wait for a linear, more where they are replayed
+block        the dense block runs up to its last matrix; all are pruned; the pruned block moves the hidden states on
+             (the order of the paper's code): 1.7 passes
+dense        the dense block measures and moves on at once, then all are pruned: 1 pass, and no error is carried on
+sequential   each matrix is measured on what the already pruned ones before it put out (GPTQ's "true sequential"): 1
+pass
+             where micro-batches are held while they wait for a matrix, more where they are replayed
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -16,119 +17,129 @@ import torch
 from torch import nn
 
 from lowmem_wanda.errors import LowmemError
-from lowmem_wanda.streaming.clock import Clock
+from lowmem_wanda.llamacpp.collect import InputSums
+from lowmem_wanda.sparsity.methods import Statistic
 from lowmem_wanda.streaming.decoder import Block, Stop
-from lowmem_wanda.streaming.recorder import Recorder, watched
-from lowmem_wanda.streaming.walk import Parts, advance, carry
+from lowmem_wanda.streaming.matrices import Matrix
+from lowmem_wanda.streaming.resources import Clock
+from lowmem_wanda.streaming.walk import MicroBatches, advance, forward_in_place, watched
 
-Prune = Callable[[str, Any], None]  # path of a linear, the statistic of its inputs
+Prune = Callable[[Matrix, Any], None]  # a matrix, the statistic of its inputs
 
 
-class Measuring:
-    """One block and the sequences that pass it: `run` calls `prune` once for every path in `paths`.
+class Passes:
+    """One block and the micro-batches that pass it: `run` calls `prune` once for every one of `matrices`.
 
-    Linears with the same input share a statistic (4 for the 7 linears of a Llama block), and no pass goes
-    beyond the last input that is measured unless the hidden states are to move on, which the `recorder` listens to:
-    to what the pruned block computes, in the dense order to what the dense one does. After `run`, `passes`
-    is what was computed in linears, in units of one pass of all sequences through the whole block, and
-    `clock` has the time of the parts measure, prune and onward.
+    Matrices of the same inputs share a statistic (4 for the 7 matrices of a Llama block). No pass goes beyond the last
+    inputs that are measured, unless the hidden states are to move on. `sums` listens to what moves them: the pruned
+    block, or in the dense order the dense one. After `run`, `count` is what was computed in matrices, in units of one
+    pass of all sequences through the whole block, and `clock` has the time of the parts measure, prune and onward.
     """
 
     def __init__(
-        self, block: Block, parts: Parts, statistic: type, paths: Collection[str], prune: Prune, recorder: Recorder
+        self,
+        block: Block,
+        states: MicroBatches,
+        statistic: type[Statistic],
+        matrices: Collection[Matrix],
+        prune: Prune,
+        sums: InputSums,
     ) -> None:
-        self.block, self.parts, self.prune, self.recorder = block, parts, prune, recorder
+        self.block, self.states, self.prune, self.sums = block, states, prune, sums
         self.clock = Clock(block.device)
-        leaders = {path: block.trace.leaders[path] for path in paths}
-        order = [path for path in block.trace.order if path in leaders.values()]
-        self.groups = {leader: [path for path in paths if leaders[path] == leader] for leader in order}
-        self.statistics = {path: statistic(block.weight(path).shape[1], block.device) for path in order}
-        self.passes = 0.0
+        needed = {matrix.inputs: matrix.shape[1] for matrix in matrices}
+        order = [module for module in block.inputs if module in needed]
+        self.groups = {module: [matrix for matrix in matrices if matrix.inputs == module] for module in order}
+        self.statistics = {module: statistic(needed[module], block.device) for module in order}
+        self.count = 0.0
 
-    def run(self, order: str, onward: bool, held: int) -> None:
-        """Measures and prunes in one of the orders and, if `onward`, replaces the hidden states by the block's output.
+    def run(self, order: str, moves_on: bool, held: int) -> None:
+        """Measures and prunes in one of the orders and, if it `moves_on`, replaces the hidden states by the output.
 
-        In the sequential order at most `held` micro-batches wait with their activations; the others are run
-        again from the block's start. How many changes time and memory, and no bit of the result.
+        In the sequential order at most `held` micro-batches wait with their activations; the others are run again from
+        the block's start. How many changes time and memory, and no bit of the result.
         """
         with self._counting():
             if order == "sequential" and self.groups:
-                self._sequential(onward, held)
+                self._sequential(moves_on, held)
             elif order == "dense" and self.groups:
-                with self.recorder.listening():
-                    self._measure(through=onward)
+                with self.sums.listening():
+                    self._measure(through=moves_on)
             else:
                 if self.groups:
                     self._measure(through=False)
-                if onward:
-                    with self.clock.part("onward"), self.recorder.listening():
-                        advance(self.block, self.parts)
+                if moves_on:
+                    with self.clock.part("onward"), self.sums.listening():
+                        advance(self.block, self.states)
 
     def _measure(self, through: bool) -> None:
         """Measures everything on the dense block, then prunes; `through` keeps the outputs."""
-        last = [*self.groups, None][-2]
+        last = next(reversed(self.groups))
 
-        def arrived(path: str, inputs: torch.Tensor) -> None:
-            self.statistics[path].add(inputs)
-            if path == last and not through:
+        def arrived(module: str, inputs: torch.Tensor) -> None:
+            self.statistics[module].add(inputs)
+            if module == last and not through:
                 raise Stop
 
         with watched(self.block, self.groups, arrived), self.clock.part("measure"):
-            for part in self.parts:
-                self._carry(part)
-        for leader in self.groups:
-            self._prune(leader)
+            for part in self.states:
+                self._forward(part)
+        for module in self.groups:
+            self._prune(module)
 
-    def _sequential(self, onward: bool, held: int) -> None:
-        """Each micro-batch goes to the next linear that is open and waits there in a greenlet, or is replayed."""
-        greenlet = greenlets()
+    def _sequential(self, moves_on: bool, held: int) -> None:
+        """Each micro-batch goes to the next inputs that are not measured yet and waits there in a greenlet, or is
+        replayed."""
+        greenlet = require_greenlet()
         hub, closed = greenlet.getcurrent(), set()
 
-        def arrived(path: str, inputs: torch.Tensor) -> None:
-            if path in closed:
+        def arrived(module: str, inputs: torch.Tensor) -> None:
+            if module in closed:
                 return
-            self.statistics[path].add(inputs)
+            self.statistics[module].add(inputs)
             if greenlet.getcurrent() is hub:
                 raise Stop
             hub.switch()
 
-        waiting = [greenlet.greenlet(partial(self._carry, part)) for part in self.parts[:held]]
-        with self.recorder.listening(), watched(self.block, self.groups, arrived):
-            for leader in self.groups:
+        waiting = [greenlet.greenlet(partial(self._forward, part)) for part in self.states[:held]]
+        with self.sums.listening(), watched(self.block, self.groups, arrived):
+            for module in self.groups:
                 with self.clock.part("measure"):
                     for flow in waiting:
                         flow.switch()
-                    with self.recorder.pausing():
-                        for part in self.parts[held:]:
-                            self._carry(part)
-                self._prune(leader)
-                closed.add(leader)
+                    with self.sums.pausing():
+                        for part in self.states[held:]:
+                            self._forward(part)
+                self._prune(module)
+                closed.add(module)
             with self.clock.part("onward"):
                 for flow in waiting:
-                    flow.switch() if onward else flow.throw(greenlet.GreenletExit)
-                for part in self.parts[held:] if onward else ():
-                    self._carry(part)
+                    flow.switch() if moves_on else flow.throw(greenlet.GreenletExit)
+                for part in self.states[held:] if moves_on else ():
+                    self._forward(part)
 
-    def _carry(self, part: torch.Tensor) -> None:
-        """One micro-batch through the block, in place, or as far as its inputs are wanted."""
+    def _forward(self, part: torch.Tensor) -> None:
+        """One micro-batch through the block, in place, or as far as its inputs are needed."""
         try:
-            carry(self.block, part)
+            forward_in_place(self.block, part)
         except Stop:
             pass
 
-    def _prune(self, leader: str) -> None:
+    def _prune(self, module: str) -> None:
         with self.clock.part("prune"):
-            for path in self.groups[leader]:
-                self.prune(path, self.statistics[leader])
+            for matrix in self.groups[module]:
+                self.prune(matrix, self.statistics[module])
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        """Counts the weights that tokens meet in linears."""
-        sizes = {path: self.block.weight(path).numel() for path in self.block.linears}
-        one = sum(sizes.values()) * sum(len(part) * part.shape[1] for part in self.parts)
+        """Counts the weights that tokens meet in matrices."""
+        sizes: dict[str, int] = {}
+        for matrix in self.block.matrices:
+            sizes[matrix.module] = sizes.get(matrix.module, 0) + matrix.weights
+        one = sum(sizes.values()) * sum(len(part) * part.shape[1] for part in self.states)
 
-        def after(size: int, module: nn.Module, given: tuple[torch.Tensor, ...], output: Any) -> None:
-            self.passes += size * (given[0].numel() // given[0].shape[-1]) / one
+        def after(size: int, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+            self.count += size * (inputs[0].numel() // inputs[0].shape[-1]) / one
 
         with ExitStack() as stack:
             for path, size in sizes.items():
@@ -137,7 +148,7 @@ class Measuring:
             yield
 
 
-def greenlets() -> Any:
+def require_greenlet() -> Any:
     """The greenlet package. Raises LowmemError, saying how to install it."""
     try:
         import greenlet

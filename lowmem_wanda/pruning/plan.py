@@ -1,14 +1,21 @@
 """What a pruning will hold, compute and write, predicted before a weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from lowmem_wanda.pruning.job import Task
-from lowmem_wanda.streaming.placement import Layout, choose
+from lowmem_wanda.llamacpp.imatrix import require_matrix_target
+from lowmem_wanda.pruning.job import PruneJob, prepare
+from lowmem_wanda.pruning.report import started
+from lowmem_wanda.sparsity.methods import Method
+from lowmem_wanda.streaming.machine import Machine
+from lowmem_wanda.streaming.placement import Placement, choose
+from lowmem_wanda.streaming.walk import Notify, ignore
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts, bytes and floating-point operations; `device_peak` is 0 where the host computes."""
+    """Counts, bytes and floating-point operations of a pruning; `device_peak` is 0 where the host computes."""
 
     parameters: int
     prunable: int
@@ -21,41 +28,101 @@ class Plan:
     host_peak: int
     device_peak: int
     disk: int
-    layout: Layout
+    layout: Placement
 
 
-def predict(task: Task, batch: int | None = None) -> Plan:
-    """The plan of a task, of which `batch` sequences are computed at a time if that is settled already.
+def plan(
+    source: str | Path,
+    *,
+    pattern: str = "2:4",
+    method: str | Method = "wanda",
+    group: str | None = None,
+    norms: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    zeros: str = "exact",
+    text: Sequence[str] = (),
+    sequences: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    statistics: str = "block",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    batch: int | None = None,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
+    slots: int | None = None,
+    read: str = "pread",
+    states: str | None = None,
+    held: int | None = None,
+    trust_remote_code: bool = False,
+    on_start: Notify = ignore,
+) -> Plan:
+    """What `prune` of the same parameters will need: memory, disk and operations. No weight is read.
 
-    Raises BudgetError where no layout keeps --max-ram and --max-vram.
+    Args:
+        source: the folder of a Hugging Face safetensors checkpoint. All other parameters are those of `prune`.
+
+    Returns:
+        The plan, in bytes and floating-point operations.
+
+    Raises:
+        BudgetError: no placement keeps `max_ram` and `max_vram`; the message says what would fit.
+        LowmemError: as `prune`.
+
+    Example:
+        >>> from lowmem_wanda import plan
+        >>> plan("source", pattern="2:4", method="magnitude", device="cpu").blocks
+        5
     """
-    tensors = task.checkpoint.tensors
-    blocks = [sum(tensor.nbytes for tensor in task.block_tensors(index)) for index in range(task.depth)]
-    sequences, length = task.shape
-    layout, need = choose(task, batch)
-    small = sum((task.checkpoint.path / file).stat().st_size for file in task.files)
+    if imatrix:
+        require_matrix_target(imatrix, "--imatrix", Path(source))
+    machine = Machine.of(device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held)
+    job = prepare(
+        source, method=method, pattern=pattern, group=group, text=text, sequences=sequences, length=length, seed=seed,
+        statistics=statistics, include=include, exclude=exclude, norms=norms, imatrix=imatrix, zeros=zeros,
+        machine=machine,
+    )  # fmt: skip
+    on_start(started(job))
+    return predict(job)
+
+
+def predict(job: PruneJob, batch: int | None = None) -> Plan:
+    """The plan of a job, of which `batch` sequences are computed at a time if that is settled already.
+
+    Raises BudgetError where no placement keeps --max-ram and --max-vram.
+    """
+    model, work = job.model, job.workload
+    checkpoint = model.checkpoint
+    blocks = [sum(tensor.nbytes for tensor in model.block_tensors(index)) for index in range(model.depth)]
+    placement, need = choose(work, batch)
+    small = sum((checkpoint.path / file).stat().st_size for file in job.files)
     return Plan(
-        parameters=sum(tensor.numel for tensor in tensors.values()),
-        prunable=sum(tensors[name].numel for names in task.selected for name in names.values()),
+        parameters=sum(tensor.numel for tensor in checkpoint.tensors.values()),
+        prunable=sum(matrix.weights for block in job.selected for matrix in block),
         blocks=len(blocks),
         largest_block=max(blocks),
-        tokens=sequences * length,
-        sequences=sequences,
-        length=length,
-        flops=_flops(task, sequences, length),
+        tokens=work.sequences * work.length,
+        sequences=work.sequences,
+        length=work.length,
+        flops=_flops(job, work.sequences, work.length),
         host_peak=need.host,
         device_peak=need.device,
-        disk=task.checkpoint.nbytes + small + need.disk + (1 << 20),
-        layout=layout,
+        disk=checkpoint.nbytes + small + need.disk + (1 << 20),
+        layout=placement,
     )
 
 
-def _flops(task: Task, sequences: int, length: int) -> int:
-    """Linears and attention's two products: once, or in the block order also up to the last linear."""
+def _flops(job: PruneJob, sequences: int, length: int) -> int:
+    """The operations of all matrices and of attention's two products.
+
+    They are computed once, or in the block order once more up to the last matrix.
+    """
     total = 0
-    twice = task.statistics == "block" and task.measures
-    for index in range(task.depth):
-        sizes = [task.checkpoint.tensors[name].numel for name in task.hollow.linears(index).values()]
-        attention = 4 * sequences * length * length * task.hollow.width * (1 + twice)
+    twice = job.statistics == "block" and job.measures
+    for block in job.model.skeleton.matrices:
+        sizes = [matrix.weights for matrix in block]
+        attention = 4 * sequences * length * length * job.model.skeleton.width * (1 + twice)
         total += (sum(sizes) + twice * sum(sizes[:-1])) * 2 * sequences * length + attention
     return total

@@ -1,293 +1,284 @@
-"""The main job: measure, score and mask each block, write it out, carry the hidden states on."""
+"""`prune`: a job is begun or resumed, walked through its blocks, and published."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowmem_wanda.checkpoint.directory import CONFIG, INDEX, Checkpoint, read_header, read_json
-from lowmem_wanda.checkpoint.output import REPORT, Job, begun, check_disk, finished, refuse, working
-from lowmem_wanda.checkpoint.reader import PIECE, Tensor
-from lowmem_wanda.checkpoint.writer import check_new, differing, sha256_of, write_bytes, write_json, write_shard
+from lowmem_wanda.checkpoint.directory import REPORT, Checkpoint
+from lowmem_wanda.checkpoint.output import (
+    Output,
+    begun,
+    finished,
+    require_disk,
+    require_target,
+    shard_names,
+    working,
+)
+from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
+from lowmem_wanda.checkpoint.writer import require_new, sha256_of, write_json, write_shard
 from lowmem_wanda.data.calibration import in_batches
-from lowmem_wanda.errors import CheckpointError, ModelError, NumberError, OutputError
-from lowmem_wanda.llamacpp.collect import save_imatrix
-from lowmem_wanda.llamacpp.imatrix import Store, check_target
+from lowmem_wanda.errors import OutputError
+from lowmem_wanda.llamacpp.collect import InputSums, Store, save_imatrix
+from lowmem_wanda.llamacpp.imatrix import require_matrix_target
 from lowmem_wanda.llamacpp.survive import outlook
-from lowmem_wanda.pruning.block import Sample
-from lowmem_wanda.pruning.job import Task
-from lowmem_wanda.pruning.passes import Measuring
+from lowmem_wanda.pruning.block import move_on, prune_block
+from lowmem_wanda.pruning.job import PruneJob, label, prepare
 from lowmem_wanda.pruning.plan import predict
-from lowmem_wanda.pruning.report import build, save
-from lowmem_wanda.sparsity.masks import prune_lowest, sign_zeros, survey
-from lowmem_wanda.streaming.buffers import Ring, Slot, Write
-from lowmem_wanda.streaming.clock import Clock, add, timing
-from lowmem_wanda.streaming.decoder import Block, Decoder
-from lowmem_wanda.streaming.placement import Layout
-from lowmem_wanda.streaming.recorder import Recorder
-from lowmem_wanda.streaming.resources import Peak, anonymous, limit_vram, map_blocks_from
-from lowmem_wanda.streaming.states import hidden_states
-from lowmem_wanda.streaming.tensors import raw
-from lowmem_wanda.streaming.walk import Parts, Stream, advance, walk
-
-Notify = Callable[[dict[str, Any]], None]  # called with each block's record when its shard is done
+from lowmem_wanda.pruning.report import PruneReport, build, started
+from lowmem_wanda.sparsity.methods import Method
+from lowmem_wanda.streaming.buffers import Slot, Write, raw
+from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.machine import Machine
+from lowmem_wanda.streaming.placement import Placement
+from lowmem_wanda.streaming.resources import add_seconds, anonymous
+from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, ignore, streamed
 
 
-def prune(task: Task, target: str | Path, notify: Notify = lambda record: None) -> dict[str, Any]:
-    """Prunes into `target`, taking up what is done there already, and gives the report (see `report`).
+def prune(
+    source: str | Path,
+    target: str | Path,
+    *,
+    pattern: str = "2:4",
+    method: str | Method = "wanda",
+    group: str | None = None,
+    norms: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    zeros: str = "exact",
+    text: Sequence[str] = (),
+    sequences: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    statistics: str = "block",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    batch: int | None = None,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
+    slots: int | None = None,
+    read: str = "pread",
+    states: str | None = None,
+    held: int | None = None,
+    trust_remote_code: bool = False,
+    on_start: Notify = ignore,
+    on_block: Notify = ignore,
+    on_report: Notify = ignore,
+) -> PruneReport:
+    """Writes a pruned copy of a checkpoint, one decoder block in memory at a time.
 
-    Shards come first, then the small files, the index, the importance matrix, the report, and config.json last:
-    until then the directory loads as nothing. `notify` is called by the thread that writes. Raises BudgetError,
-    OutputError, NumberError or CheckpointError; what is written stays.
+    The same call after a kill goes on where the job stopped, and gives the bytes of an uninterrupted run. Until the
+    last file is written the target loads as nothing.
+
+    Args:
+        source: the folder of a Hugging Face safetensors checkpoint.
+        target: a new folder, or that of an interrupted run of the same job.
+        pattern: "N:M", N kept of each M inputs, or a share to prune such as "50%" or "0.5" (default: "2:4").
+        method: "wanda" (default), "magnitude", or a `Method` of your own.
+        group: what is compared for a share, "row" or "matrix" (default: the method's own).
+        norms: an importance matrix of the dense model (.gguf, .dat), whose norms stand for a calibration (default:
+            none).
+        imatrix: a new file that takes the pruned model's importance matrix (default: none).
+        zeros: what pruned weights become: "exact" (default) for +0.0, or "signed-tiny" for the smallest normal number
+            with a random sign.
+        text: what is measured on: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
+        sequences: the number of calibration sequences (default: 128).
+        length: tokens of each, capped by the model's positions (default: 2048).
+        seed: of the calibration sample and of signs (default: 0).
+        statistics: what matrices are measured on: "block" (default), "dense" or "sequential".
+        include: globs of the names of tensors to prune (default: all).
+        exclude: globs of the names of tensors to leave dense (default: none).
+        device: "auto" (default), "cpu", "cuda", "cuda:N" or "mps".
+        dtype: to compute in: "auto" (default: float32 on a CPU, else as stored), "float32", "bfloat16", "float16".
+        batch: sequences computed at a time (default: what fits).
+        max_ram: host memory that the process may take in all, bytes or a text such as "8GB" (default: what is free).
+        max_vram: GPU memory that tensors may take, likewise (default: what is free).
+        slots: block buffers in host memory, 1 to 3 (default: 3 where they fit).
+        read: how shards are read, "pread" (default) or "mmap".
+        states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
+        held: micro-batches that may wait for a matrix in the sequential order (default: what fits).
+        trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
+        on_start: called once before the work, with what will be done.
+        on_block: called with each block's record when its shard is written, by the thread that writes.
+        on_report: called with the report, just before it is written.
+
+    Returns:
+        The report, as it stands in report.json.
+
+    Raises:
+        PatternError: a pattern, a method or a glob does not fit the model.
+        BudgetError: no placement keeps `max_ram` and `max_vram`; the message says what would fit.
+        OutputError: the target cannot be written, or holds another job.
+        NumberError: a weight or a statistic is NaN or infinite.
+        LowmemError: any other trouble that a user can mend, in one sentence. What is written stays.
+
+    Example:
+        >>> from lowmem_wanda import Method, SquaredNorm, prune
+        >>> def score(weight, inputs):
+        ...     return weight.float().abs() * inputs.norms()
+        >>> mine = Method(score=score, statistic=SquaredNorm)
+        >>> report = prune("source", "target", method=mine, text=["my.txt"], sequences=4, length=64, device="cpu")
+        >>> report["summary"]["sparsity"]
+        0.5
     """
-    target = Path(target)
-    refuse(target, task.checkpoint.path)
-    if task.imatrix:
-        check_target(task.imatrix, "--imatrix", task.checkpoint.path, target)
-    before = begun(target).get("--batch") if task.batch is None else task.batch
+    require_target(target, source)
+    if imatrix:
+        require_matrix_target(imatrix, "--imatrix", Path(source), Path(target))
+    machine = Machine.of(device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held)
+    job = prepare(
+        source, method=method, pattern=pattern, group=group, text=text, sequences=sequences, length=length, seed=seed,
+        statistics=statistics, include=include, exclude=exclude, norms=norms, imatrix=imatrix, zeros=zeros,
+        machine=machine,
+    )  # fmt: skip
+    on_start(started(job))
+    return run(job, Path(target), on_block, on_report)
+
+
+def run(job: PruneJob, target: Path, on_block: Notify = ignore, on_report: Notify = ignore) -> PruneReport:
+    """Prunes into `target`, taking up what is done there already, and gives the report.
+
+    The target is one that `require_target` lets pass. Shards come first, then the small files, the index, the
+    importance matrix, the report, and config.json last.
+    """
+    before = begun(target).get("batch") if job.batch is None else job.batch
     before = before if isinstance(before, int) else None
     if finished(target):
         with working(target):
-            return _verified(task, Job(target, task.arguments(before or 0)))
-    if task.imatrix and not begun(target):
-        check_new(task.imatrix)
-    plan = predict(task, before)
+            return _verified(job, Output(target, job.arguments(before or 0), label))
+    if job.imatrix and not begun(target):
+        require_new(job.imatrix)
+    plan = predict(job, before)
     if not target.exists():
-        check_disk(target, plan.disk)
-    limit_vram(task.device, task.limits.max_vram)
-    with torch.no_grad(), working(target), Peak(task.device) as peak:
-        job = Job(target, task.arguments(plan.layout.batch))
-        job.begin(plan.disk, shard_names(task.depth))
-        run = _Run(task, job, notify, plan.layout)
-        run.do()
-        report = build(task, plan, peak, job.finished, job.arguments, timing(run.wall, run.spent))
-        _finish(task, job, report, run.store)
+        require_disk(target, plan.disk)
+    with working(target):
+        output = Output(target, job.arguments(plan.layout.batch), label)
+        output.begin(plan.disk, shard_names(job.model.depth))
+        walk = _Walk(job, output, plan.layout, on_block)
+        with streamed(job.model, batches=walk.batches, placement=plan.layout, folder=target) as stream:
+            walk.through(stream)
+            timing = stream.timing()
+        arguments = {name: value for name, value in output.arguments.items() if name != "format"}
+        report = build(job, plan, stream.peak, output.finished, arguments, timing)
+        _publish(job, output, report, walk.store, on_report)
     return report
 
 
-class _Run:
-    """One walk over the blocks: those that are done are replayed from the output, the others pruned.
+class _Walk:
+    """One way through the blocks: those that are done are replayed from the output, the others are pruned."""
 
-    `last` is the moment when the last shard was done; `wall` the seconds of it all, `spent` those of each part.
-    """
-
-    def __init__(self, task: Task, job: Job, notify: Notify, layout: Layout) -> None:
-        self.task, self.job, self.notify, self.layout = task, job, notify, layout
-        self.rest, *self.shards = shard_names(task.depth)
-        self.open = [index for index, shard in enumerate(self.shards) if shard not in job.finished]
-        self.store = Store(job.path, f"{task.recorded_on} batch {layout.batch}")
-        unrecorded = [index for index in range(task.depth) if task.imatrix and not self.store.has(index)]
-        if task.imatrix and unrecorded:
-            check_new(task.imatrix)
-        self.walked = range(max([*self.open, *unrecorded], default=-1) + 1)  # by the hidden states
-        self.wall, self.last = 0.0, time.perf_counter()
+    def __init__(self, job: PruneJob, output: Output, placement: Placement, on_block: Notify) -> None:
+        self.job, self.output, self.placement, self.on_block = job, output, placement, on_block
+        self.rest, *self.shards = shard_names(job.model.depth)
+        self.unfinished = [index for index, shard in enumerate(self.shards) if shard not in output.finished]
+        self.store = Store(output.path, f"{job.recorded_on} batch {placement.batch}")
+        unrecorded = [index for index in range(job.model.depth) if job.imatrix and not self.store.has(index)]
+        if job.imatrix and unrecorded:
+            require_new(job.imatrix)
+        # hidden states pass all blocks up to the last one that needs them; without them finished blocks are not seen
+        self.walked = list(range(max([*self.unfinished, *unrecorded], default=-1) + 1))
+        if job.calibration is None:
+            self.walked = self.unfinished
+        self.batches = in_batches(job.calibration.tokens, placement.batch) if job.calibration else []
         self.spent: dict[str, float] = {}
+        self.last = time.perf_counter()  # when the last shard was done
 
-    def do(self) -> None:
-        """All shards."""
-        start, layout, device = time.perf_counter(), self.layout, self.task.device
-        map_blocks_from(layout.mapped)
-        with Ring(device, self.task.block_bytes, layout.slots, layout.arriving, self.task.limits.reading) as ring:
-            if self.rest not in self.job.finished:
-                ring.behind(self.write_rest)
-            if self.walked:
-                self.prune_blocks(ring)
-            ring.settle()
-        self.wall = time.perf_counter() - start
-        add(self.spent, ring.spent)
-
-    def write_rest(self) -> None:
-        """The first shard: everything outside the blocks, copied through."""
-        inside = {tensor.name for index in range(len(self.shards)) for tensor in self.task.block_tensors(index)}
-        rest = [tensor for tensor in self.task.checkpoint.tensors.values() if tensor.name not in inside]
-        start = time.perf_counter()
-        shard = write_shard(self.job.path / self.rest, [(tensor, None) for tensor in rest])
-        add(self.spent, {"copy": time.perf_counter() - start})
-        names = [tensor.name for tensor in rest]
-        self.job.record(self.rest, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": names})
-
-    def prune_blocks(self, ring: Ring) -> None:
-        task = self.task
-        decoder = Decoder(task.hollow, task.checkpoint.tensors, task.device, task.dtype)
-        if task.calibration is None:  # without hidden states to carry, finished blocks need not be seen again
-            walk([Stream(decoder, [], self.source, self.step)], ring, self.open)
-            return
-        with ExitStack() as stack:
-
-            def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-                place = (self.layout.states, shape, dtype, task.device, self.job.path)
-                return stack.enter_context(hidden_states(*place))
-
-            clock = Clock(task.device)
-            with clock.part("embed"):
-                parts = decoder.embed(in_batches(task.calibration.tokens, self.layout.batch), allocate)
-            add(self.spent, clock.seconds())
-            walk([Stream(decoder, parts, self.source, self.step)], ring, self.walked)
-            decoder.empty()
+    def through(self, stream: Stream) -> None:
+        """Makes all shards that are not there yet."""
+        self.spent = stream.spent
+        if self.rest not in self.output.finished:
+            stream.submit(self.write_rest)
+        if self.walked:
+            stream.walk(self.step, indices=self.walked, source=self.source)
 
     def source(self, index: int) -> list[Tensor]:
         """Where a block is read: a finished one as it stands in the output, if that is what moved the states on."""
-        if index in self.open or self.task.moved_on_dense:
-            return self.task.block_tensors(index)
-        return list(read_header(self.job.path / self.shards[index]).values())
+        if index in self.unfinished or self.job.moved_on_dense:
+            return self.job.model.block_tensors(index)
+        return list(read_header(self.output.path / self.shards[index]).values())
 
-    def step(self, block: Block, parts: Parts) -> Write | None:
-        """Prunes an open block, moves the hidden states on and records the importance matrix of what they meet; gives
-        what writes the shard."""
-        pruned = block.index in self.open
-        recorder = Recorder(block, self.task.imatrix is not None and (pruned or not self.store.has(block.index)))
-        onward = bool(parts) and (recorder.on or block.index < self.walked[-1])
-        record = {"index": block.index, **self.prune_block(block, parts, onward, recorder)} if pruned else {}
-        if onward and not pruned:
-            record = {"parts": _advance(block, parts, recorder)}
-        if recorder.on:
-            self.store.put(block.index, recorder.entries())
-        add(self.spent, record.get("parts", {}))
-        return partial(self.write_block, record) if pruned else None
+    def step(self, block: Block, states: MicroBatches) -> Write | None:
+        """Prunes a block, or replays one that is done, and moves the hidden states on; gives what writes the shard."""
+        is_open = block.index in self.unfinished
+        is_last = block.index == self.walked[-1]
+        has_hidden_states = bool(states)
+        wants_sums = self.job.imatrix is not None and (is_open or not self.store.has(block.index))
+        sums, moves_on = InputSums(block, on=wants_sums), has_hidden_states and (wants_sums or not is_last)
+        if is_open:
+            record = {"index": block.index, **prune_block(self.job, block, states, self.placement, moves_on, sums)}
+        else:
+            record = {"parts": move_on(block, states, sums) if moves_on else {}}
+        if wants_sums:
+            self.store.put(block.index, sums.entries())
+        add_seconds(self.spent, record["parts"])
+        return partial(self.write_block, record) if is_open else None
+
+    def write_rest(self) -> None:
+        """The first shard: everything outside the blocks, copied through."""
+        model = self.job.model
+        inside = {tensor.name for index in range(model.depth) for tensor in model.block_tensors(index)}
+        rest = [tensor for tensor in model.checkpoint.tensors.values() if tensor.name not in inside]
+        start = time.perf_counter()
+        shard = write_shard(self.output.path / self.rest, [(tensor, None) for tensor in rest])
+        add_seconds(self.spent, {"copy": time.perf_counter() - start})
+        names = [tensor.name for tensor in rest]
+        self.output.add(self.rest, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": names})
 
     def write_block(self, record: dict[str, Any], slot: Slot) -> None:
-        """Runs in the writing thread."""
+        """Writes a block's shard; runs in the writing thread."""
         name = self.shards[record["index"]]
-        tensors = [(tensor, _pieces(slot.stored[tensor.name])) for tensor in self.task.block_tensors(record["index"])]
+        tensors = self.job.model.block_tensors(record["index"])
         with slot.clocked("write"):
-            shard = write_shard(self.job.path / name, tensors)
+            shard = write_shard(
+                self.output.path / name, [(tensor, _pieces(slot.stored[tensor.name])) for tensor in tensors]
+            )
         record["parts"] |= slot.seconds
         now = time.perf_counter()
         record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}
         record["seconds"], self.last = now - self.last, now
-        self.job.record(name, record)
-        self.notify(record)
-
-    def prune_block(self, block: Block, parts: Parts, onward: bool, recorder: Recorder) -> dict[str, Any]:
-        """Prunes each selected linear and moves the hidden states on; gives the record of what came of it."""
-        task, paths, statistic = self.task, self.task.selected[block.index], self.task.rule.statistic
-        linears: dict[str, Any] = {}
-
-        def prune(path: str, inputs: Any) -> None:
-            linears[paths[path]] = self.prune_linear(block, path, paths[path], inputs)
-
-        if task.measures and statistic is not None:
-            measuring = Measuring(block, parts, statistic, paths, prune, recorder)
-            measuring.run(task.statistics, onward, self.layout.held)
-            return {"linears": linears, "passes": measuring.passes, "parts": measuring.clock.seconds()}
-        clock = Clock(block.device)
-        with clock.part("prune"):
-            for path, name in paths.items():
-                prune(path, task.norms.inputs(name, block.device) if task.norms else None)
-        moved = _advance(block, parts, recorder) if onward else {}
-        return {"linears": linears, "passes": float(onward), "parts": clock.seconds() | moved}
-
-    def prune_linear(self, block: Block, path: str, name: str, inputs: Any) -> dict[str, Any]:
-        start = time.perf_counter()
-        weight = block.weight(path)
-        try:
-            scores = self.task.rule.scores(weight, inputs)
-            sample = Sample(scores, *weight.shape)
-            prune_lowest(weight, scores, self.task.pattern, self.layout.chunk)
-        except NumberError as error:
-            raise NumberError(f"tensor {name}: {error}") from None
-        zeros, holds = survey(weight, self.task.pattern, self.layout.chunk)
-        if not holds:
-            raise ModelError(
-                f"tensor {name}: does not hold {self.task.pattern} after pruning ({zeros} zeros of "
-                f"{weight.numel()}); report this bug"
-            )
-        spread, filled = sample.spread(weight), {}
-        if self.task.zeros == "signed-tiny":
-            count, tiny = sign_zeros(weight, self.task.seed, name)
-            filled = {"filled": count, "tiny": tiny}
-        return {
-            "shape": list(weight.shape),
-            "transposed": name in self.task.hollow.transposed,
-            "pattern": str(self.task.pattern),
-            "holds": holds,
-            "zeros": 0 if filled else zeros,
-            **filled,
-            "sparsity": zeros / weight.numel(),
-            "score": spread,
-            "seconds": time.perf_counter() - start,
-        }
+        self.output.add(name, record)
+        self.on_block(record)
 
 
-def shard_names(depth: int) -> list[str]:
-    """The Hugging Face names of the shard outside the blocks and of each block's; other names convert to an
-    empty GGUF without an error."""
-    return [f"model-{index + 1:05d}-of-{depth + 1:05d}.safetensors" for index in range(depth + 1)]
+def _publish(job: PruneJob, output: Output, report: PruneReport, store: Store, on_report: Notify) -> None:
+    """Writes all that makes shards a checkpoint; config.json comes last."""
+    source = job.model.checkpoint
+    output.publish_files(source, job.files)
+    if job.imatrix and job.calibration:
+        save_imatrix(job.imatrix, job.model, job.calibration, job.names, store)
+        report["imatrix"] = {**(report["imatrix"] or {}), "sha256": sha256_of(job.imatrix)}
+    report["quantization"] = outlook(Checkpoint(output.path), report)
+    on_report(report)  # type: ignore[arg-type]
+    write_json(output.path / REPORT, report)
+    output.publish_config(source)
+    _end(output)
 
 
-def _finish(task: Task, job: Job, report: dict[str, Any], store: Store) -> None:
-    """Small files byte for byte, the index, the importance matrix, the report, config.json."""
-    weight_map = {
-        name: shard.name for shard in sorted(job.path.glob("model-*.safetensors")) for name in read_header(shard)
-    }
-    if weight_map.keys() != task.checkpoint.tensors.keys():
-        missing = sorted(weight_map.keys() ^ task.checkpoint.tensors.keys())
-        raise OutputError(f"{job.path}: tensor {missing[0]} is not in both source and output; report this bug")
-    for file in task.files:
-        if file.name != CONFIG:
-            (job.path / file).parent.mkdir(exist_ok=True)
-            write_bytes(job.path / file, (task.checkpoint.path / file).read_bytes())
-    write_json(
-        job.path / INDEX,
-        {"metadata": {"total_size": task.checkpoint.nbytes}, "weight_map": dict(sorted(weight_map.items()))},
-    )
-    if task.imatrix and task.calibration:
-        save_imatrix(task.imatrix, task, task.calibration, task.names, store)
-        report["imatrix"] |= {"sha256": sha256_of(task.imatrix)}
-    report["quantization"] = outlook(Checkpoint(job.path), report)
-    save(job.path, report)
-    write_bytes(job.path / CONFIG, (task.checkpoint.path / CONFIG).read_bytes())
-    _end(job)
-
-
-def _end(job: Job) -> None:
+def _end(output: Output) -> None:
     """Removes what only an unfinished job needs."""
-    Store(job.path).remove()
-    job.end()
+    Store(output.path).remove()
+    output.end()
 
 
-def _advance(block: Block, parts: Parts, recorder: Recorder) -> dict[str, float]:
-    """Moves the hidden states on while the recorder listens; gives the seconds."""
-    clock = Clock(block.device)
-    with clock.part("onward"), recorder.listening():
-        advance(block, parts)
-    return clock.seconds()
-
-
-def _verified(task: Task, job: Job) -> dict[str, Any]:
+def _verified(job: PruneJob, output: Output) -> PruneReport:
     """The report of a finished job, once its files are found to be what it says. Raises OutputError."""
-    again = f"delete {job.path} and prune again"
-    try:
-        report = read_json(job.path / REPORT)
-        expected = {shard["name"]: shard["sha256"] for shard in report["shards"]}
-        index = read_json(job.path / INDEX)["weight_map"]
-        report["summary"]["sparsity"], dict(report.get("imatrix") or {})
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        raise OutputError(f"{job.path}: its {REPORT} or {INDEX} is damaged; {again}") from None
-    for name, sha256 in expected.items():
-        if not (job.path / name).exists() or sha256_of(job.path / name) != sha256:
-            raise OutputError(f"{job.path / name}: is not the shard that was written; {again}")
-    if index != {name: shard for shard in expected for name in read_header(job.path / shard)}:
-        raise OutputError(f"{job.path / INDEX}: does not say where the tensors are; {again}")
-    for file in differing(task.files, task.checkpoint.path, job.path):
-        raise OutputError(f"{job.path / file}: is not the source's; {again}")
+    report = output.verified(job.model.checkpoint, job.files)
     made = report.get("imatrix") or {}
-    same = made.get("recorded_on") == task.recorded_on and task.imatrix and task.imatrix.exists()
-    if task.imatrix and not (same and sha256_of(task.imatrix) == made.get("sha256")):
+    same = made.get("recorded_on") == job.recorded_on and job.imatrix and job.imatrix.exists()
+    if job.imatrix and not (same and sha256_of(job.imatrix) == made.get("sha256")):
         raise OutputError(
-            f"{job.path}: is done, and {task.imatrix} is not the importance matrix that was made with it on this "
-            f"text; make one by: imatrix {job.path} NEW.gguf with its own --text, --sequences, --length and --seed"
+            f"{output.path}: is done, and {job.imatrix} is not the importance matrix that was made with it on this "
+            f"text; make one by: imatrix {output.path} NEW.gguf with its own --text, --sequences, --length and --seed"
         )
-    _end(job)
-    return report
+    _end(output)
+    return report  # type: ignore[return-value]
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """A host tensor's bytes without a copy, 16 MiB at a time."""
+    """Yields a host tensor's bytes without a copy, 16 MiB at a time."""
     flat = raw(tensor)
     for start in range(0, len(flat), PIECE):
         yield flat[start : start + PIECE].data

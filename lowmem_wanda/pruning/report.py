@@ -1,32 +1,16 @@
-"""report.json and report.html: what was asked, what was done to every linear, what it cost."""
+"""The facts of a pruning, typed, as they stand in report.json: what was asked, what was done, what it cost."""
 
-import json
-import platform
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
-import safetensors
-import torch
-import transformers
-
-from lowmem_wanda import __version__
-from lowmem_wanda.checkpoint.directory import read_json
-from lowmem_wanda.checkpoint.output import REPORT
-from lowmem_wanda.checkpoint.writer import explained, write_bytes, write_json
-from lowmem_wanda.cli.page import page
-from lowmem_wanda.data.windows import Windows
-from lowmem_wanda.errors import OutputError
-from lowmem_wanda.pruning.job import Task
-from lowmem_wanda.pruning.plan import Plan
-from lowmem_wanda.streaming.model import Work
+from lowmem_wanda.checkpoint.output import FORMAT
+from lowmem_wanda.pruning.job import PruneJob
+from lowmem_wanda.streaming.model import versions
 from lowmem_wanda.streaming.resources import Peak
 
-PAGE = "report.html"
-UNSEEDED = ("method", "pattern", "group", "statistics", "sequences")
+if TYPE_CHECKING:
+    from lowmem_wanda.pruning.plan import Plan
 
 GIVES = (
     "A checkpoint of the same names, shapes and size in which the pruned weights are exactly zero; "
@@ -36,43 +20,140 @@ GIVES_TINY = (
     "A checkpoint of the same names, shapes and size in which the pruned weights are no zeros, but the smallest "
     "numbers of their dtype with random signs, for IQ2 types of llama.cpp alone."
 )
+MOVED = " The kept weights were updated, so they are not the source's."
 GIVES_NOT = (
     "Zeros are stored like other numbers: files, a GGUF made of them and memory in use stay as large, "
     "and no program runs faster that does not use the zeros."
 )
 
 
+class ScoreRecord(TypedDict):
+    """Scores of some rows of a matrix: their `quantiles` by percent, the share of their squares that was `lost`."""
+
+    quantiles: dict[str, float]
+    lost: float
+
+
+class LinearRecord(TypedDict, total=False):
+    """What was done to one matrix. `filled` weights have the magnitude `tiny` in the place of zeros."""
+
+    shape: list[int]
+    transposed: bool
+    pattern: str
+    holds: bool
+    zeros: int
+    filled: int
+    tiny: float
+    sparsity: float
+    score: ScoreRecord
+    seconds: float
+
+
+class BlockRecord(TypedDict, total=False):
+    """What was done in one block: its matrices by name, forward passes, seconds by part, bytes and checksum."""
+
+    shard: str
+    index: int
+    linears: dict[str, LinearRecord]
+    passes: float
+    parts: dict[str, float]
+    nbytes: int
+    sha256: str
+    host_bytes: int
+    seconds: float
+
+
+class Summary(TypedDict):
+    """Sums over all matrices and blocks, and what they amount to."""
+
+    parameters: int
+    linears: int
+    weights: int
+    zeros: int
+    filled: int
+    sparsity: float
+    compared_per: str
+    keeps_bits: bool
+    bytes: int
+    seconds: float
+    forward_passes_per_block: float
+    gives: str
+    gives_not: str
+
+
+class PruneReport(TypedDict, total=False):
+    """The report of a finished pruning. Memory is in bytes, times are in seconds; `timing` is that of the last run."""
+
+    format: int
+    kind: str
+    source: str
+    arguments: dict[str, Any]
+    versions: dict[str, str]
+    summary: Summary
+    calibration: dict[str, Any]
+    imatrix: dict[str, Any] | None
+    peak_memory: dict[str, int]
+    memory: list[list[float]]
+    layout: dict[str, Any]
+    timing: dict[str, Any]
+    copied_tensors: list[str]
+    copied_files: list[str]
+    shards: list[dict[str, Any]]
+    blocks: list[BlockRecord]
+    quantization: dict[str, Any]
+
+
+def started(job: PruneJob) -> dict[str, Any]:
+    """What will be done, for those who are told before the work begins."""
+    calibration = job.calibration and {
+        "text": list(job.calibration.sources),
+        "sequences": job.calibration.tokens.shape[0],
+        "length": job.calibration.tokens.shape[1],
+    }
+    return {
+        "source": str(job.model.checkpoint.path),
+        "blocks": job.model.depth,
+        "device": str(job.model.device),
+        "method": str(job.method),
+        "pattern": str(job.pattern),
+        "calibration": calibration,
+        "norms": str(job.norms) if job.norms else None,
+        "untouched": list(job.model.skeleton.untouched),
+    }
+
+
 def build(
-    task: Task,
-    plan: Plan,
+    job: PruneJob,
+    plan: "Plan",
     peak: Peak,
-    finished: dict[str, dict[str, Any]],
+    finished: Mapping[str, dict[str, Any]],
     arguments: dict[str, Any],
     timing: dict[str, Any],
-) -> dict[str, Any]:
-    """The report of a finished job, as JSON. Memory in bytes, times in seconds; `timing` is that of the last run."""
+) -> PruneReport:
+    """The report of a job whose shards are all `finished`."""
     shards = dict(sorted(finished.items()))
-    blocks = [{"shard": name, **record} for name, record in shards.items() if "index" in record]
+    blocks: Any = [{"shard": name, **record} for name, record in shards.items() if "index" in record]
     return {
+        "format": FORMAT,
         "kind": "prune",
-        "source": str(task.checkpoint.path),
+        "source": str(job.model.checkpoint.path),
         "arguments": arguments,
         "versions": versions(),
-        "summary": summarize(plan, shards, blocks),
+        "summary": summarize(job, plan, shards, blocks),
         "calibration": {
-            "text": arguments["--text"],
+            "text": arguments["text"],
             "sequences": plan.sequences,
             "length": plan.length,
             "tokens": plan.tokens,
-            "norms": str(task.norms) if task.norms else None,
+            "norms": str(job.norms) if job.norms else None,
         },
-        "imatrix": _imatrix(task, plan),
+        "imatrix": _imatrix(job, plan),
         "peak_memory": peak.beside(plan.host_peak, plan.device_peak),
         "memory": list(peak.series),
-        "layout": {**asdict(plan.layout), "reading": task.limits.reading},
+        "layout": {**asdict(plan.layout), "reading": job.model.budget.read},
         "timing": timing,
         "copied_tensors": next(record["tensors"] for record in shards.values() if "tensors" in record),
-        "copied_files": [str(file) for file in task.files],
+        "copied_files": [str(file) for file in job.files],
         "shards": [
             {"name": name, "nbytes": record["nbytes"], "sha256": record["sha256"]} for name, record in shards.items()
         ],
@@ -80,35 +161,8 @@ def build(
     }
 
 
-def _imatrix(task: Task, plan: Plan) -> dict[str, Any] | None:
-    """Where the importance matrix is, of which model, and on what it was computed."""
-    if task.imatrix is None or task.calibration is None:
-        return None
-    return {
-        "file": str(task.imatrix),
-        "of": "the dense model" if task.moved_on_dense else "the pruned model",
-        "text": list(task.calibration.sources),
-        "sequences": plan.sequences,
-        "length": plan.length,
-        "recorded_on": task.recorded_on,
-    }
-
-
-def versions() -> dict[str, str]:
-    """What the job ran on."""
-    return {
-        "lowmem-wanda": __version__,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-    }
-
-
-def summarize(plan: Plan, shards: dict[str, dict[str, Any]], blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over all linears and blocks, and what they amount to."""
+def summarize(job: PruneJob, plan: "Plan", shards: Mapping[str, dict[str, Any]], blocks: list[Any]) -> Summary:
+    """Sums over all matrices and blocks."""
     linears = [linear for block in blocks for linear in block["linears"].values()]
     weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
     zeros, filled = (sum(linear.get(key, 0) for linear in linears) for key in ("zeros", "filled"))
@@ -119,90 +173,25 @@ def summarize(plan: Plan, shards: dict[str, dict[str, Any]], blocks: list[dict[s
         "zeros": zeros,
         "filled": filled,
         "sparsity": (zeros + filled) / weights,
+        "compared_per": job.pattern.compared_per,
+        "keeps_bits": job.method.keeps_bits,
         "bytes": sum(record["nbytes"] for record in shards.values()),
         "seconds": sum(block["seconds"] for block in blocks),
         "forward_passes_per_block": sum(block["passes"] for block in blocks) / len(blocks),
-        "gives": GIVES_TINY if filled else GIVES,
+        "gives": (GIVES_TINY if filled else GIVES) + ("" if job.method.keeps_bits else MOVED),
         "gives_not": GIVES_NOT,
     }
 
 
-def evaluation(text: Windows | None, models: Sequence[dict[str, Any]], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The report of an evaluation: what `evaluate` gives of each model, and `tasks` where they were run."""
-    computed = {f"--{key}": models[-1][key] for key in ("device", "dtype") if key in models[-1]}
+def _imatrix(job: PruneJob, plan: "Plan") -> dict[str, Any] | None:
+    """Where the importance matrix is, of which model, and on what it was computed."""
+    if job.imatrix is None or job.calibration is None:
+        return None
     return {
-        "kind": "eval",
-        "arguments": {**arguments, **computed},
-        "versions": versions(),
-        **_windows(text),
-        "against": next((model["dense"] for model in models if "dense" in model), None),
-        "models": [{key: value for key, value in model.items() if key != "dense"} for model in models],
+        "file": str(job.imatrix),
+        "of": "the dense model" if job.moved_on_dense else "the pruned model",
+        "text": list(job.calibration.sources),
+        "sequences": plan.sequences,
+        "length": plan.length,
+        "recorded_on": job.recorded_on,
     }
-
-
-def comparison(
-    dense: Work,
-    text: Windows,
-    arguments: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    rows: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """The report of a comparison; `spread` is over the rows that differ in their seed alone."""
-    spread = []
-    for row in rows:
-        alike = [other for other in rows if all(other[key] == row[key] for key in UNSEEDED)]
-        if len(alike) > 1 and row is alike[0]:
-            values = [other["perplexity"] for other in alike]
-            name = row["name"].replace(f" seed {row['seed']}", "")
-            mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
-            spread.append({"name": name, "rows": len(alike), "perplexity_mean": mean, "perplexity_sd": sd})
-    return {
-        "kind": "compare",
-        "source": str(dense.checkpoint.path),
-        "arguments": {**arguments, "--device": settings["device"], "--dtype": settings["dtype"]},
-        "settings": dict(settings),
-        "versions": versions(),
-        **_windows(text),
-        "dense": rows[0]["dense"] if rows else None,
-        "rows": list(rows),
-        "spread": spread,
-    }
-
-
-def read_rows(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a comparison that was begun in a folder. Raises OutputError where its settings are others."""
-    if not (folder / REPORT).exists():
-        return []
-    report = read_json(folder / REPORT)
-    before = report.get("settings", {})
-    for key, value in json.loads(json.dumps(settings)).items():
-        if before.get(key) != value:
-            raise OutputError(
-                f"{folder}: holds rows of another {key}; repeat the first command or give another directory"
-            )
-    return list(report["rows"])
-
-
-def report_folder(path: str | Path, kind: str) -> Path:
-    """A folder that takes a report: new, empty, or with one of the same kind. Raises OutputError."""
-    folder = Path(path)
-    with explained(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            held = folder / REPORT
-            if not held.is_file() or read_json(held).get("kind") != kind:
-                raise OutputError(f"{folder}: exists and holds no report of {kind}; give a new or empty directory")
-    return folder
-
-
-def save(folder: Path, report: dict[str, Any]) -> None:
-    """Writes report.html and report.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / PAGE, page(report).encode("utf-8"))
-    write_json(folder / REPORT, report)
-
-
-def _windows(text: Windows | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    count, length = text.tokens.shape
-    return {"text": list(text.sources), "convention": text.convention, "length": length, "windows": count}

@@ -81,7 +81,7 @@ def survey(weight: torch.Tensor, pattern: Pattern, chunk: int = 0) -> tuple[int,
 
 
 def sign_zeros(weight: torch.Tensor, seed: int, name: str) -> tuple[int, float]:
-    """Gives the zeros of a weight (rows, columns) the smallest normal magnitude of its dtype and random signs, in place.
+    """Gives the zeros of a weight (rows, columns) its smallest normal magnitude and random signs, in place.
 
     Returns how many weights have that magnitude afterwards, and the magnitude. This is for codebooks without a zero,
     which give all zeros one sign. The signs depend on the seed and the name alone.

@@ -48,7 +48,10 @@ class Method:
 
     Example:
         >>> from lowmem_wanda import Method, SquaredNorm
-        >>> Method(score=lambda weight, inputs: weight.float().abs() * inputs.norms() ** 0.5, statistic=SquaredNorm)
+        >>> def by_root(weight, inputs):
+        ...     return weight.float().abs() * inputs.norms().sqrt()
+        >>> str(Method(score=by_root, statistic=SquaredNorm))
+        'by_root'
     """
 
     score: Callable[[torch.Tensor, Any], Score | torch.Tensor]

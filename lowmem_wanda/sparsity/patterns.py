@@ -37,6 +37,11 @@ class Unstructured:
     def __str__(self) -> str:
         return f"{self.sparsity * 100:g}%"
 
+    @property
+    def compared_per(self) -> str:
+        """Within what scores are compared, for people."""
+        return self.group
+
     def require_shape(self, name: str, rows: int, columns: int) -> None:
         """Raises PatternError if nothing of a (rows, columns) matrix would be pruned."""
         if int(columns * self.sparsity) == 0:
@@ -78,6 +83,11 @@ class NM:
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.of}"
+
+    @property
+    def compared_per(self) -> str:
+        """Within what scores are compared, for people."""
+        return f"group of {self.of}"
 
     def require_shape(self, name: str, rows: int, columns: int) -> None:
         """Raises PatternError if the columns of a (rows, columns) matrix are not a multiple of the group."""

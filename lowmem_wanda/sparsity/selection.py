@@ -8,10 +8,11 @@ import torch
 
 Score = Callable[[slice], torch.Tensor]  # some rows of a matrix -> their scores, float32 (rows, columns), at least 0
 
-# Scores are made for so many weights at a time, about 20 bytes of workspace each. On a CPU that is just less than what
-# torch shares among its threads: waiting for each other at every small operation took them 10 times as long as the
-# work where another program kept a core busy. On a GPU 80 MB: its launches like it large.
+# Scores are made for so many weights at a time. On a CPU that is just less than what torch shares among its threads:
+# waiting for each other at every small operation took them 10 times as long as the work where another program kept a
+# core busy. On a GPU it is 80 MB, because few large launches are faster than many small ones.
 CPU_CHUNK, DEVICE_CHUNK = (1 << 15) - 1, 1 << 22
+SCORE_BYTES = 20  # of workspace for each weight that is scored at a time
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,88 @@
-"""Buffers that the blocks pass through: one is read while another is computed with and a third is written."""
+"""Memory that a walk computes in: buffers that blocks pass through, and where hidden states lie."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowmem_wanda.checkpoint.reader import Tensor, read
+from lowmem_wanda.checkpoint.writer import PARTIAL, explained, preallocate
 from lowmem_wanda.streaming.resources import host_memory
-from lowmem_wanda.streaming.tensors import laid_bytes, lay, raw, wanted
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+ALIGNMENT = 64
+Specs = Mapping[str, tuple[Sequence[int], torch.dtype]]  # name -> shape and dtype
+
+
+def specs_of(tensors: Iterable[Tensor]) -> Specs:
+    """Shapes and dtypes of file tensors as they are stored."""
+    return {tensor.name: (tensor.shape, DTYPES[tensor.dtype]) for tensor in tensors}
+
+
+def buffer_bytes(specs: Specs) -> int:
+    """The bytes that `views` needs."""
+    return sum(-(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in specs.values())
+
+
+def views(specs: Specs, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors of such shapes and dtypes in `memory` (uint8), one after the other, aligned to 64 bytes."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in specs.items()}
+    starts = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()), initial=0)
+    return {
+        name: memory[start : start + sizes[name]].view(dtype).view(tuple(shape))
+        for start, (name, (shape, dtype)) in zip(starts, specs.items(), strict=False)
+    }
+
+
+class Scratch:
+    """Memory that is used again and again, as large as the largest request so far.
+
+    Memory that is allocated and freed for each block in turn leaves holes that glibc keeps: 34 MB more for each block
+    of 26 MB (8 blocks of width 1024, torch 2.13).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def empty(self, specs: Specs) -> dict[str, torch.Tensor]:
+        """Uninitialised tensors in the place of all that were there before."""
+        if (total := buffer_bytes(specs)) > len(self._memory):
+            device = self._memory.device
+            self._memory = torch.empty(0, device=device)  # the old one goes first
+            self._memory = torch.empty(total, dtype=torch.uint8, device=device)
+        return views(specs, self._memory)
+
+
+def raw(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a contiguous host tensor as a flat uint8 array, no copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def read_cast(tensor: Tensor, out: torch.Tensor) -> torch.Tensor:
+    """A tensor's values in the shape, dtype and device of the contiguous `out`, 16 MiB at a time; gives `out`."""
+    flat, done = out.reshape(-1), 0
+    for piece in tensor.pieces():
+        values = torch.frombuffer(piece, dtype=DTYPES[tensor.dtype])
+        flat[done : done + len(values)] = values
+        done += len(values)
+    return out
 
 
 class Slot:
-    """One block's memory: `stored` are its file tensors by name, where it is computed with, and in the
-    end, for who writes it, on the host. `seconds` is what reading, copying and writing it took."""
+    """One block's memory. `stored` are its file tensors by name: while the block is computed they lie on the device,
+    afterwards, for the function that writes them, on the host. `seconds` are those of reading, copying and writing."""
 
     def __init__(self, host: torch.Tensor, spent: dict[str, float]) -> None:
         self.host, self.device = host, host
@@ -36,17 +101,23 @@ class Slot:
 Write = Callable[[Slot], None]  # run by the writing thread
 
 
-class Ring:
+class BlockBuffers:
     """`hosts` buffers of `nbytes` in host memory and, beside a GPU, `devices` in its memory, made when first used.
 
-    A buffer goes back to the reading thread when its block is written, and a GPU's when its block is copied
-    back. Three and two do everything at once; with fewer the same steps wait for each other. `spent` has the
-    seconds of all blocks by part.
+    With three buffers a block is read while the one before it is computed and the one before that is written:
+
+        time ->      1         2         3         4
+        buffer A   read 0   compute 0  write 0   read 3
+        buffer B            read 1     compute 1 write 1
+        buffer C                       read 2    compute 2
+
+    With fewer, the same steps wait for a free buffer. A buffer is free again when its block is written, a buffer on the
+    GPU when its block is copied back. `spent` has the seconds of all blocks by part.
     """
 
-    def __init__(self, device: torch.device, nbytes: int, hosts: int = 3, devices: int = 2, way: str = "pread"):
+    def __init__(self, device: torch.device, nbytes: int, hosts: int = 3, devices: int = 2, read_by: str = "pread"):
         self.spent: dict[str, float] = {}
-        self.device, self.nbytes, self.way = device, nbytes, way
+        self.device, self.nbytes, self.read_by = device, nbytes, read_by
         self._cuda, self._beside = device.type == "cuda", device.type != "cpu"
         self._hosts: SimpleQueue[Any] = SimpleQueue()
         self._devices: SimpleQueue[Any] = SimpleQueue()
@@ -58,11 +129,14 @@ class Ring:
         self._writing: Future[None] | None = None
         self._streams: list[Any] = [torch.cuda.Stream(device) if self._cuda else None for _ in range(2)]
 
-    def __enter__(self) -> "Ring":
+    def __enter__(self) -> "BlockBuffers":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Lets a write that has begun come to its end, and wakes a reader that waits for a buffer."""
+        self.close()
+
+    def close(self) -> None:
+        """Frees the buffers, once a write that has begun is done; wakes a reader that waits for one."""
         for queue in (self._hosts, self._devices):
             queue.put(CancelledError)
         try:
@@ -72,9 +146,10 @@ class Ring:
                 self._writer.shutdown()
             finally:
                 self._memory.close()
+                self._hosts, self._devices = SimpleQueue(), SimpleQueue()
 
-    def arrivals(self, blocks: Iterable[Sequence[Tensor]]) -> Iterator[Slot]:
-        """The blocks one after the other; the next is read meanwhile, as soon as a buffer is free for it."""
+    def prefetch(self, blocks: Iterable[Sequence[Tensor]]) -> Iterator[Slot]:
+        """Yields the blocks one after the other; the next is read meanwhile, as soon as a buffer is free for it."""
         coming: Future[Slot] | None = None
         for tensors in blocks:
             following = self._reader.submit(self._fetch, tensors)
@@ -84,19 +159,19 @@ class Ring:
         if coming is not None:
             yield self._arrived(coming.result())
 
-    def behind(self, work: Callable[[], None]) -> None:
-        """Has the writing thread do this next, once what it did before is done; raises what that raised."""
-        self.settle()
+    def submit(self, work: Callable[[], None]) -> None:
+        """Has the writing thread do this next. Waits for its work before, and raises what that raised."""
+        self.drain()
         self._writing = self._writer.submit(work)
 
-    def give_back(self, slot: Slot, write: Write | None) -> None:
-        """Has a block written, or forgets it; raises what the work before raised."""
+    def release(self, slot: Slot, write: Write | None) -> None:
+        """Has a block written, or drops it where there is nothing to write; raises what the work before raised."""
         computed = torch.cuda.current_stream(self.device).record_event() if self._cuda else None
         if self._beside and not self._cuda:
             self._download(slot, write is not None, None)
-        self.behind(lambda: self._store(slot, write, computed))
+        self.submit(lambda: self._store(slot, write, computed))
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Waits for the writing thread and raises what its work raised."""
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -106,24 +181,24 @@ class Ring:
         make = partial(host_memory, self.nbytes, self.device)
         slot = Slot(self._take(self._hosts, lambda: self._memory.enter_context(make())), self.spent)
         with slot.clocked("read"):
-            slot.stored = lay(wanted(tensors), slot.host)
-            read([(tensor, raw(slot.stored[tensor.name])) for tensor in tensors], self.way, drop=True)
+            slot.stored = views(specs_of(tensors), slot.host)
+            read([(tensor, raw(slot.stored[tensor.name])) for tensor in tensors], self.read_by, drop=True)
         if self._cuda:
             self._upload(slot)
         return slot
 
     def _arrived(self, slot: Slot) -> Slot:
-        """The block where it is computed with; Metal crashes where two threads use it, so there this one copies."""
+        """The block on its device. Metal crashes where two threads use it, so there this thread copies."""
         if self._beside and not self._cuda:
             self._upload(slot)
         return slot
 
     def _upload(self, slot: Slot) -> None:
         slot.device = self._take(self._devices, self._make_on_device)
-        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in slot.stored.items()}
+        specs = {name: (tensor.shape, tensor.dtype) for name, tensor in slot.stored.items()}
         with slot.clocked("upload"):
-            self._copy(slot.device, slot.host, laid_bytes(kinds), self._streams[0])
-        slot.stored = lay(kinds, slot.device)
+            self._copy(slot.device, slot.host, buffer_bytes(specs), self._streams[0])
+        slot.stored = views(specs, slot.device)
 
     def _make_on_device(self) -> torch.Tensor:
         memory = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
@@ -142,16 +217,16 @@ class Ring:
 
     def _download(self, slot: Slot, back: bool, computed: Any) -> None:
         """Copies a block back to the host, if it is to be written, and frees its place on the GPU."""
-        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in slot.stored.items()}
+        specs = {name: (tensor.shape, tensor.dtype) for name, tensor in slot.stored.items()}
         try:
             if computed is not None:
                 computed.synchronize()
             if back:
                 with slot.clocked("download"):
-                    self._copy(slot.host, slot.device, laid_bytes(kinds), self._streams[1])
+                    self._copy(slot.host, slot.device, buffer_bytes(specs), self._streams[1])
         finally:
             self._devices.put(slot.device)
-        slot.stored = lay(kinds, slot.host)
+        slot.stored = views(specs, slot.host)
 
     @staticmethod
     def _copy(target: torch.Tensor, source: torch.Tensor, nbytes: int, stream: Any) -> None:
@@ -169,3 +244,31 @@ class Ring:
         if memory is CancelledError:
             raise CancelledError
         return make() if memory is None else memory
+
+
+@contextmanager
+def hidden_states(
+    place: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path
+) -> Iterator[torch.Tensor]:
+    """Gives uninitialised hidden states on the "device", on the "host" beside a GPU (page-locked) or in a "file".
+
+    The file has no name in `folder` while it is used, so nothing is left of it after a kill. Raises OutputError where
+    the disk is too full for it.
+    """
+    numel = math.prod(shape)
+    if place == "device":
+        yield torch.empty(shape, dtype=dtype, device=device)
+    elif place == "host":
+        with host_memory(numel * dtype.itemsize, device) as memory:
+            yield memory.view(dtype).view(shape)
+    else:
+        path = folder / f".hidden-states{PARTIAL}"
+        with explained(path):
+            with open(path, "wb") as file:
+                file.truncate(numel * dtype.itemsize)
+                # a page that the full disk has no place for would kill with SIGBUS
+                preallocate(file.fileno(), numel * dtype.itemsize)
+            memory = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
+            with suppress(PermissionError):  # Windows keeps the name of an open file; the next run clears it away
+                path.unlink()
+        yield memory.view(shape)

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.streaming.matrices import UNSEEN, Trace, trace
-from lowmem_wanda.streaming.skeleton import Hollow
-from lowmem_wanda.streaming.tensors import DTYPES, Buffer, read_cast
+from lowmem_wanda.streaming.buffers import DTYPES, Scratch, read_cast
+from lowmem_wanda.streaming.matrices import Matrix, Trace, trace
+from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.stubs import Compared, Stub, same_call
 
-Compared = dict[tuple[int, int], tuple[bool, torch.Tensor]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments beside the hidden states
+Calls = dict[tuple[int, ...], list[Call]]  # (sequences, length) -> the call of each block
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
@@ -31,9 +31,10 @@ class Stop(Exception):
 class Block:
     """One decoder block with its weights.
 
-    `stored` holds its file tensors by name, in their stored dtype, on `device`; the module computes on those
-    very tensors where the dtypes agree. Where they do not, a linear casts its weight whenever it is called,
-    so that a change of the stored weight counts from the next call on.
+    `stored` holds its file tensors by name, in their stored dtype, on `device`; the module computes on those very
+    tensors where the dtypes agree. Where they do not, a linear casts its weight whenever it is called, so a change of
+    the stored weight counts from the next call on. `matrices` are what can be pruned, `inputs` the distinct inputs of
+    them, in the order in which they arrive; these are known once something was embedded.
     """
 
     def __init__(
@@ -41,13 +42,12 @@ class Block:
         index: int,
         module: nn.Module,
         stored: dict[str, torch.Tensor],
-        linears: dict[str, str],
         trace: Trace,
-        calls: Any,
+        calls: Calls,
         device: torch.device,
-    ):
-        self.index, self.module, self.stored, self.linears, self.trace = index, module, stored, linears, trace
-        self.device = device
+    ) -> None:
+        self.index, self.module, self.stored, self.device = index, module, stored, device
+        self.matrices, self.inputs = trace.matrices, trace.inputs
         self._calls = calls
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -57,42 +57,60 @@ class Block:
         output = self.module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
 
-    def weight(self, path: str) -> torch.Tensor:
-        """The stored weight of a linear as (outputs, inputs), a view: GPT-2's Conv1D holds it transposed."""
-        weight = self.stored[self.linears[path]]
-        return weight if isinstance(self.module.get_submodule(path), nn.Linear) else weight.t()
+    def weight(self, matrix: Matrix) -> torch.Tensor:
+        """The stored weight of a matrix as (outputs, inputs), a view."""
+        return matrix.view(self.stored[matrix.tensor])
 
 
 class Decoder:
     """Embeds token ids, gives blocks their weights, and applies the head.
 
-    Memory: casts of one weight at a time, the embeddings only while embedding; blocks come in the memory
-    of their slot. Hidden states are (sequences, length, width) in the computing dtype.
+    It puts stubs and hooks into the model's skeleton, and takes them away when it is closed. Memory: casts of one
+    weight at a time, the embeddings only while embedding; blocks come in the memory of their slot. Hidden states are
+    (sequences, length, width) in the computing dtype.
     """
 
-    def __init__(self, hollow: Hollow, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        self.hollow, self.tensors, self.device, self.dtype = hollow, tensors, device, dtype
+    def __init__(self, model: StreamedModel) -> None:
+        self.model, self.skeleton, self.tensors = model, model.skeleton, model.checkpoint.tensors
+        self.device, self.dtype = model.device, model.dtype
         self.traces: dict[int, Trace] = {}
-        self._calls: dict[tuple[int, ...], list[Call]] = {}  # (sequences, length) -> of each block
+        self._calls: Calls = {}
         self._final: torch.Tensor | None = None
         self._embedded: torch.Tensor | None = None
         self._filled: dict[str, torch.Tensor] = {}
         self._compared: Compared = {}
-        for index, block in enumerate(hollow.blocks):
-            hollow.model.get_submodule(hollow.path)[index] = _Stub(block, partial(self._arrive, index))  # type: ignore[index, operator]
         self._hooks: list[Any] = []
+        for index, block in enumerate(self.skeleton.blocks):
+            self._list[index] = Stub(block, partial(self._arrive, index))
         self._fill_on_demand()
         self.empty()
 
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Takes stubs, hooks and what was loaded out of the model again."""
+        for hook in self._hooks:
+            hook.remove()
+        for index, block in enumerate(self.skeleton.blocks):
+            self._list[index] = block
+        self.empty()
+        self._calls.clear()
+
     @property
     def depth(self) -> int:
-        return len(self.hollow.blocks)
+        return len(self.skeleton.blocks)
+
+    @property
+    def _list(self) -> Any:
+        """The module list of the blocks."""
+        return self.skeleton.model.get_submodule(self.skeleton.path)
 
     def embed(self, batches: Sequence[np.ndarray], allocate: Allocate | None = None) -> list[torch.Tensor]:
-        """Hidden states before the first block, for batches of token ids (sequences, length), one at a time.
+        """Hidden states before the first block, for batches of token ids (sequences, length), computed one at a time.
 
-        They are views of one tensor (tokens, width) where `allocate` (shape, dtype -> tensor) makes it, or on the
-        device. Notes what each block will be called with. Raises ModelError where that depends on the tokens.
+        They are views of one tensor (tokens, width), which `allocate` (shape, dtype -> tensor) makes; default: on the
+        device. What each block will be called with is kept. Raises ModelError where that depends on the tokens.
         """
         states, start = torch.empty(0), 0
         parts: list[torch.Tensor] = []
@@ -107,54 +125,53 @@ class Decoder:
         return parts
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the model makes of hidden states (sequences, length, width) after its last block: its norm, its head,
-        and what it does to logits. The head's own weight is brought by `head`."""
+        """The logits that the model makes of hidden states (sequences, length, width) after its last block.
+
+        The model applies its own norm, its head and what it does to logits. `Head` brings the head's weight.
+        """
         self._final = hidden
-        width = self.hollow.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+        width = self.skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
         nothing = torch.zeros(1, 1, int(width), dtype=self.dtype, device=self.device)  # so that nothing is embedded
         try:
-            output = self.hollow.model(inputs_embeds=nothing, use_cache=False)
+            output = self.skeleton.model(inputs_embeds=nothing, use_cache=False)
         finally:
             self._final = None
         return output.logits  # type: ignore[no-any-return]
 
     def load(self, index: int, stored: dict[str, torch.Tensor]) -> Block:
         """Block `index` on its file tensors `stored`, which lie on the device."""
-        module, linears = self.hollow.blocks[index], self.hollow.linears(index)
+        module, tensors = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
+        trace = self.traces.get(index) or Trace(self.skeleton.matrices[index], (), False)
+        cast_on_call = {f"{matrix.module}.{matrix.parameter}" for matrix in trace.matrices}
+        matrices = {matrix.tensor for matrix in trace.matrices}
         other = {name: tensor for name, tensor in stored.items() if self._computing(tensor.dtype) != tensor.dtype}
-        small = {name: (tensor.shape, self.dtype) for name, tensor in other.items() if name not in linears.values()}
+        small = {name: (tensor.shape, self.dtype) for name, tensor in other.items() if name not in matrices}
         casts = self._casts.empty(small)
-        for name, tensor in self.hollow.block_tensors(index).items():
-            path, _, last = name.rpartition(".")
+        for name, tensor in tensors.items():
             if tensor in casts:
                 _put(module, name, casts[tensor].copy_(stored[tensor]))
-            elif tensor in other and last == "weight" and path in linears:
-                linear = module.get_submodule(path)
+            elif tensor in other and name in cast_on_call:
+                linear = module.get_submodule(name.rpartition(".")[0])
                 linear.forward = partial(self._cast_and_call, linear, stored[tensor])  # type: ignore[method-assign]
             else:
                 _put(module, name, stored[tensor])
         for name, buffer in module.named_buffers():
-            if name not in self.hollow.block_tensors(index):
+            if name not in tensors:
                 _put(module, name, buffer.to(self.device))
-        return Block(index, module, stored, linears, self.traces.get(index, UNSEEN), self._calls, self.device)
+        return Block(index, module, stored, trace, self._calls, self.device)
 
     def release(self, block: Block) -> None:
         """Takes a block's weights away again."""
-        for name in self.hollow.block_tensors(block.index):
+        for name in self.skeleton.block_tensors(block.index):
             _put(block.module, name, self._get(block.module, name).to("meta"))
-        for path in block.linears:
-            block.module.get_submodule(path).__dict__.pop("forward", None)
-
-    def close(self) -> None:
-        """Takes its hooks out of the model, which another decoder may take up then."""
-        for hook in self._hooks:
-            hook.remove()
+        for matrix in block.matrices:
+            block.module.get_submodule(matrix.module).__dict__.pop("forward", None)
 
     def _cast_and_call(self, linear: nn.Module, stored: torch.Tensor, hidden: torch.Tensor) -> Any:
-        """A linear's own forward on its weight cast to the computing dtype, in the one place for such casts.
+        """A linear's own forward on its weight, cast to the computing dtype in the one place for such casts.
 
-        Casting all of a block at once takes two more blocks of memory (bfloat16 weights, float32 computing);
-        casting at each call takes about 3 % of the time of a matrix product with 1024 tokens on a CPU.
+        Casting all of a block at once takes two more blocks of memory (bfloat16 weights, float32 computing). Casting at
+        each call takes about 3 % of the time of a matrix product with 1024 tokens on a CPU.
         """
         weight = self._cast_weight.empty({"": (stored.shape, self.dtype)})[""]
         _put(linear, "weight", weight.copy_(stored))
@@ -163,14 +180,14 @@ class Decoder:
     def _run(self, tokens: np.ndarray) -> torch.Tensor:
         """The model's own forward up to the last block, on stubs; gives the first block's hidden states."""
         try:
-            self.hollow.model(input_ids=self._ids(tokens), use_cache=False)
+            self.skeleton.model(input_ids=self._ids(tokens), use_cache=False)
         except Stop:
             pass
         embedded, self._embedded = self._embedded, None
         self._compared.clear()
         if embedded is None or embedded.ndim != 3:
             raise ModelError(
-                f"{type(self.hollow.model).__name__}: its blocks do not pass (sequences, length, width) "
+                f"{type(self.skeleton.model).__name__}: its blocks do not pass (sequences, length, width) "
                 "states on; it is not supported yet"
             )
         return embedded
@@ -185,13 +202,14 @@ class Decoder:
         if index == 0:
             self._embedded = hidden
         if index not in self.traces:
-            self.traces[index] = trace(self.hollow.blocks[index], hidden, args, kwargs)
+            self.traces[index] = trace(self.skeleton.blocks[index], self.skeleton.matrices[index], hidden, args, kwargs)
         calls = self._calls.setdefault(tuple(hidden.shape[:2]), [])
         if index == len(calls):
             calls.append((args, kwargs))
-        elif not _same(calls[index], (args, kwargs), self._compared):
+        elif not same_call(calls[index], (args, kwargs), self._compared):
             raise ModelError(
-                f"{self.hollow.path}.{index}: what it is called with depends on the tokens, which is not supported yet"
+                f"{self.skeleton.path}.{index}: what it is called with depends on the tokens, which is not supported "
+                "yet"
             )
         if index == self.depth - 1:
             raise Stop
@@ -204,9 +222,9 @@ class Decoder:
         return self.dtype if stored.is_floating_point else stored
 
     def _fill_on_demand(self) -> None:
-        """Modules outside the blocks load their parameters when they are called, but for the head (see `head`)."""
-        outside, head = self.hollow.outside(), self.hollow.head
-        for path, module in self.hollow.model.named_modules():
+        """Has modules outside the blocks load their parameters when they are called, but for the head (see `Head`)."""
+        outside, head = self.skeleton.outside(), self.skeleton.head
+        for path, module in self.skeleton.model.named_modules():
             prefix = f"{path}." if path else ""
             own = {
                 name: outside[prefix + name]
@@ -215,9 +233,9 @@ class Decoder:
             }
             if own and module is not head:
                 self._hooks.append(module.register_forward_pre_hook(partial(self._fill, own, prefix)))
-        for name, buffer in self.hollow.model.named_buffers():
-            if name not in outside and not name.startswith(f"{self.hollow.path}."):
-                _put(self.hollow.model, name, buffer.to(self.device))
+        for name, buffer in self.skeleton.model.named_buffers():
+            if name not in outside and not name.startswith(f"{self.skeleton.path}."):
+                _put(self.skeleton.model, name, buffer.to(self.device))
 
     def _fill(self, own: dict[str, str], prefix: str, module: nn.Module, args: Any) -> None:
         for name, tensor in own.items():
@@ -228,11 +246,11 @@ class Decoder:
             _put(module, name, self._filled[tensor])
 
     def empty(self) -> None:
-        """Forgets what was loaded outside the blocks, and what blocks were cast to."""
-        self._cast_weight, self._casts = Buffer(self.device), Buffer(self.device)
-        for name, tensor in self.hollow.outside().items():
+        """Drops what was loaded outside the blocks, and what blocks were cast to."""
+        self._cast_weight, self._casts = Scratch(self.device), Scratch(self.device)
+        for name, tensor in self.skeleton.outside().items():
             if tensor in self._filled:
-                _put(self.hollow.model, name, self._get(self.hollow.model, name).to("meta"))
+                _put(self.skeleton.model, name, self._get(self.skeleton.model, name).to("meta"))
         self._filled.clear()
 
     @staticmethod
@@ -241,40 +259,23 @@ class Decoder:
         return getattr(module.get_submodule(owner), last)  # type: ignore[no-any-return]
 
 
-class _Stub(nn.Module):
-    """Stands in a block's place; whatever the model reads from a block it still reads from that."""
-
-    def __init__(self, block: nn.Module, arrive: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        super().__init__()
-        self.__dict__["_block"], self.__dict__["_arrive"] = block, arrive
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._arrive(args, kwargs)
-
-
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, last = name.rpartition(".")
     module = module.get_submodule(owner)
     setattr(module, last, nn.Parameter(tensor, requires_grad=False) if last in module._parameters else tensor)
 
 
-def _same(one: Any, other: Any, compared: Compared) -> bool:
-    """Whether two calls' arguments are equal, tensors by value; blocks share most of them, so each pair of tensors
-    is compared once and kept in `compared`."""
-    if one is other:
-        return True
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        pair = (id(one), id(other))
-        if pair not in compared:
-            compared[pair] = (torch.equal(one, other), other)  # while it is kept, nothing else has its identity
-        return compared[pair][0]
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(_same(*pair, compared) for pair in zip(one, other, strict=True))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key], compared) for key in one)
-    return bool(one == other)
+def cast_bytes(model: StreamedModel) -> int:
+    """The bytes that a decoder holds of a block in the computing dtype: one matrix, and all that is not a matrix."""
+    size, tensors = model.dtype.itemsize, model.checkpoint.tensors
+    matrices = {matrix.tensor for block in model.skeleton.matrices for matrix in block}
+    casts = [tensors[name].numel * size for name in matrices if DTYPES[tensors[name].dtype] != model.dtype]
+    small = [
+        sum(
+            one.numel * size
+            for one in model.block_tensors(index)
+            if DTYPES[one.dtype] != model.dtype and one.name not in matrices
+        )
+        for index in range(model.depth)
+    ]
+    return max(casts, default=0) + max(small)

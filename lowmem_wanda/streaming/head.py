@@ -1,8 +1,7 @@
 """The model's head on final hidden states, a slice of the vocabulary and some tokens at a time.
 
-Logits never exist whole: 2048 tokens of a vocabulary of 128k would take 1 GB in float32. The model's own
-forward makes them, so that what it does to logits (scales, soft caps) is its own; only its last linear works
-on some rows of its weight.
+Logits never exist whole: 2048 tokens of a vocabulary of 128k would take 1 GB in float32. The model's own forward makes
+them, so what it does to logits (scales, soft caps) is its own; only its last linear works on some rows of its weight.
 """
 
 from collections.abc import Iterator
@@ -14,31 +13,31 @@ from torch import nn
 
 from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.errors import ModelError
+from lowmem_wanda.streaming.buffers import read_cast
 from lowmem_wanda.streaming.decoder import Decoder
-from lowmem_wanda.streaming.skeleton import Hollow
-from lowmem_wanda.streaming.tensors import read_cast
+from lowmem_wanda.streaming.skeleton import Skeleton
 
-LEAST, MOST = 16 << 20, 1 << 30  # bytes that a head may take; between these, half of a block
+LEAST, MOST = 16 << 20, 1 << 30  # bytes that a head may take: half of a block, but no less and no more than these
 
 
 class Head:
-    """The head of a decoder, in about `budget` bytes. Raises ModelError where its logits do not come from a linear."""
+    """The head of a decoder, in about `nbytes`. Raises ModelError where its logits do not come from a linear."""
 
-    def __init__(self, decoder: Decoder, budget: int) -> None:
-        self.decoder, self.linear = decoder, head_linear(decoder.hollow)
-        names = {id(module): path for path, module in decoder.hollow.model.named_modules()}
+    def __init__(self, decoder: Decoder, nbytes: int) -> None:
+        self.decoder, self.linear = decoder, head_linear(decoder.skeleton)
+        names = {id(module): path for path, module in decoder.skeleton.model.named_modules()}
         path, files = names[id(self.linear)], decoder.tensors
-        self._weight = files[decoder.hollow.names[f"{path}.weight"]]
-        self._bias = files.get(decoder.hollow.names.get(f"{path}.bias", ""))
+        self._weight = files[decoder.skeleton.names[f"{path}.weight"]]
+        self._bias = files.get(decoder.skeleton.names.get(f"{path}.bias", ""))
         rows, width = self._weight.shape
         row = width * decoder.dtype.itemsize
-        self.rows = min(rows, max(1, budget // 4 // row))
-        self.tokens = max(1, budget // 16 // max(row, 4 * self.rows))
+        self.rows = min(rows, max(1, nbytes // 4 // row))
+        self.tokens = max(1, nbytes // 16 // max(row, 4 * self.rows))
         self._memory = torch.empty(self.rows, width, dtype=decoder.dtype, device=decoder.device)
         self._extra = torch.empty(self.rows, dtype=decoder.dtype, device=decoder.device)
 
     def slices(self) -> Iterator[slice]:
-        """The vocabulary in pieces; of each the head's rows are loaded while it is the last one given."""
+        """Yields the vocabulary in pieces, each with the head's rows of it loaded until the next one."""
         for start in range(0, self._weight.shape[0], self.rows):
             piece = slice(start, min(start + self.rows, self._weight.shape[0]))
             self.load(piece)
@@ -52,7 +51,7 @@ class Head:
         self.linear.forward = partial(nn.functional.linear, weight=weight, bias=bias)  # type: ignore[method-assign]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's logits (tokens, loaded ids) in float32 for final hidden states (tokens, width)."""
+        """The model's logits (tokens, loaded ids), float32, for final hidden states (tokens, width)."""
         return self.decoder.finish(hidden[None]).reshape(len(hidden), -1).float()
 
     def close(self) -> None:
@@ -61,15 +60,17 @@ class Head:
         self.decoder.empty()
 
 
-def head_linear(hollow: Hollow) -> nn.Linear:
+def head_linear(skeleton: Skeleton) -> nn.Linear:
     """The linear that logits come from. Raises ModelError where there is none."""
-    if not isinstance(linear := hollow.head, nn.Linear):
-        raise ModelError(f"{type(hollow.model).__name__}: its logits do not come from a linear, so they are not scored")
+    if not isinstance(linear := skeleton.head, nn.Linear):
+        raise ModelError(
+            f"{type(skeleton.model).__name__}: its logits do not come from a linear, so they are not scored"
+        )
     return linear
 
 
-def budget_of(block_bytes: int) -> int:
-    """Bytes that a head may take beside a model whose largest block, which is gone by then, took so many."""
+def head_bytes(block_bytes: int) -> int:
+    """The bytes that a head takes where the largest block, which is gone by then, took `block_bytes`."""
     return min(max(block_bytes // 2, LEAST), MOST)
 
 

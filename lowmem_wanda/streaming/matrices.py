@@ -1,53 +1,101 @@
-"""What a decoder block does, seen by running it without weights or data."""
+"""Matrices, the units of pruning: which weights of a block they are, and which of them are fed the same inputs."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.streaming.skeleton import LINEARS
+
+LINEARS = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a block that can be pruned.
+
+    `name` is what reports call it and `tensor` the file tensor that holds it. `module` is the path, relative to the
+    block, of the module that computes with it, and `parameter` its name there; `expert` is its index in a stack of
+    experts, None where there is no stack. A `transposed` matrix (GPT-2's Conv1D) is stored as (inputs, outputs).
+    `shape` is (outputs, inputs) either way. `inputs` names the module that is called first with the inputs of this
+    matrix: matrices of the same `inputs` share a statistic. Before a block is traced every matrix has its own.
+    """
+
+    name: str
+    tensor: str
+    module: str
+    parameter: str
+    expert: int | None
+    transposed: bool
+    shape: tuple[int, int]
+    inputs: str
+
+    @property
+    def weights(self) -> int:
+        """The number of its weights."""
+        return self.shape[0] * self.shape[1]
+
+    def view(self, stored: torch.Tensor) -> torch.Tensor:
+        """The stored tensor as (outputs, inputs), without a copy."""
+        return stored.t() if self.transposed else stored
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a block does, seen on `meta`: its linears in the order they are called, and for each the first
-    one that is given the same input (itself, or the one it shares a statistic with)."""
+    """What a block does, seen by running it on `meta`.
 
-    order: tuple[str, ...]
-    leaders: dict[str, str]
+    `matrices` know which inputs they share; `inputs` are the distinct ones, in the order in which they arrive.
+    """
+
+    matrices: tuple[Matrix, ...]
+    inputs: tuple[str, ...]
     returns_tuple: bool
 
 
-UNSEEN = Trace((), {}, False)  # of a block that is loaded without anything having been embedded
+def find_matrices(block: nn.Module, tensors: Mapping[str, str]) -> tuple[Matrix, ...]:
+    """The matrices of a block whose parameters, relative to it, are the file tensors `tensors`."""
+    found = []
+    for path, module in block.named_modules():
+        if isinstance(module, LINEARS):
+            transposed = isinstance(module, Conv1D)
+            rows, columns = module.weight.shape
+            shape = (int(columns), int(rows)) if transposed else (int(rows), int(columns))
+            tensor = tensors[f"{path}.weight"]
+            found.append(Matrix(tensor, tensor, path, "weight", None, transposed, shape, path))
+    return tuple(found)
 
 
-def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Runs a block without weights or data. Raises ModelError for a linear that it never calls."""
+def trace(
+    block: nn.Module, matrices: tuple[Matrix, ...], hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Trace:
+    """Runs a block without weights or data. Raises ModelError for a matrix whose module is not called exactly once."""
     block = copy.deepcopy(block).to("meta")
-    order: list[str] = []
-    leaders: dict[str, str] = {}
-    inputs: dict[str, torch.Tensor] = {}  # kept, so that no two of them share an identity
+    called: list[str] = []
+    first: dict[str, str] = {}  # module -> the module that was called first with the same inputs
+    arrived: dict[str, torch.Tensor] = {}  # kept, so that no two of them share an identity
 
-    def note(path: str, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        order.append(path)
-        leaders[path] = next((leader for leader, tensor in inputs.items() if tensor is given[0]), path)
-        inputs.setdefault(leaders[path], given[0])
+    def note(path: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        called.append(path)
+        first[path] = next((one for one, tensor in arrived.items() if tensor is inputs[0]), path)
+        arrived.setdefault(first[path], inputs[0])
 
-    linears = {path: module for path, module in block.named_modules() if isinstance(module, LINEARS)}
-    for path, module in linears.items():
-        module.register_forward_pre_hook(partial(note, path))
+    modules = sorted({matrix.module for matrix in matrices})
+    for path in modules:
+        block.get_submodule(path).register_forward_pre_hook(partial(note, path))
     args, kwargs = _on_meta((args, kwargs))
     output = block(hidden.to("meta"), *args, **kwargs)
-    if len(order) != len(linears) or set(order) != set(linears):
-        missed = sorted(set(linears) - set(order)) or sorted(order)
+    if sorted(called) != modules:
+        missed = sorted(set(modules) - set(called)) or sorted(called)
         raise ModelError(
             f"{type(block).__name__}: linear {missed[0]} is not called once in a forward, so it cannot be measured"
         )
-    return Trace(tuple(order), leaders, isinstance(output, (tuple, list)))
+    known = tuple(replace(matrix, inputs=first[matrix.module]) for matrix in matrices)
+    return Trace(known, tuple(arrived), isinstance(output, (tuple, list)))
 
 
 def _on_meta(value: Any) -> Any:

@@ -1,130 +1,113 @@
-"""A model that is ready to be walked, and what the walk is held to."""
+"""A model that is opened to be streamed: its checkpoint, its skeleton, a device and a dtype."""
 
-from collections.abc import Sequence
+import platform
+import sys
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import transformers
 
-from lowmem_wanda.checkpoint.directory import FLOATS, Checkpoint, refuse_unprunable
-from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.data.calibration import Encode, holds_ids
+from lowmem_wanda import __version__
+from lowmem_wanda.checkpoint.directory import Checkpoint, require_prunable
+from lowmem_wanda.checkpoint.reader import FLOATS, Tensor
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.streaming.skeleton import Hollow, hollow, tokenizer
-from lowmem_wanda.streaming.tensors import DTYPES, laid_bytes, wanted
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the layout of the work is held to. None: as fits.
-
-    `max_ram` and `max_vram` are bytes of this process on the host and of tensors on the GPU; `slots` is the number
-    of block buffers (1 to 3), `reading` one of `reading.WAYS`; `states` and `held` are those of `layout.Layout`.
-    """
-
-    max_ram: int | None = None
-    max_vram: int | None = None
-    slots: int | None = None
-    reading: str = "pread"
-    states: str | None = None
-    held: int | None = None
-
-
-FREE = Limits()
+from lowmem_wanda.streaming.buffers import DTYPES, buffer_bytes, specs_of
+from lowmem_wanda.streaming.machine import ANY, Budget, Machine
+from lowmem_wanda.streaming.resources import map_blocks_from
+from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """A model without weights, and how it is walked.
+class StreamedModel:
+    """A model without weights, ready to be walked block by block.
 
-    `shape` is (sequences, length) of the tokens that go through it, (0, 0) for none, `batch` of the sequences at a
-    time (None: as `layout` finds); models `beside` it are walked with it, each with its own hidden states. `judges`:
-    logits are made in the end.
+    It is computed in `dtype` on `device`, `batch` sequences at a time (None: what fits), within `budget`.
     """
 
     checkpoint: Checkpoint
-    hollow: Hollow
+    skeleton: Skeleton
     device: torch.device
     dtype: torch.dtype
-    batch: int | None = None
-    limits: Limits = FREE
-    trust_remote_code: bool = False
-    shape: tuple[int, int] = (0, 0)
-    beside: tuple["Work", ...] = ()
-    judges: bool = True
-
-    @property
-    def streams(self) -> int:
-        """How many models are walked side by side."""
-        return 1 + len(self.beside)
+    batch: int | None
+    budget: Budget
+    trust_remote_code: bool
 
     @property
     def depth(self) -> int:
-        """How many blocks there are."""
-        return len(self.hollow.blocks)
-
-    @property
-    def scores(self) -> bool:
-        """Whether weights are scored and masked on the way."""
-        return False
-
-    @property
-    def waits(self) -> bool:
-        """Whether micro-batches wait for each other within a block."""
-        return False
+        """The number of blocks."""
+        return len(self.skeleton.blocks)
 
     @property
     def dtype_name(self) -> str:
-        """Of the computing dtype, as flags have it."""
+        """The computing dtype as flags have it."""
         return str(self.dtype).removeprefix("torch.")
 
     def window(self, length: int) -> int:
-        """`length`, or as many positions as the model has."""
-        return min(length, self.hollow.positions or length)
+        """`length`, or the number of positions that the model has if that is smaller."""
+        return min(length, self.skeleton.positions or length)
 
-    def encoder(self, texts: Sequence[str]) -> Encode:
-        """The model's own tokenizer; none is loaded for files of ids. Raises CalibrationError."""
-        return (lambda _: []) if holds_ids(texts) else tokenizer(self.checkpoint, self.trust_remote_code)
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text by the model's own tokenizer, special tokens as it adds them.
+
+        The tokenizer is loaded with the first text. Raises CalibrationError where it cannot be.
+        """
+        return list(self._tokenizer(text, verbose=False)["input_ids"])
 
     def block_tensors(self, index: int) -> list[Tensor]:
         """The file tensors of one block."""
-        return [self.checkpoint.tensors[name] for name in sorted(set(self.hollow.block_tensors(index).values()))]
+        return [self.checkpoint.tensors[name] for name in sorted(set(self.skeleton.block_tensors(index).values()))]
 
     @cached_property
     def block_bytes(self) -> int:
-        """What the largest block takes, laid in a buffer, also of those `beside`."""
-        own = max(laid_bytes(wanted(self.block_tensors(index))) for index in range(self.depth))
-        return max([own, *(work.block_bytes for work in self.beside)])
+        """The bytes of the largest block, laid in a buffer."""
+        return max(buffer_bytes(specs_of(self.block_tensors(index))) for index in range(self.depth))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.checkpoint, self.trust_remote_code)
 
 
-def open_work(
-    source: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch: int | None = None,
-    limits: Limits = FREE,
-    trust_remote_code: bool = False,
-) -> Work:
-    """The model in `source`. Raises CheckpointError or ModelError where it is none that can be walked."""
+def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
+    """The model in the folder `source`, without its weights.
+
+    Raises CheckpointError or ModelError where there is no model that can be walked, or no such device.
+    """
+    map_blocks_from(1 << 20)
     checkpoint = Checkpoint(source)
-    refuse_unprunable(checkpoint, trust_remote_code)
-    where = find_device(device)
-    computing = find_dtype(dtype, where, checkpoint)
-    return Work(
+    require_prunable(checkpoint, machine.trust_remote_code)
+    device = find_device(machine.device)
+    dtype = find_dtype(machine.dtype, device, checkpoint)
+    return StreamedModel(
         checkpoint=checkpoint,
-        hollow=hollow(checkpoint, computing, trust_remote_code),
-        device=where,
-        dtype=computing,
-        batch=batch,
-        limits=limits,
-        trust_remote_code=trust_remote_code,
+        skeleton=build_skeleton(checkpoint, dtype, machine.trust_remote_code),
+        device=device,
+        dtype=dtype,
+        batch=machine.batch,
+        budget=machine.budget,
+        trust_remote_code=machine.trust_remote_code,
     )
 
 
+def versions() -> dict[str, str]:
+    """The versions of what a job runs on."""
+    return {
+        "lowmem-wanda": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": metadata.version("safetensors"),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+    }
+
+
 def find_device(name: str) -> torch.device:
-    """The device of "auto", "cpu", "cuda", "cuda:N" or "mps". Raises ModelError where it is not there."""
+    """The device of "auto", "cpu", "cuda", "cuda:N" or "mps". Raises ModelError where it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = name.partition(":")
@@ -134,14 +117,14 @@ def find_device(name: str) -> torch.device:
     if not available or (
         number and not (number.isdigit() and kind == "cuda" and int(number) < torch.cuda.device_count())
     ):
-        raise ModelError(f"--device {name} is not to be had here (torch {torch.__version__}); give cpu or auto")
+        raise ModelError(f"--device {name} is not available here (torch {torch.__version__}); give cpu or auto")
     return torch.device("cuda", int(number or 0)) if kind == "cuda" else torch.device(kind)
 
 
 def find_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """The computing dtype. "auto": what most weights are stored in, but on a CPU float32.
+    """The computing dtype of a name. "auto" is the dtype that most weights are stored in, but float32 on a CPU.
 
-    A CPU without bf16 units multiplies float32 matrices 60 times as fast (61 against 0.9 GFLOP/s).
+    A CPU without bfloat16 units multiplies float32 matrices 60 times as fast (61 against 0.9 GFLOP/s).
     """
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
@@ -156,7 +139,7 @@ def find_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch
 
 
 def describe_device(device: torch.device) -> str:
-    """The device and its kind: another kind may round otherwise."""
+    """The device and its kind. Another kind may round otherwise."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type

@@ -1,7 +1,7 @@
-"""Where everything lies while blocks are walked, chosen so that it fits: the fastest layout within a budget.
+"""Where everything lies while blocks are walked: the fastest placement within a budget.
 
-A layout changes time and memory, and no bit of the result, but for one thing: how many sequences are computed at
-a time may round otherwise, so a job that is taken up again keeps the number that it began with.
+A placement changes time and memory, and no bit of the result, with one exception: how many sequences are computed at a
+time may round otherwise, so a job that is taken up again keeps the number that it began with.
 """
 
 import sys
@@ -15,25 +15,65 @@ import torch
 from lowmem_wanda.checkpoint.reader import PIECE
 from lowmem_wanda.checkpoint.writer import COPIED_PIECE
 from lowmem_wanda.errors import BudgetError
-from lowmem_wanda.sparsity.selection import CPU_CHUNK, DEVICE_CHUNK
-from lowmem_wanda.streaming.head import budget_of
-from lowmem_wanda.streaming.model import Work
-from lowmem_wanda.streaming.resources import anonymous, free_memory
-from lowmem_wanda.streaming.tensors import DTYPES
+from lowmem_wanda.streaming.decoder import cast_bytes
+from lowmem_wanda.streaming.head import head_bytes
+from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.resources import SMALL, anonymous, free_memory
 
 CPU_TOKENS, DEVICE_TOKENS = 256, 2048  # of a micro-batch: beyond these the products hardly gain
-LATE, LATE_CUDA = 12 << 20, 128 << 20  # what torch and transformers take on the host with their first products
-SLACK = 64 << 20  # of a GPU, for the workspace of its products and what its allocator rounds up
-SCORED = 64  # bytes of what is known of a scored token: its softmax, its target, its divergence
-SPARE, SPARE_HELD = 0.95, 0.8  # of what is free may be planned with, and of what is left then may be waited with
-MAPPED = (32 << 20, 1 << 20)  # for `map_blocks_from`: the faster, the smaller
+LATE, LATE_CUDA = 12 << 20, 128 << 20  # bytes that torch and transformers take on the host with their first products
+SLACK = 64 << 20  # bytes of a GPU, for the workspace of its products and what its allocator rounds up
+# Plan with at most 95 % of free memory. Of what a placement leaves, at most 80 % may hold waiting micro-batches: they
+# are freed in another order than they were made, which leaves holes.
+SPARE, SPARE_HELD = 0.95, 0.8
+MAPPED = (32 << 20, SMALL)  # bytes, for `limited`: the faster, the smaller
 
 
 @dataclass(frozen=True)
-class Layout:
-    """`states`: hidden states on the "device", the "host" (beside a GPU, page-locked) or in a "file"; `slots` block
-    buffers on the host and `arriving` on the GPU; `batch` sequences at a time, of which `held` batches may wait
-    in the sequential order; `chunk` weights scored at a time; tensors of `mapped` bytes give back their pages."""
+class Workload:
+    """What goes through `models` side by side, and what it holds beside them.
+
+    `sequences` of `length` tokens are embedded (0 and 0: none). `token_bytes` are kept of each token until the end.
+    `statistics` are the bytes of what is remembered of a block's inputs, `workspace` those that pruning one matrix
+    takes beside `scored` weights at a time of `score_bytes` each. `needs_logits` applies the head; micro-batches wait
+    for each other within a block if it `holds_micro_batches`.
+    """
+
+    models: tuple[StreamedModel, ...]
+    sequences: int = 0
+    length: int = 0
+    token_bytes: int = 0
+    statistics: int = 0
+    workspace: int = 0
+    scored: int = 0
+    score_bytes: int = 0
+    needs_logits: bool = False
+    holds_micro_batches: bool = False
+
+    @property
+    def model(self) -> StreamedModel:
+        """The last model, whose device, batch and budget count for all."""
+        return self.models[-1]
+
+    @property
+    def block_bytes(self) -> int:
+        """The bytes of the largest block of all models."""
+        return max(model.block_bytes for model in self.models)
+
+    @property
+    def on_host(self) -> bool:
+        return self.model.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything lies.
+
+    Hidden `states` lie on the "device", on the "host" (beside a GPU, page-locked) or in a "file". There are `slots`
+    block buffers on the host and `arriving` ones on the GPU. `batch` sequences are computed at a time, and `held` such
+    micro-batches may wait in the sequential order. `chunk` weights are scored at a time (0: nothing is scored).
+    Allocations of at least `mapped` bytes give their pages back when they are freed.
+    """
 
     states: str
     slots: int
@@ -58,146 +98,160 @@ class Need:
     disk: int
 
 
-def choose(work: Work, batch: int | None = None) -> tuple[Layout, Need]:
-    """The layout that costs the least time of those that --max-ram and --max-vram hold, and what it needs.
+@dataclass(frozen=True)
+class Choice:
+    """Values of one option, the fastest first. Each further one takes about `slower` percent more time.
 
-    `batch`: that of the job that is taken up again. Raises BudgetError, saying what would fit.
+    The percents are rough and only their order counts: `benchmarks/overlap.py` has slots, `benchmarks/LOG.md` the size
+    of micro-batches, chunks and mapped allocations.
     """
-    vram = free_memory(work.device)  # also: what CUDA takes on the host, it has taken now
+
+    values: tuple[Any, ...]
+    slower: int
+
+    def priced(self) -> Iterator[tuple[Any, int]]:
+        """Yields each value with its percents."""
+        yield from ((value, place * self.slower) for place, value in enumerate(self.values))
+
+
+def choose(work: Workload, batch: int | None = None) -> tuple[Placement, Need]:
+    """The placement that costs the least time of those that --max-ram and --max-vram hold, and what it needs.
+
+    `batch` is the number of sequences of a job that is taken up again. Raises BudgetError, saying what would fit.
+    """
+    budget = work.model.budget
+    vram = free_memory(work.model.device)  # also: what CUDA takes on the host, it has taken now
     base = anonymous()
-    ram = min(work.limits.max_ram or sys.maxsize, base + int(free_memory(torch.device("cpu")) * SPARE))
-    vram = min(work.limits.max_vram or sys.maxsize, int(vram * SPARE))
+    ram = min(budget.max_ram or sys.maxsize, base + int(free_memory(torch.device("cpu")) * SPARE))
+    vram = min(budget.max_vram or sys.maxsize, int(vram * SPARE))
     sizes, tried, fitting = Sizes(work, base), [], []
-    for cost, layout in layouts(work, batch or work.batch):
-        need = sizes.need(layout)
-        tried.append((need, layout))
+    for cost, placement in placements(work, batch or work.model.batch):
+        need = sizes.need(placement)
+        tried.append((need, placement))
         if need.host <= ram and need.device <= vram:
-            layout = _hold(work, layout, sizes, ram - need.host if work.device.type == "cpu" else vram - need.device)
-            fitting.append((cost + 80 * (1 - _share_held(work, layout)), len(tried), layout))
+            placement = _hold(work, placement, sizes, ram - need.host if work.on_host else vram - need.device)
+            fitting.append((cost + 80 * (1 - _share_held(work, placement)), len(tried), placement))
     if not fitting:
         raise _too_small(work, tried, ram, vram)
-    layout = min(fitting)[2]
-    return layout, sizes.need(layout)
+    placement = min(fitting)[2]
+    return placement, sizes.need(placement)
 
 
-def layouts(work: Work, batch: int | None) -> Iterator[tuple[int, Layout]]:
-    """All that could be done, each with what it costs in time beside the fastest, roughly and in percent."""
-    on_host, limits = work.device.type == "cpu", work.limits
+def placements(work: Workload, batch: int | None) -> Iterator[tuple[int, Placement]]:
+    """Yields all that could be done, each with the percents of time that it costs beside the fastest."""
+    budget, on_host = work.model.budget, work.on_host
     tokens = CPU_TOKENS if on_host else DEVICE_TOKENS
-    sequences, length = work.shape if work.shape[0] else (1, tokens)
+    sequences, length = (work.sequences, work.length) if work.sequences else (1, tokens)
     most = min(batch or max(1, tokens // length), sequences)
-    batches = [most] if batch else [most >> halved for halved in range(most.bit_length())]
-    full = CPU_CHUNK if on_host else DEVICE_CHUNK
+    batches = (most,) if batch else tuple(most >> halved for halved in range(most.bit_length()))
     places = ("device", "file") if on_host else ("device", "host", "file")
-    options: Iterator[tuple[tuple[int, Any], ...]] = product(
-        enumerate((limits.states,) if limits.states else places if work.shape[0] else ("device",)),
-        enumerate((limits.slots,) if limits.slots else (3, 2, 1)),
-        enumerate((1,) if on_host else (2, 1)),
-        enumerate(batches),
-        enumerate((full, full // 4, full // 16)),
-        # held micro-batches are freed in another order than they were made, and leave holes everywhere
-        enumerate(MAPPED if on_host and not work.waits else MAPPED[1:]),
+    chunks = (work.scored, work.scored // 4, work.scored // 16) if work.scored else (0,)
+    # held micro-batches are freed in another order than they were made, and leave holes everywhere
+    mapped = MAPPED if on_host and not work.holds_micro_batches else MAPPED[1:]
+    options = (
+        Choice((budget.states,) if budget.states else places if work.sequences else ("device",), slower=40),
+        Choice((budget.slots,) if budget.slots else (3, 2, 1), slower=12),
+        Choice((1,) if on_host else (2, 1), slower=30),
+        Choice(batches, slower=6),
+        Choice(chunks, slower=1),
+        Choice(mapped, slower=8),
     )
-    steps = (40, 12, 30, 6, 1, 8)
-    for option in options:
-        where, slots, arriving, size, chunk, mapped = (value for _, value in option)
+    for option in product(*(choice.priced() for choice in options)):
+        (where, slots, arriving, size, chunk, mapped_from), costs = zip(*option, strict=True)
         if arriving <= slots:
-            cost = sum(step * number for step, (number, _) in zip(steps, option, strict=True))
-            yield cost, Layout(where, slots, arriving, size, 0, chunk, mapped)
+            yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from)
 
 
 class Sizes:
-    """Bytes of what a task holds at one time or another, beside the `base` bytes that this process holds already."""
+    """The bytes that a workload holds at one time or another, beside the `base` bytes that this process has."""
 
-    def __init__(self, work: Work, base: int) -> None:
-        self.work, self.base, self.on_host = work, base, work.device.type == "cpu"
-        tensors, hollow, size = work.checkpoint.tensors, work.hollow, work.dtype.itemsize
-        blocks = [work.block_tensors(index) for index in range(work.depth)]
-        linears = [tensors[name] for index in range(len(blocks)) for name in hollow.linears(index).values()]
-        self.casts = sum(map(cast_bytes, (work, *work.beside)))
-        widest = max(max(tensor.shape) for tensor in linears)
-        self.columns = max(hollow.matrix_shape(tensor)[1] for tensor in linears)
-        outside = [tensors[name] for name in set(hollow.outside().values())]
+    def __init__(self, work: Workload, base: int) -> None:
+        self.work, self.base = work, base
+        tensors, skeleton, size = work.model.checkpoint.tensors, work.model.skeleton, work.model.dtype.itemsize
+        matrices = [matrix for block in skeleton.matrices for matrix in block]
+        widest = max(max(matrix.shape) for matrix in matrices)
+        outside = [tensors[name] for name in set(skeleton.outside().values())]
+        judging = len(work.models) * work.needs_logits  # models whose heads are applied
+        self.casts = sum(map(cast_bytes, work.models))
+        self.columns = max(matrix.shape[1] for matrix in matrices)
         self.piece = min(PIECE, max(tensor.nbytes for tensor in tensors.values()))
         self.embedding = max((tensor.numel * size for tensor in outside), default=0) + 3 * self.piece
-        self.sequences, self.length = work.shape
-        self.state = self.length * hollow.width * size  # of one sequence
-        judging = work.streams * work.judges  # models whose heads are applied
-        self.heads = judging * budget_of(work.block_bytes)
-        self.scored = judging * self.sequences * self.length * SCORED
-        self.inner = self.length * widest * size
-        self.attention = hollow.attention_heads * self.length**2 * (size + 8)
+        self.state = work.length * skeleton.width * size  # of one sequence
+        self.heads = judging * head_bytes(work.block_bytes)
+        self.kept = judging * work.sequences * work.length * work.token_bytes
+        self.inner = work.length * widest * size
+        self.attention = skeleton.attention_heads * work.length**2 * (size + 8)
 
-    def activations(self, layout: Layout) -> int:
-        """Of a micro-batch within a block: about three of the widest and four of the hidden width; or attention's
-        scores, where they are held; and the holes between such."""
-        within = layout.batch * (max(3 * self.inner, self.attention) + 4 * self.state)
-        return within + within * 2 // 5 * (self.on_host and layout.batch * self.inner < layout.mapped)
+    def activations(self, placement: Placement) -> int:
+        """The bytes of a micro-batch within a block, and of the holes that they leave.
 
-    def waiting(self, layout: Layout) -> int:
-        """Of a micro-batch that waits: at the last linear its input, its layer's and the residual; at attention's
-        output the projections; and where states lie elsewhere, the copy of them that it works on."""
-        moved = self.state * (layout.states != "device" and not self.on_host)
-        return layout.batch * (max(self.inner + 2 * self.state, 5 * self.state) + moved)
+        These are about three of the widest inputs and four hidden states; or attention's scores, where they are held.
+        """
+        within = placement.batch * (max(3 * self.inner, self.attention) + 4 * self.state)
+        return within + within * 2 // 5 * (self.work.on_host and placement.batch * self.inner < placement.mapped)
 
-    def need(self, layout: Layout) -> Need:
-        """What a layout needs at its worst moment."""
-        states, blocks = self.work.streams * self.sequences * self.state, layout.slots * self.work.block_bytes
-        working = self._working(layout, blocks if self.on_host else layout.arriving * self.work.block_bytes)
-        working += states if layout.states == "device" or (self.on_host and layout.states == "host") else 0
-        disk = states if layout.states == "file" else 0
+    def waiting(self, placement: Placement) -> int:
+        """The bytes of a micro-batch that waits.
+
+        At the last linear these are its input, its layer's and the residual; at attention's output the projections; and
+        where states lie elsewhere, the copy of them that it works on.
+        """
+        moved = self.state * (placement.states != "device" and not self.work.on_host)
+        return placement.batch * (max(self.inner + 2 * self.state, 5 * self.state) + moved)
+
+    def need(self, placement: Placement) -> Need:
+        """What a placement needs at its worst moment."""
+        work = self.work
+        states, blocks = len(work.models) * work.sequences * self.state, placement.slots * work.block_bytes
+        working = self._working(placement, blocks if work.on_host else placement.arriving * work.block_bytes)
+        working += states if placement.states == "device" or (work.on_host and placement.states == "host") else 0
+        disk = states if placement.states == "file" else 0
         rest = 2 * min(COPIED_PIECE, self.piece)  # of the shard outside the blocks, which is written meanwhile
-        if self.on_host:
+        if work.on_host:
             return Need(self.base + LATE + rest + working, 0, disk)
-        held = blocks + (states if layout.states == "host" else 0)
+        held = blocks + (states if placement.states == "host" else 0)
         return Need(self.base + LATE_CUDA + rest + max(held, 3 * self.piece), working + SLACK, disk)
 
-    def _working(self, layout: Layout, blocks: int) -> int:
-        """Where it is computed: blocks and what one of them takes, or before that the embeddings."""
-        scores = 20 * max(layout.chunk, self.columns) if self.work.scores else 0
-        if not self.sequences:
+    def _working(self, placement: Placement, blocks: int) -> int:
+        """The bytes where it is computed: blocks and what one of them takes, or before that the embeddings."""
+        work = self.work
+        scores = work.workspace + work.score_bytes * max(placement.chunk, self.columns)
+        if not work.sequences:
             return blocks + scores
-        moved = layout.batch * self.state if layout.states != "device" and not self.on_host else 0
-        computing = max(self.activations(layout) + moved, scores) + layout.held * self.waiting(layout)
-        return max(blocks + self.casts + computing, self.embedding, self.heads) + self.scored
+        moved = placement.batch * self.state if placement.states != "device" and not work.on_host else 0
+        computing = max(self.activations(placement) + moved, scores) + placement.held * self.waiting(placement)
+        computing += work.statistics
+        return max(blocks + self.casts + computing, self.embedding, self.heads) + self.kept
 
 
-def cast_bytes(work: Work) -> int:
-    """What a decoder holds of a block in the computing dtype: one linear's weight, and all that is no linear."""
-    size, tensors = work.dtype.itemsize, work.checkpoint.tensors
-    blocks = [work.block_tensors(index) for index in range(work.depth)]
-    names = {name for index in range(work.depth) for name in work.hollow.linears(index).values()}
-    casts = [tensors[name].numel * size for name in names if DTYPES[tensors[name].dtype] != work.dtype]
-    small = [[t for t in block if DTYPES[t.dtype] != work.dtype and t.name not in names] for block in blocks]
-    return max(casts, default=0) + max(sum(t.numel * size for t in block) for block in small)
+def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Placement:
+    """The placement with as many waiting micro-batches as the free memory holds."""
+    if not work.holds_micro_batches:
+        return placement
+    parts = -(-work.sequences // placement.batch)
+    fitting = int(free * SPARE_HELD) // max(1, sizes.waiting(placement))
+    limit = work.model.budget.held
+    return replace(placement, held=min(parts, fitting if limit is None else limit))
 
 
-def _hold(work: Work, layout: Layout, sizes: Sizes, free: int) -> Layout:
-    """The layout with as many waiting micro-batches as the free memory holds."""
-    if not work.waits:
-        return layout
-    parts = -(-sizes.sequences // layout.batch)
-    fitting = int(free * SPARE_HELD) // max(1, sizes.waiting(layout))
-    return replace(layout, held=min(parts, fitting if work.limits.held is None else work.limits.held))
-
-
-def _share_held(work: Work, layout: Layout) -> float:
-    """Of the micro-batches that would have to be replayed else; 1 where none would."""
-    if not work.waits:
+def _share_held(work: Workload, placement: Placement) -> float:
+    """The share of the micro-batches that need not be replayed."""
+    if not work.holds_micro_batches:
         return 1.0
-    return min(1.0, layout.held * layout.batch / work.shape[0])
+    return min(1.0, placement.held * placement.batch / work.sequences)
 
 
-def _too_small(work: Work, tried: list[tuple[Need, Layout]], ram: int, vram: int) -> BudgetError:
-    """Names the layout that misses its budgets by the least, and what it would take."""
-    need, layout = min(tried, key=lambda pair: max(pair[0].host - ram, 0) + max(pair[0].device - vram, 0))
-    flag, least, given, limit = ("--max-ram", need.host, ram, work.limits.max_ram)
+def _too_small(work: Workload, tried: list[tuple[Need, Placement]], ram: int, vram: int) -> BudgetError:
+    """The error that names the placement which misses its budgets by the least, and what it would take."""
+    need, placement = min(tried, key=lambda pair: max(pair[0].host - ram, 0) + max(pair[0].device - vram, 0))
+    budget = work.model.budget
+    flag, least, free, limit = ("--max-ram", need.host, ram, budget.max_ram)
     if need.host <= ram:
-        flag, least, given, limit = ("--max-vram", need.device, vram, work.limits.max_vram)
-    asked = limit is not None and limit <= given
-    move = f"give {flag} {-(-least // 10**6)}MB" if asked else "end other programs"
-    shorter = ", or fewer or shorter sequences (--sequences, --length)" if work.shape[0] else ""
+        flag, least, free, limit = ("--max-vram", need.device, vram, budget.max_vram)
+    limited = limit is not None and limit <= free
+    move = f"give {flag} {-(-least // 10**6)}MB" if limited else "end other programs"
+    shorter = ", or fewer or shorter sequences (--sequences, --length)" if work.sequences else ""
     return BudgetError(
-        f"{flag}: {given / 1e6:.0f} MB {'cannot be kept' if asked else 'is all that is free'}, {least / 1e6:.0f} MB "
-        f"would fit with {layout}: {move}{shorter}"
+        f"{flag}: {free / 1e6:.0f} MB {'cannot be kept' if limited else 'is all that is free'}, {least / 1e6:.0f} MB "
+        f"would fit with {placement}: {move}{shorter}"
     )

@@ -1,29 +1,32 @@
-"""The most memory that this process has held, sampled, and how it is kept low."""
+"""Seconds and bytes of this process: how they are measured, and how memory is kept low."""
 
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from lowmem_wanda.checkpoint.system import library
+from lowmem_wanda.checkpoint.writer import library
 
+COMPUTING = ("embed", "measure", "prune", "onward", "compare", "head")  # the other parts read, copy and write meanwhile
 SAMPLES = 200  # of memory over time that are kept, up to twice as many
+SMALL = 1 << 20  # bytes, for `map_blocks_from` while nothing is computed
 
 
 def anonymous() -> int:
-    """Resident bytes that no file backs (all resident bytes where the system does not tell the two apart)."""
+    """The resident bytes that no file backs; all resident bytes where the system does not tell the two apart."""
     used = psutil.Process().memory_info()
     return int(used.rss - getattr(used, "shared", 0))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be taken now, on the GPU or of the host."""
+    """The bytes that could be taken now, on the GPU or on the host."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for later use
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # a container's limit ("max": none)
@@ -32,41 +35,53 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def limit_vram(device: torch.device, most: int | None) -> None:
-    """Has torch raise OutOfMemoryError where it would reserve more of a GPU for tensors than so many bytes."""
-    if most is not None and device.type == "cuda":
+@contextmanager
+def limited(device: torch.device, max_vram: int | None, mapped: int) -> Iterator[None]:
+    """Limits memory while blocks are walked: torch's on a GPU, and the holes that glibc keeps on the host.
+
+    torch raises OutOfMemoryError where tensors would take more than `max_vram` bytes of the GPU. Allocations of at
+    least `mapped` bytes are mapped by themselves (see `map_blocks_from`).
+    """
+    limits = max_vram is not None and device.type == "cuda"
+    if limits:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (max_vram or 0) / total), device)
+    map_blocks_from(mapped)
+    try:
+        yield
+    finally:
+        map_blocks_from(SMALL)
+        if limits:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def map_blocks_from(nbytes: int) -> None:
-    """Has glibc map every block of at least so many bytes by itself, so that its pages go back when it is freed.
+    """Has glibc map allocations of at least `nbytes` by themselves, so that their pages go back when they are freed.
 
-    glibc moves that limit to 32 MiB as large blocks are freed, and keeps the holes between them after that:
-    557 MB at most for work that needs 380 (width 1024, float32). 1 MiB keeps imports and preparations small.
-    While blocks are computed it costs a tenth of the CPU time, in page faults, where 32 MiB and
-    `return_freed` after each block hold 2 % more.
+    glibc moves that limit to 32 MiB as large allocations are freed, and keeps the holes between them after that: 557 MB
+    at most for work that needs 380 (width 1024, float32). SMALL keeps preparations small. While blocks are computed it
+    costs a tenth of the CPU time, in page faults; 32 MiB and `return_freed` after each block hold 2 % more instead.
     """
     if mallopt := library("mallopt"):
         mallopt(-3, nbytes)  # M_MMAP_THRESHOLD; another C library ignores it or has no such function
 
 
 def return_freed() -> None:
-    """Gives the holes between blocks that are not mapped back; they added up to 0.6 MB for each decoder block."""
+    """Gives the holes between allocations back to the system; they added up to 0.6 MB for each decoder block."""
     if malloc_trim := library("malloc_trim"):
         malloc_trim(0)
 
 
 @contextmanager
 def host_memory(nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Uninitialised host bytes (uint8), page-locked beside a CUDA device where the system lets it.
+    """Gives uninitialised host bytes (uint8), page-locked beside a CUDA device where the system allows it.
 
-    Registered rather than allocated as pinned: torch's pinned allocator rounds up to a power of two.
+    They are registered rather than allocated as pinned, because torch's pinned allocator rounds up to a power of two.
     """
     memory = torch.empty(nbytes, dtype=torch.uint8)
     locked = device.type == "cuda" and int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)) == 0
     if device.type == "cuda" and not locked:
-        with suppress(RuntimeError):  # the failure would else be told by the next kernel
+        with suppress(RuntimeError):  # else the next kernel would report the failure
             torch.ones(1, device=device)
     try:
         yield memory
@@ -77,9 +92,9 @@ def host_memory(nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
 
 
 class Peak:
-    """A context that samples `anonymous()` every few milliseconds; `host` and `device` are peaks in bytes.
+    """A context that samples `anonymous()` every `interval` seconds. `host` and `device` are peaks in bytes.
 
-    `series` are some hundred [seconds, bytes] over its time, each the most of its span.
+    `series` holds some hundred [seconds, bytes] over its time, each the maximum of its span.
     """
 
     def __init__(self, device: torch.device, interval: float = 0.005) -> None:
@@ -95,7 +110,7 @@ class Peak:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def beside(self, host: int, device: int) -> dict[str, int]:
-        """The peaks beside those that were predicted, in bytes."""
+        """The measured peaks beside the predicted ones, in bytes."""
         return {
             "host_predicted": host,
             "host_measured": self.host,
@@ -124,7 +139,64 @@ class Peak:
                 continue
             self.series.append([round(time.perf_counter() - self._start, 3), most])
             count = most = 0
-            if len(self.series) == 2 * SAMPLES:  # each of the rest stands for twice as long
+            if len(self.series) == 2 * SAMPLES:  # each one left stands for twice as long
                 pairs = zip(self.series[::2], self.series[1::2], strict=True)
                 self.series = [[later[0], max(one[1], later[1])] for one, later in pairs]
                 span *= 2
+
+
+class Clock:
+    """Seconds by part of the work on one device. On a GPU they are read from events, so nothing waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        self._name = ""
+        self._marks: list[tuple[str, Any]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What runs within it counts for `name`, but for the parts within it."""
+        before = self._name
+        self._mark(name)
+        try:
+            yield
+        finally:
+            self._mark(before)
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each part since the last call. Waits for the device."""
+        marks, self._marks = self._marks, []
+        if self._cuda and marks:
+            marks[-1][1].synchronize()
+        spent: dict[str, float] = {}
+        for (name, start), (_, end) in zip(marks, marks[1:], strict=False):
+            if name:
+                spent[name] = spent.get(name, 0.0) + (start.elapsed_time(end) / 1e3 if self._cuda else end - start)
+        return spent
+
+    def _mark(self, name: str) -> None:
+        """The part from now on is `name`."""
+        self._name = name
+        now: Any = time.perf_counter()
+        if self._cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record(torch.cuda.current_stream(self._device))
+        self._marks.append((name, now))
+
+
+def add_seconds(spent: dict[str, float], seconds: dict[str, float]) -> None:
+    """Adds seconds by part to `spent`."""
+    for part, more in seconds.items():
+        spent[part] = spent.get(part, 0.0) + more
+
+
+def timing(wall: float, spent: dict[str, float]) -> dict[str, Any]:
+    """Seconds on the wall, by part and of all parts one after the other, and the share of time that was computing."""
+    computing, serial = sum(spent.get(part, 0.0) for part in COMPUTING), sum(spent.values())
+    return {
+        "wall": wall,
+        "parts": spent,
+        "serial": serial,
+        "serial_over_wall": serial / max(wall, 1e-9),
+        "compute_busy": computing / max(wall, 1e-9),
+    }

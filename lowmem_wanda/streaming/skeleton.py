@@ -1,7 +1,6 @@
-"""The transformers model of a checkpoint with every parameter on `meta`, and which file tensor each one is.
+"""The transformers model of a checkpoint with every parameter on `meta`, and which file tensor each parameter is.
 
-This and `decoder` are the only modules that know transformers and accelerate. Nothing here knows a model
-family: the block list, the linears and the names in the file are found.
+Nothing here knows a model family: the list of blocks, the matrices and the names in the file are found.
 """
 
 import re
@@ -16,30 +15,28 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from lowmem_wanda.checkpoint.directory import FLOATS, Checkpoint
-from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.data.calibration import Encode
+from lowmem_wanda.checkpoint.directory import Checkpoint
+from lowmem_wanda.checkpoint.reader import FLOATS
 from lowmem_wanda.errors import CalibrationError, CheckpointError, ModelError
+from lowmem_wanda.streaming.matrices import LINEARS, Matrix, find_matrices
 
-LINEARS = (nn.Linear, Conv1D)
 BUILD_ERRORS = (  # what transformers raises for configurations that describe no model
     OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError,
     AssertionError, IndexError,
 )  # fmt: skip
 
-logging.set_verbosity_error()  # what matters of it is an error of ours
+logging.set_verbosity_error()  # what matters of what transformers warns of is an error of ours
 
 
 @dataclass(frozen=True)
-class Hollow:
+class Skeleton:
     """A model without weights.
 
-    `names` maps each parameter or buffer of the module to the file tensor it is loaded from (tied ones to the
-    same); `path` is that of the list of decoder blocks, `blocks` are its members; `untouched` are file
-    tensors that the model knows but does not load.
+    `names` maps each parameter or buffer of the module to the file tensor it is loaded from; tied ones share a tensor.
+    `path` leads to the list of decoder blocks and `blocks` are its members. `untouched` are file tensors that the model
+    knows but does not load.
     """
 
     model: nn.Module
@@ -53,54 +50,29 @@ class Hollow:
         prefix = f"{self.path}.{index}."
         return {name.removeprefix(prefix): tensor for name, tensor in self.names.items() if name.startswith(prefix)}
 
-    def linears(self, index: int) -> dict[str, str]:
-        """{path of a linear, relative to the block: file tensor of its weight} of one block."""
-        tensors = self.block_tensors(index)
-        return {
-            path: tensors[f"{path}.weight"]
-            for path, module in self.blocks[index].named_modules()
-            if isinstance(module, LINEARS)
-        }
-
-    @property
-    def weights(self) -> list[str]:
-        """File tensors of the weights of all linears, block by block."""
-        return [name for index in range(len(self.blocks)) for name in self.linears(index).values()]
-
     @cached_property
-    def transposed(self) -> frozenset[str]:
-        """File tensors that hold (inputs, outputs): the weights of GPT-2's Conv1D."""
-        blocks = range(len(self.blocks))
-        return frozenset(
-            name
-            for index in blocks
-            for path, name in self.linears(index).items()
-            if isinstance(self.blocks[index].get_submodule(path), Conv1D)
-        )
-
-    def matrix_shape(self, tensor: Tensor) -> tuple[int, int]:
-        """(outputs, inputs) of a linear's file tensor."""
-        rows, columns = tensor.shape
-        return (columns, rows) if tensor.name in self.transposed else (rows, columns)
+    def matrices(self) -> tuple[tuple[Matrix, ...], ...]:
+        """The matrices of each block."""
+        return tuple(find_matrices(block, self.block_tensors(index)) for index, block in enumerate(self.blocks))
 
     @property
     def width(self) -> int:
-        """Of the hidden states."""
+        """The width of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids there are."""
+        """The number of token ids."""
         return int(self.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
 
     @property
     def head(self) -> nn.Module | None:
-        """The linear that makes logits of hidden states, as transformers finds it."""
+        """The module that makes logits of hidden states, as transformers finds it."""
         return self.model.get_output_embeddings()  # type: ignore[operator, no-any-return]
 
     @property
     def positions(self) -> int | None:
-        """How many positions the model has, by the names that configurations use; None where it has no limit."""
+        """The number of positions, by the names that configurations use; None where the model has no limit."""
         config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
         names = ("max_position_embeddings", "max_seq_len")
         values = (getattr(config, name, None) for name in names)
@@ -108,34 +80,28 @@ class Hollow:
 
     @property
     def attention_heads(self) -> int:
-        """How many heads' scores (length, length) are held at once; 0 where the attention computes in pieces."""
+        """The number of heads whose (length, length) scores are held at once; 0 where attention computes in pieces."""
         config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
         eager = getattr(config, "_attn_implementation", None) == "eager"
         return int(getattr(config, "num_attention_heads", 0) or 0) if eager else 0
 
     def outside(self) -> dict[str, str]:
-        """{parameter or buffer: file tensor} of all that lies in no block."""
+        """{parameter or buffer: file tensor} of all that lies outside the blocks."""
         return {name: tensor for name, tensor in self.names.items() if not name.startswith(f"{self.path}.")}
 
 
-def hollow(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> Hollow:
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
     """The model of a checkpoint, computing in `dtype`, with every file tensor accounted for.
 
-    Raises ModelError for what is no causal language model or cannot be walked yet, CheckpointError for
-    tensors that are missing, of other shapes, or have no place in the model.
+    Raises ModelError for what is not a causal language model or cannot be walked yet, CheckpointError for tensors that
+    are missing, of other shapes, or without a place in the model.
     """
     model = _build(checkpoint, dtype, trust_remote_code)
     names, unexpected = _match(model, checkpoint)
     blocks = _find_blocks(model)
-    _refuse_experts(model, blocks)
+    _require_no_experts(model, blocks)
     untouched = _account(model, checkpoint, names, unexpected)
-    return Hollow(model, names, blocks, tuple(model.get_submodule(blocks)), untouched)  # type: ignore[arg-type]
-
-
-def tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Encode:
-    """The checkpoint's own tokenizer as text -> ids, special tokens as it adds them. Raises CalibrationError."""
-    loaded = load_tokenizer(checkpoint, trust_remote_code)
-    return lambda text: loaded(text, verbose=False)["input_ids"]
+    return Skeleton(model, names, blocks, tuple(model.get_submodule(blocks)), untouched)  # type: ignore[arg-type]
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False, **settings: Any) -> Any:
@@ -213,7 +179,7 @@ def _find_blocks(model: nn.Module) -> str:
     return max(sizes, key=lambda path: sizes[path])
 
 
-def _refuse_experts(model: nn.Module, blocks: str) -> None:
+def _require_no_experts(model: nn.Module, blocks: str) -> None:
     """Raises ModelError for a matrix in a block that no linear or embedding owns, or linears in a list: experts."""
     for path, module in model.get_submodule(blocks).named_modules():
         experts = isinstance(module, nn.ModuleList) and any(isinstance(part, LINEARS) for part in module.modules())

@@ -1,53 +1,143 @@
-"""The one loop over decoder blocks."""
+"""Models on their way through their blocks: the stream, and the one loop over blocks."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.streaming.buffers import Ring, Write
+from lowmem_wanda.streaming.buffers import BlockBuffers, Write, hidden_states
 from lowmem_wanda.streaming.decoder import Block, Decoder
-from lowmem_wanda.streaming.resources import return_freed
+from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.placement import Placement
+from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, limited, return_freed, timing
 
-Parts = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
+MicroBatches = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
 Source = Callable[[int], list[Tensor]]  # block index -> where its tensors are read
-Step = Callable[[Block, Parts], Write | None]
+Step = Callable[[Block, MicroBatches], Write | None]
+Arrived = Callable[[str, torch.Tensor], None]  # path of a module, its inputs
+Notify = Callable[[dict[str, Any]], None]  # is told a record: of what begins, or of a block that is done
 
 
-@dataclass(frozen=True)
+def ignore(record: dict[str, Any]) -> None:
+    """The Notify of those who do not want to know."""
+
+
 class Stream:
-    """A model on its way through its blocks: `step` works on each of them and the hidden states, which `advance`
-    updates in place (none where nothing is measured); what it gives writes the block out."""
+    """Models side by side on their way through their blocks, and all that this takes.
 
-    decoder: Decoder
-    parts: Parts
-    source: Source
-    step: Step
-
-
-def walk(streams: Sequence[Stream], ring: Ring, indices: Sequence[int]) -> None:
-    """Takes all streams through the blocks `indices`, side by side: a block of each, then the next of each.
-
-    Meanwhile the ring reads the next block and writes the last one.
+    `states` are the hidden states of each model, which a step updates in place; there are none where no tokens are
+    given. `spent` has the seconds by part, `peak` the memory.
     """
-    stations = [(stream, index) for index in indices for stream in streams]
-    arrivals = ring.arrivals(stream.source(index) for stream, index in stations)
-    for (stream, index), slot in zip(stations, arrivals, strict=True):
-        block = stream.decoder.load(index, slot.stored)
-        write = stream.step(block, stream.parts)
-        stream.decoder.release(block)
-        ring.give_back(slot, write)
-        return_freed()
-    ring.settle()
+
+    def __init__(
+        self,
+        decoders: Sequence[Decoder],
+        batches: Sequence[np.ndarray],
+        buffers: BlockBuffers,
+        peak: Peak,
+        allocate: Any,
+    ) -> None:
+        self.decoders, self.batches, self.buffers, self.peak = decoders, batches, buffers, peak
+        self.states: list[MicroBatches] = []
+        self.spent: dict[str, float] = {}
+        self._allocate, self._start = allocate, time.perf_counter()
+
+    def walk(self, *steps: Step, indices: Iterable[int] | None = None, source: Source | None = None) -> None:
+        """Takes all models through the blocks `indices` (default: all), a block of each, then the next of each.
+
+        There is a step for each model: it works on a block and the model's hidden states, and gives back what writes
+        the block, or None. `source` says where a block is read (default: in the model's checkpoint). Meanwhile the next
+        block is read and the last one written.
+        """
+        if self.batches and not self.states:
+            self._embed()
+        models = list(zip(self.decoders, self.states or [[] for _ in self.decoders], steps, strict=True))
+        indices = range(self.decoders[0].depth) if indices is None else indices
+        visits = [(*model, index) for index in indices for model in models]
+        blocks = (source(index) if source else decoder.model.block_tensors(index) for decoder, _, _, index in visits)
+        for (decoder, states, step, index), slot in zip(visits, self.buffers.prefetch(blocks), strict=True):
+            block = decoder.load(index, slot.stored)
+            write = step(block, states)
+            decoder.release(block)
+            self.buffers.release(slot, write)
+            return_freed()
+        self.buffers.drain()
+        for decoder in self.decoders:
+            decoder.empty()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Has the writing thread do something beside the computing."""
+        self.buffers.submit(work)
+
+    def timing(self) -> dict[str, Any]:
+        """Seconds of all so far: on the wall, and by part."""
+        self.buffers.drain()
+        together = dict(self.spent)
+        add_seconds(together, self.buffers.spent)
+        return timing(time.perf_counter() - self._start, together)
+
+    def _embed(self) -> None:
+        clock = Clock(self.buffers.device)
+        with clock.part("embed"):
+            self.states += [decoder.embed(self.batches, self._allocate) for decoder in self.decoders]
+        add_seconds(self.spent, clock.seconds())
 
 
-def advance(block: Block, parts: Parts) -> None:
+@contextmanager
+def streamed(
+    *models: StreamedModel, batches: Sequence[np.ndarray] = (), placement: Placement, folder: Path | None = None
+) -> Iterator[Stream]:
+    """Gives a stream of models that are walked side by side, of one device and depth, and closes all that it holds.
+
+    The budget is that of the last model.
+
+    `batches` are token ids (sequences, length), each computed at once; they are embedded when the walk begins. Hidden
+    states in a file lie in `folder` (default: a temporary one).
+    """
+    device, budget = models[-1].device, models[-1].budget
+    with ExitStack() as stack:
+
+        def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowmem-wanda-")))
+            return stack.enter_context(hidden_states(placement.states, shape, dtype, device, place))
+
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(limited(device, budget.max_vram, placement.mapped))
+        peak = stack.enter_context(Peak(device))
+        decoders = [stack.enter_context(Decoder(model)) for model in models]
+        nbytes = max(model.block_bytes for model in models)
+        buffers = stack.enter_context(BlockBuffers(device, nbytes, placement.slots, placement.arriving, budget.read))
+        yield Stream(decoders, batches, buffers, peak, allocate)
+
+
+def advance(block: Block, states: MicroBatches) -> None:
     """Replaces the hidden states by the block's output."""
-    for part in parts:
-        carry(block, part)
+    for part in states:
+        forward_in_place(block, part)
 
 
-def carry(block: Block, part: torch.Tensor) -> None:
-    """Replaces some sequences' hidden states, wherever they lie, by the block's output."""
+def forward_in_place(block: Block, part: torch.Tensor) -> None:
+    """Replaces the hidden states of one micro-batch, on any device, by the block's output."""
     part.copy_(block(part), non_blocking=block.device.type == "cuda")
+
+
+@contextmanager
+def watched(block: Block, modules: Collection[str], arrived: Arrived) -> Iterator[None]:
+    """Calls `arrived` with the inputs of each of the block's `modules` before it computes."""
+
+    def before(path: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        arrived(path, inputs[0])
+
+    with ExitStack() as stack:
+        for path in modules:
+            module = block.module.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(partial(before, path)).remove)
+        yield

@@ -10,9 +10,10 @@ import torch
 from helpers import read_tensor, save_tiny
 from safetensors.torch import load_file, save_file
 
+from lowmem_wanda import prune
 from lowmem_wanda.checkpoint import reader as reading
-from lowmem_wanda.checkpoint.directory import INDEX, Checkpoint, read_header
-from lowmem_wanda.checkpoint.reader import WAYS, read
+from lowmem_wanda.checkpoint.directory import INDEX, Checkpoint
+from lowmem_wanda.checkpoint.reader import WAYS, read, read_header
 from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.pruning.job import prepare
 
@@ -224,12 +225,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(single, monkeypatch):
 
 def test_old_buffers_are_copied_through(tmp_path, token_file):
     """Old GPT-2 files hold the causal mask as attn.bias; transformers ignores it, so it is no error."""
-    from lowmem_wanda.cli.terminal import about
-    from lowmem_wanda.pruning.prune import prune
-
     path = save_tiny(tmp_path / "gpt2", "gpt2", shard="1GB")
     rewrite(path / "model.safetensors", lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}))
-    task = prepare(path, text=[str(token_file)])
-    assert "not use them: 1 tensors, transformer.h.0.attn.bias" in about(task)
-    prune(task, tmp_path / "out")
+    started = []
+    prune(path, tmp_path / "out", text=[str(token_file)], on_start=started.append)
+    assert started[0]["untouched"] == ["transformer.h.0.attn.bias"]
     assert "transformer.h.0.attn.bias" in Checkpoint(tmp_path / "out").tensors

@@ -9,10 +9,8 @@ import torch
 from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 
-from lowmem_wanda.checkpoint.verify import check
+from lowmem_wanda import check, prune
 from lowmem_wanda.errors import CheckpointError
-from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -24,7 +22,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def pruned(source, tmp_path):
-    prune(prepare(source, method="magnitude"), tmp_path / "out")
+    prune(source, tmp_path / "out", method="magnitude")
     return tmp_path / "out"
 
 
@@ -51,14 +49,14 @@ def test_a_pruned_checkpoint_is_proved(source, pruned):
     [("1:4", "1:4"), ("4:8", "4:8"), ("3:4", "3:4"), ("1:2", "1:2"), ("8:16", "8:16"), ("50%", "")],
 )
 def test_patterns_are_found(source, tmp_path, pattern, found):
-    prune(prepare(source, method="magnitude", pattern=pattern), tmp_path / "out")
+    prune(source, tmp_path / "out", method="magnitude", pattern=pattern)
     findings = check(tmp_path / "out", source)
     assert not findings.problems and {m.name: m.pattern for m in findings.matrices}[UP] == found
 
 
 def test_gpt2s_transposed_weights_hold_theirs_down_the_columns(tmp_path):
     source = save_tiny(tmp_path / "gpt2", "gpt2")
-    prune(prepare(source, method="magnitude"), tmp_path / "out")
+    prune(source, tmp_path / "out", method="magnitude")
     patterns = {matrix.name: matrix.pattern for matrix in check(tmp_path / "out", source).matrices}
     assert patterns["transformer.h.0.attn.c_attn.weight"] == "2:4 (transposed)"
 
@@ -137,7 +135,7 @@ def test_an_unfinished_job_is_said_to_be_one(source, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prune(prepare(source, method="magnitude"), tmp_path / "out", stop)
+        prune(source, tmp_path / "out", method="magnitude", on_block=stop)
     with pytest.raises(CheckpointError, match="unfinished job"):
         check(tmp_path / "out")
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 from safetensors import safe_open
 
-from lowmem_wanda.checkpoint import system, writer
-from lowmem_wanda.checkpoint.directory import read_header
+from lowmem_wanda.checkpoint import writer
+from lowmem_wanda.checkpoint.directory import read_header, small_files
 from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.checkpoint.writer import sha256_of, small_files, write_bytes, write_shard
+from lowmem_wanda.checkpoint.writer import sha256_of, write_bytes, write_shard
 from lowmem_wanda.errors import OutputError
 
 
@@ -91,7 +91,7 @@ def test_a_tensor_is_copied_from_its_own_file(tmp_path, monkeypatch, kernel):
     (tmp_path / "source").write_bytes(b"head" + content)
     tensor = Tensor("a", tmp_path / "source", "U8", (len(content),), 4, len(content))
     calls = []
-    copy = system.copy_range
+    copy = writer.copy_range
     monkeypatch.setattr(writer, "copy_range", lambda *args: calls.append(copy(*args) if kernel else 0) or calls[-1])
     shard = write_shard(tmp_path / "s.safetensors", [(tensor, None)])
     assert (tmp_path / "s.safetensors").read_bytes().endswith(content)
@@ -128,11 +128,11 @@ def test_space_is_taken_before_the_first_byte(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="what other systems lack does nothing")
 def test_what_linux_does_with_files(tmp_path):
     with open(tmp_path / "file", "wb") as file:
-        system.preallocate(file.fileno(), 1 << 20)
+        writer.preallocate(file.fileno(), 1 << 20)
         assert os.fstat(file.fileno()).st_size == 1 << 20
-        system.start_writeback(file.fileno(), 0, 4096)
-        system.end_writeback(file.fileno(), 0, 4096)
-        system.forget(file.fileno())
+        writer.start_writeback(file.fileno(), 0, 4096)
+        writer.end_writeback(file.fileno(), 0, 4096)
+        writer.forget(file.fileno())
 
 
 def test_a_full_disk_is_the_targets_trouble_when_a_tensor_is_copied(tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_a_full_disk_is_the_targets_trouble_when_a_tensor_is_copied(tmp_path, mo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what other systems lack does nothing")
 def test_what_could_not_be_written_is_told(monkeypatch):
-    monkeypatch.setattr(system, "library", lambda name: lambda *args: -1)
-    monkeypatch.setattr(system.ctypes, "get_errno", lambda: errno.EIO)
+    monkeypatch.setattr(writer, "library", lambda name: lambda *args: -1)
+    monkeypatch.setattr(writer.ctypes, "get_errno", lambda: errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        system.end_writeback(0, 0, 4096)
+        writer.end_writeback(0, 0, 4096)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,12 +71,30 @@ def test_debug_shows_the_traceback(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["prun"], ["prune", "a"], ["prune", "a", "b", "--method", "best"], ["prune", "a", "b", "--sequences", "0"]],
+    [["prun"], ["prune", "a"], ["prune", "a", "b", "--method", "best"], ["prune", "a", "b", "--sequences", "0"]],
 )
 def test_usage_errors_are_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_without_arguments_a_user_sees_what_he_can_do(capsys):
+    with pytest.raises(SystemExit) as error:
+        main([])
+    shown = capsys.readouterr().err
+    assert error.value.code == 2 and "usage:" in shown and "prune llama-3-8b llama-3-8b-2of4 --pattern 2:4" in shown
+    assert all(f"    {name} " in shown for name in ("prune", "plan", "imatrix", "check", "survive", "eval", "compare"))
+
+
+@pytest.mark.parametrize("command", ["prune", "plan", "imatrix", "check", "survive", "eval", "compare"])
+def test_help_says_its_defaults_in_one_way(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert not re.search(r"; [\w.:]+ -", shown)
+    if command == "prune":
+        assert "number of calibration sequences (default: 128)" in shown and "(default: 2:4)" in shown
 
 
 def test_help_and_usage_import_nothing_heavy():
@@ -173,28 +192,44 @@ def test_eval_says_what_a_model_is_worth(source, token_file, tmp_path, monkeypat
     assert dense["kl_max"] < 1e-6 < pruned["kl_mean"] and dense["top1_agreement"] == 1
     assert "block 3/3  off by" in shown.err and "90 tokens scored in 6 windows of 16" in shown.err
     report = json.loads((tmp_path / "out-eval/report.json").read_text())
-    assert report["kind"] == "eval" and len(report["models"]) == 2 and report["arguments"]["--against"] == source
+    assert report["kind"] == "eval" and len(report["models"]) == 2 and report["arguments"]["against"] == source
     assert "<html" in (tmp_path / "out-eval/report.html").read_text()
 
 
-def test_eval_shows_the_length_beside_the_perplexity_and_draws(source, token_file, tmp_path, monkeypatch, capsys):
+def test_eval_shows_the_length_beside_the_perplexity(source, token_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["eval", source, "--text", str(token_file), "--against", source, "--plot"]) == 0
+    assert main(["eval", source, "--text", str(token_file), "--against", source]) == 0
     shown = capsys.readouterr().out
-    assert (
-        "perplexity" in shown and "at 16" in shown and "±" in shown and "relative error of each block's output" in shown
-    )
+    assert "perplexity" in shown and "at 16" in shown and "±" in shown
     assert "\x1b" not in shown and "-eval/report.html" in shown
 
 
 def test_compare_is_one_table(source, token_file, tmp_path, capsys):
     out = str(tmp_path / "out")
-    command = ["compare", source, out, "--text", str(token_file), "--calibration", str(token_file), "--plot"]
+    command = ["compare", source, out, "--text", str(token_file), "--calibration", str(token_file)]
     assert main([*command, "--patterns", "50%,2:4"]) == 0
     shown = capsys.readouterr().out
     lines = [line.split()[:2] for line in shown.splitlines() if "±" in line]
     assert [line[0] for line in lines] == ["dense", "wanda", "magnitude", "wanda", "magnitude"]
-    assert "block's output" in shown and "out/report.html" in shown.replace("\n", "")
+    assert "out/report.html" in shown.replace("\n", "") and (tmp_path / "out/report.html").exists()
+
+
+def test_no_number_of_a_comparison_is_cut_at_80_columns(monkeypatch, capsys):
+    """A row as wide as they come, on a GPU, under a name that folds."""
+    from rich.console import Console
+
+    from lowmem_wanda.cli.compare import comparison_table
+
+    figures = {"perplexity": 1234.567, "perplexity_stderr": 123.45, "perplexity_ratio": 123.45, "kl_mean": 12.345,
+               "kl_p99": 12.345, "top1_agreement": 0.123, "seconds": 4000.0, "host_bytes": 23.4e9,
+               "device_bytes": 23.4e9, "name": "magnitude 50% per matrix 128 sequences"}  # fmt: skip
+    report = {"text": ["t"], "windows": 58, "length": 2048, "convention": "windows", "rows": [figures], "spread": [],
+              "dense": figures}  # fmt: skip
+    Console(width=80).print(comparison_table(report))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
+    for number in ("1234.57 ± 123.45", "123.45", "12.345", "12.3%", "67 min", "23.4 GB"):
+        assert number in shown, number
 
 
 @pytest.mark.parametrize(
@@ -220,7 +255,7 @@ def test_evaluations_that_cannot_be_are_one_sentence(source, token_file, tmp_pat
 
 @pytest.mark.parametrize(
     ("package", "flags", "install"),
-    [("plotext", ["--plot"], 'pip install "plotext<6"'), ("lm_eval", ["--tasks", "boolq"], "pip install lm-eval")],
+    [("lm_eval", ["--tasks", "boolq"], "pip install lm-eval")],
 )
 def test_an_extra_that_is_not_there_is_named(
     source, token_file, tmp_path, monkeypatch, capsys, package, flags, install

@@ -11,14 +11,8 @@ from html import unescape
 import numpy as np
 import pytest
 
+from lowmem_wanda import compare, evaluate, prune
 from lowmem_wanda.cli.page import page
-from lowmem_wanda.data.windows import windows
-from lowmem_wanda.evaluation.perplexity import evaluate
-from lowmem_wanda.pruning.compare import compare, variants
-from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
-from lowmem_wanda.pruning.report import evaluation
-from lowmem_wanda.streaming.model import open_work
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '_<script><!-- font-family: x id="y url(#z $a$ 模型'
@@ -34,17 +28,15 @@ SECTIONS = {
 def made(tiny, token_file, tmp_path_factory):
     """A real report of each kind."""
     folder, source = tmp_path_factory.mktemp("reports"), tiny("llama")
-    text = windows([str(token_file)], list, length=16, vocabulary=96)
-    pruned = prune(prepare(source, text=[str(token_file)]), folder / "pruned")
-    result = evaluate(open_work(folder / "pruned", device="cpu"), text, open_work(source, device="cpu"))
-    result["tasks"] = {"boolq": {"alias": "boolq", "acc": 0.5, "acc_stderr": 0.01}}
-    chosen = variants(["magnitude", "wanda"], ["2:4"], sequences=[2], seeds=[0, 1])
-    machine, calibration = {"device": "cpu"}, [str(token_file)]
-    compared = compare(
-        source, folder / "compared", chosen, text, calibration=calibration, length=16, machine=machine, arguments={}
-    )
-    reports = {"prune": pruned, "eval": evaluation(text, [result], {"--text": HOSTILE}), "compare": compared}
-    return json.loads(json.dumps(reports))
+    text, evaluated = {"text": [str(token_file)], "length": 16, "device": "cpu"}, []
+    pruned = prune(source, folder / "pruned", text=[str(token_file)])
+    evaluate(folder / "pruned", **text, against=source, on_report=evaluated.append)
+    (report,) = evaluated
+    report["models"][0]["tasks"] = {"boolq": {"alias": "boolq", "acc": 0.5, "acc_stderr": 0.01}}
+    report["arguments"] = {"text": HOSTILE}
+    chosen = {"methods": ["magnitude", "wanda"], "patterns": ["2:4"], "sequences": [2], "seeds": [0, 1]}
+    compared = compare(source, folder / "compared", **text, **chosen, calibration=[str(token_file)])
+    return json.loads(json.dumps({"prune": pruned, "eval": report, "compare": compared}))
 
 
 @pytest.fixture

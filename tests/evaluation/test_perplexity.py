@@ -5,17 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, save_tiny
+from helpers import FAMILIES, opened, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowmem_wanda import prune
 from lowmem_wanda.data.windows import windows
 from lowmem_wanda.errors import BudgetError, CalibrationError, ModelError, NumberError
-from lowmem_wanda.evaluation.losses import perplexity
-from lowmem_wanda.evaluation.perplexity import evaluate
-from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
+from lowmem_wanda.evaluation.perplexity import measure, perplexity
 from lowmem_wanda.streaming import head
-from lowmem_wanda.streaming.model import Limits, open_work
 
 
 def ids(text):
@@ -52,20 +49,20 @@ def test_perplexity_is_transformers_own(tiny, token_file, narrow, family):
     tokens = torch.from_numpy(np.load(token_file))
     with torch.no_grad():
         expected = math.exp(float(model(input_ids=tokens, labels=tokens).loss))
-    result = evaluate(open_work(tiny(family), device="cpu", batch=4), rows(token_file))
+    result = measure(opened(tiny(family), batch=4), rows(token_file))
     assert result["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert (result["tokens"], result["length"], len(result["blocks"])) == (6 * 15, 16, 3)
 
 
 def test_figures_against_the_dense_model_are_the_direct_ones(tiny, token_file, tmp_path, narrow):
     source, tokens = tiny("llama"), np.load(token_file)
-    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)])
     dense, pruned = whole(source, tokens)[:, :-1], whole(tmp_path / "out", tokens)[:, :-1]
     p, q = dense.log_softmax(-1), pruned.log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).reshape(-1).numpy()
     change = (whole_losses(tmp_path / "out", tokens) - whole_losses(source, tokens)).reshape(-1)
-    works = [open_work(path, device="cpu", batch=4) for path in (tmp_path / "out", source)]
-    result = evaluate(works[0], rows(token_file), works[1])
+    works = [opened(path, batch=4) for path in (tmp_path / "out", source)]
+    result = measure(works[0], rows(token_file), works[1])
     same = (dense.argmax(-1) == pruned.argmax(-1)).double().mean()
     assert result["kl_mean"] == pytest.approx(divergence.mean(), rel=1e-5)
     assert result["kl_p99"] == pytest.approx(np.percentile(divergence, 99), rel=1e-5)
@@ -78,7 +75,7 @@ def test_figures_against_the_dense_model_are_the_direct_ones(tiny, token_file, t
 
 def test_damage_is_the_relative_error_of_each_blocks_output(tiny, token_file, tmp_path):
     source, tokens = tiny("qwen3"), torch.from_numpy(np.load(token_file))
-    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)])
     outputs = []
     for path in (source, tmp_path / "out"):
         model, kept = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), []
@@ -87,29 +84,27 @@ def test_damage_is_the_relative_error_of_each_blocks_output(tiny, token_file, tm
         with torch.no_grad():
             model(tokens, use_cache=False)
         outputs.append(kept)
-    result = evaluate(open_work(tmp_path / "out", device="cpu"), rows(token_file), open_work(source, device="cpu"))
+    result = measure(opened(tmp_path / "out"), rows(token_file), opened(source))
     expected = [float((one - other).norm() / other.norm()) for other, one in zip(*outputs, strict=True)]
     assert [block["relative_error"] for block in result["blocks"]] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_against_itself(tiny, token_file):
-    result = evaluate(
-        *(open_work(tiny("llama"), device="cpu"), rows(token_file), open_work(tiny("llama"), device="cpu"))
-    )
+    result = measure(*(opened(tiny("llama")), rows(token_file), opened(tiny("llama"))))
     assert abs(result["kl_max"]) < 1e-6 and result["perplexity_ratio"] == result["top1_agreement"] == 1
     assert [block["relative_error"] for block in result["blocks"]] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("limits", [Limits(states="file"), Limits(slots=1), Limits(slots=2, reading="mmap")])
+@pytest.mark.parametrize("limits", [{"states": "file"}, {"slots": 1}, {"slots": 2, "read": "mmap"}])
 def test_no_layout_changes_a_figure(tiny, token_file, limits):
     dense, keys = tiny("llama"), ("perplexity", "kl_mean", "kl_p99", "top1_agreement")
     results = [
-        evaluate(
-            open_work(tiny("llama_tied"), device="cpu", batch=4, limits=limit),
+        measure(
+            opened(tiny("llama_tied"), batch=4, **limit),
             rows(token_file),
-            open_work(dense, device="cpu", limits=limit),
+            opened(dense, **limit),
         )
-        for limit in (limits, Limits())
+        for limit in (limits, {})
     ]
     assert [results[0][key] for key in keys] == [results[1][key] for key in keys]
 
@@ -120,7 +115,7 @@ def test_strides_score_each_token_once_with_more_before_it(tiny, tmp_path):
     text = rows(tmp_path / "ids.npy", stride=6)
     losses = whole_losses(tiny("llama"), text.tokens)
     expected = np.concatenate([losses[0], *(row[-6:] for row in losses[1:])])
-    result = evaluate(open_work(tiny("llama"), device="cpu"), text)
+    result = measure(opened(tiny("llama")), text)
     assert text.tokens.shape == (6, 16) and text.scored == result["tokens"] == 15 + 5 * 6
     assert np.array_equal(text.tokens[1], tokens[6:22])
     assert result["perplexity"] == pytest.approx(math.exp(expected.mean()), rel=1e-5)
@@ -132,7 +127,7 @@ def test_llama_cpps_convention(tiny, tmp_path):
     plain = rows(tmp_path / "a.txt")
     assert (text.tokens[:, 0] == 1).all() and np.array_equal(text.tokens[:, 1:], plain.tokens[:, 1:])
     expected = whole_losses(tiny("llama"), text.tokens)[:, 8:]  # tokens 9 to 15: n_ctx - n_ctx / 2 - 1
-    result = evaluate(open_work(tiny("llama"), device="cpu"), text)
+    result = measure(opened(tiny("llama")), text)
     assert result["tokens"] == 3 * 7
     assert result["perplexity"] == pytest.approx(math.exp(expected.mean()), rel=1e-5)
     error = expected.std(ddof=1) / math.sqrt(expected.size) * result["perplexity"]
@@ -181,12 +176,12 @@ def test_windows_that_cannot_be_are_refused(tmp_path, settings, says):
 def test_models_of_another_kind_are_refused(tiny, token_file, tmp_path):
     other = save_tiny(tmp_path / "deep", "llama", num_hidden_layers=4)
     with pytest.raises(ModelError, match="has 3 blocks, .*deep 4"):
-        evaluate(open_work(tiny("llama"), device="cpu"), rows(token_file), open_work(other, device="cpu"))
+        measure(opened(tiny("llama")), rows(token_file), opened(other))
 
 
 def test_a_budget_is_kept_or_refused(tiny, token_file):
     with pytest.raises(BudgetError, match="--max-ram"):
-        evaluate(open_work(tiny("llama"), device="cpu", limits=Limits(max_ram=1 << 20)), rows(token_file))
+        measure(opened(tiny("llama"), max_ram=1 << 20), rows(token_file))
 
 
 def test_logits_that_are_no_numbers_are_an_error(token_file, tmp_path):
@@ -195,7 +190,7 @@ def test_logits_that_are_no_numbers_are_an_error(token_file, tmp_path):
     model.lm_head.weight.data[3, 3] = float("nan")
     model.save_pretrained(path)
     with pytest.raises(NumberError, match="NaN"):
-        evaluate(open_work(path, device="cpu"), rows(token_file))
+        measure(opened(path), rows(token_file))
 
 
 def test_the_error_of_a_perplexity_is_that_of_a_mean():

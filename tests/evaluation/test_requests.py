@@ -5,15 +5,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import opened
 from transformers import AutoModelForCausalLM
 
 from lowmem_wanda.errors import BudgetError, CalibrationError
 from lowmem_wanda.evaluation import requests as sweeps
-from lowmem_wanda.evaluation.requests import LEAST, Input, collect, cut, in_batches, lay_out, padded, plan, sweep
-from lowmem_wanda.streaming.model import open_work
-from lowmem_wanda.streaming.placement import Layout
+from lowmem_wanda.evaluation.requests import (
+    LEAST,
+    Input,
+    batched,
+    collect,
+    cut,
+    group_inputs,
+    padded,
+    sweep,
+    sweep_size,
+)
+from lowmem_wanda.streaming.placement import Placement
 
-IN_MEMORY = Layout("device", 3, 1, 2, 0, 1 << 20, 1 << 20)
+IN_MEMORY = Placement("device", 3, 1, 2, 0, 1 << 20, 1 << 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,11 +67,11 @@ def check(work, model, questions, made):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2", "bloom"])
 def test_answers_are_those_of_each_input_alone(tiny, questions, family):
-    work = open_work(tiny(family), device="cpu")
+    work = opened(tiny(family))
     model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32)
     greedy = int(model(torch.tensor([questions[0][0]])).logits[0, -1].argmax())
     questions = [*questions, (questions[0][0], [greedy])]
-    made = lay_out(work, collect(questions, 64))
+    made = group_inputs(work, collect(questions, 64))
     assert len(made.parts) == 1 and made.sizes == sorted(made.sizes, reverse=True) and made.sizes[0] == 64
     check(work, model, questions, made)
     pieces = list(cut(made.sizes, 70))
@@ -81,11 +91,11 @@ def test_each_input_is_given_once(questions):
 
 def test_batches_hold_one_length_and_no_more_than_they_may():
     inputs = [Input(tuple(range(3, 3 + size)), [(size, [8])]) for size in (40, 30, 29, 20, 18, 17)]
-    made = list(in_batches(inputs, [padded(len(one.tokens), None) for one in inputs], 64))
+    made = list(batched(inputs, [padded(len(one.tokens), None) for one in inputs], 64))
     assert [batch.tokens.shape for batch in made] == [(1, 48), (2, 32), (2, 32), (1, 32)]
     assert made[1].rows.tolist() == [29, 32 + 28] and made[1].targets.tolist() == [8, 8]
     assert made[1].tokens[1, 29:].tolist() == [0, 0, 0]
-    assert [len(batch.tokens) for batch in in_batches(inputs, [48] * 6, 1)] == [1] * 6
+    assert [len(batch.tokens) for batch in batched(inputs, [48] * 6, 1)] == [1] * 6
 
 
 @pytest.mark.parametrize(
@@ -114,7 +124,7 @@ def planned(monkeypatch, work, fits, in_file, longest, total):
     tried = []
 
     def choose(asked):
-        sequences, length = asked.shape
+        sequences, length = asked.sequences, asked.length
         assert length == longest
         tried.append(sequences)
         if sequences > fits:
@@ -122,11 +132,11 @@ def planned(monkeypatch, work, fits, in_file, longest, total):
         return replace(IN_MEMORY, states="file" if sequences > in_file else "device"), None
 
     monkeypatch.setattr(sweeps, "choose", choose)
-    return plan(work, longest, total)[0], tried
+    return sweep_size(work, longest, total)[0], tried
 
 
 def test_as_much_as_fits_goes_in_one_sweep(monkeypatch, tiny):
-    work = open_work(tiny("llama"), device="cpu")
+    work = opened(tiny("llama"))
     assert planned(monkeypatch, work, 10**6, 10**6, 100, 150) == (150, [2])
     assert planned(monkeypatch, work, 10**6, 10**6, 512, 10**6) == (10**6, [1954])
     assert planned(monkeypatch, work, 10**6, 600, 512, 10**6) == (250_000, [1954, 977, 489])
@@ -138,7 +148,7 @@ def test_as_much_as_fits_goes_in_one_sweep(monkeypatch, tiny):
 
 
 def test_an_id_that_the_model_does_not_have_is_refused(tiny):
-    work = open_work(tiny("llama"), device="cpu")
+    work = opened(tiny("llama"))
     for question in (([3, 96], [4]), ([3], [96])):
         with pytest.raises(CalibrationError, match="token id 96 is outside the model's vocabulary of 96"):
-            sweep(work, lay_out(work, collect([question], 64)), 0)
+            sweep(work, group_inputs(work, collect([question], 64)), 0)

@@ -13,15 +13,15 @@ import torch
 
 pytest.importorskip("lm_eval")
 import lm_eval
+from helpers import opened
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lowmem_wanda.errors import BudgetError, CalibrationError, CheckpointError, ModelError
+from lowmem_wanda.errors import BudgetError, CalibrationError, CheckpointError, LowmemError, ModelError
 from lowmem_wanda.evaluation import harness, zeroshot
 from lowmem_wanda.evaluation import requests as sweeps
-from lowmem_wanda.evaluation.harness import Lowmem, size_of
-from lowmem_wanda.streaming.model import Limits
+from lowmem_wanda.evaluation.harness import Lowmem
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = str(ROOT / "tests" / "evaluation" / "tasks")
@@ -96,7 +96,7 @@ def test_requests_of_all_tasks_are_answered_as_by_hf(hf, ours, requests, monkeyp
     same(whole, hf.loglikelihood(requests, disable_tqdm=True))
     assert ours.sweeps == 1 and ours.truncated > 0
     monkeypatch.setattr(
-        sweeps, "plan", lambda work, longest, total, plan=sweeps.plan: (4000, plan(work, longest, 4000)[1])
+        sweeps, "sweep_size", lambda work, longest, total, size=sweeps.sweep_size: (4000, size(work, longest, 4000)[1])
     )
     same(ours.loglikelihood(requests, disable_tqdm=True), whole)
     assert ours.sweeps > 10
@@ -104,9 +104,7 @@ def test_requests_of_all_tasks_are_answered_as_by_hf(hf, ours, requests, monkeyp
 
 def test_metrics_are_those_of_hf(hf, stories, local):
     seen = []
-    found = zeroshot.zeroshot(
-        stories, TASKS, include_path=LOCAL, limit=LIMIT, notify=seen.append, device="cpu", dtype="float32"
-    )
+    found = zeroshot.run(opened(stories), TASKS, include_path=LOCAL, limit=LIMIT, on_block=seen.append)
     theirs = lm_eval.simple_evaluate(hf, tasks=TASKS, task_manager=local, limit=LIMIT, log_samples=False)["results"]
     assert list(found) == TASKS
     for task in TASKS:
@@ -173,7 +171,9 @@ def test_greedy_is_told_as_by_hf(hf, ours):
 def test_answers_are_kept_as_soon_as_their_sweep_is_done(ours, monkeypatch):
     """So that a killed run with --use_cache goes on from there."""
     kept = []
-    monkeypatch.setattr(sweeps, "plan", lambda work, longest, total, plan=sweeps.plan: (40, plan(work, longest, 40)[1]))
+    monkeypatch.setattr(
+        sweeps, "sweep_size", lambda work, longest, total, size=sweeps.sweep_size: (40, size(work, longest, 40)[1])
+    )
     monkeypatch.setattr(ours, "cache_hook", SimpleNamespace(add_partial=lambda *given: kept.append(given)))
     made = [request("Once upon a time there", " was"), request("Once", " upon"), request("Lily", " and Tom")]
     answers = ours.loglikelihood(made, disable_tqdm=True)
@@ -187,25 +187,16 @@ def test_a_budget_is_kept_or_refused(stories):
     made = [request("Once upon a time there", " was")]
     with pytest.raises(BudgetError, match="--max-ram"):
         Lowmem(stories, device="cpu", max_ram="50MB").loglikelihood(made, disable_tqdm=True)
-    assert Lowmem(stories, device="cpu", limits=Limits(max_ram=10**9)).work.limits.max_ram == 10**9
-    assert Lowmem(stories, device="cpu", max_ram=3, limits=Limits(slots=1)).work.limits == Limits(3 * 10**9, slots=1)
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [(8, 8 * 10**9), ("7.5GB", 75 * 10**8), ("500mb", 5 * 10**8), ("1 GiB", 1 << 30), (None, None)],
-)
-def test_sizes(size, expected):
-    assert size_of(size, "max_ram") == expected
+    assert Lowmem(stories, device="cpu", max_ram=3).streamed.budget.max_ram == 3 * 10**9
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"peft": "x"}, "peft: lowmem has no such argument"), ({"dtype": "int8"}, "dtype=int8 is none of auto, float32"),
-     ({"max_ram": "much"}, "max_ram=much is no size")],
+    [({"peft": "x"}, "peft: lowmem has no such argument"), ({"dtype": "int8"}, "--dtype int8: give one of auto, float32"),
+     ({"max_ram": "much"}, "max_ram='much' is no size")],
 )  # fmt: skip
 def test_arguments_that_are_not_known_are_named(stories, given, message):
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(LowmemError, match=message):
         Lowmem(stories, **given)
 
 
@@ -272,29 +263,29 @@ def test_tasks_that_cannot_be_run_are_named_before_any_work(
     )
     (tmp_path / "task.yaml").write_text(TASK.format(name="far" if name == "nothing" else name, kind=kind, path=path))
     with pytest.raises((ModelError, CalibrationError), match=message):
-        zeroshot.zeroshot(stories, [name], include_path=str(tmp_path), device="cpu")
+        zeroshot.run(opened(stories), [name], include_path=str(tmp_path))
 
 
 def test_tasks_are_found_by_file_pattern_and_group(stories, only_local):
-    found = zeroshot.zeroshot(stories, [f"{LOCAL}/rte.yaml", "local_arc_*"], include_path=LOCAL, limit=2, device="cpu")
+    found = zeroshot.run(opened(stories), [f"{LOCAL}/rte.yaml", "local_arc_*"], include_path=LOCAL, limit=2)
     assert list(found) == ["local_rte", "local_arc_challenge", "local_arc_easy"]
-    found = zeroshot.zeroshot(stories, ["local_arc"], include_path=LOCAL, limit=2, device="cpu")
+    found = zeroshot.run(opened(stories), ["local_arc"], include_path=LOCAL, limit=2)
     assert found["local_arc"]["acc"] == (found["local_arc_easy"]["acc"] + found["local_arc_challenge"]["acc"]) / 2
     with pytest.raises(CalibrationError, match="--tasks: Duplicate task 'local_arc_easy'.*; name it once"):
-        zeroshot.zeroshot(stories, ["local_arc", "local_arc_easy"], include_path=LOCAL, limit=2, device="cpu")
+        zeroshot.run(opened(stories), ["local_arc", "local_arc_easy"], include_path=LOCAL, limit=2)
     with pytest.raises(CalibrationError, match="is no folder"):
-        zeroshot.zeroshot(stories, ["x"], include_path="nowhere", device="cpu")
+        zeroshot.run(opened(stories), ["x"], include_path="nowhere")
 
 
 def test_perplexity_tasks_run_too(stories, only_local):
-    found = zeroshot.zeroshot(stories, ["local_tinystories"], include_path=LOCAL, limit=3, device="cpu")
+    found = zeroshot.run(opened(stories), ["local_tinystories"], include_path=LOCAL, limit=3)
     assert 1 < found["local_tinystories"]["byte_perplexity"] < 4
 
 
 def test_the_harness_knows_it_by_name(stories):
     assert get_model("lowmem") is Lowmem is harness.Lowmem
     model = Lowmem.create_from_arg_string(f"pretrained={stories},max_ram=8GB", {"batch_size": 1, "device": "cpu"})
-    assert model.work.limits.max_ram == 8 * 10**9 and model.device.type == "cpu" and model.rank == 0
+    assert model.streamed.budget.max_ram == 8 * 10**9 and model.device.type == "cpu" and model.rank == 0
 
 
 def test_the_harness_s_own_command_line(stories, shared, tmp_path):
@@ -308,5 +299,6 @@ def test_the_harness_s_own_command_line(stories, shared, tmp_path):
     (written,) = tmp_path.glob("out*.json")
     shown = json.loads(written.read_text())["results"]["local_rte"]
     assert (
-        shown["acc,none"] == zeroshot.zeroshot(stories, ["local_rte"], include_path=LOCAL, limit=10)["local_rte"]["acc"]
+        shown["acc,none"]
+        == zeroshot.run(opened(stories), ["local_rte"], include_path=LOCAL, limit=10)["local_rte"]["acc"]
     )

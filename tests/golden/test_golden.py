@@ -4,19 +4,16 @@ import numpy as np
 import pytest
 from helpers import read_tensor
 
+from lowmem_wanda import prune
 from lowmem_wanda.checkpoint.directory import Checkpoint
-from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
 
 
 @pytest.mark.parametrize(("pattern", "file"), [("50%", "unstructured"), ("2:4", "2of4")])
 @pytest.mark.parametrize(("method", "batch"), [("wanda", 1), ("wanda", 4), ("wanda", 16), ("magnitude", None)])
 def test_no_bit_differs_from_the_papers_mask(shared, tmp_path, method, pattern, file, batch):
     golden = shared / "golden"
-    task = prepare(
-        golden / "tiny-llama", method=method, pattern=pattern, text=[str(golden / "calib_16x256.npy")], batch=batch
-    )
-    prune(task, tmp_path / "out")
+    text = [str(golden / "calib_16x256.npy")]
+    prune(golden / "tiny-llama", tmp_path / "out", method=method, pattern=pattern, text=text, batch=batch)
     tensors, masks = Checkpoint(tmp_path / "out").tensors, np.load(golden / f"mask_{method}_{file}.npz")
     differing = total = 0
     for name in masks.files:

@@ -4,13 +4,11 @@ import pytest
 import torch
 from helpers import save_tiny
 
-from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
+from lowmem_wanda import prune
 from lowmem_wanda.sparsity import masks
 from lowmem_wanda.sparsity.methods import wanda
 from lowmem_wanda.sparsity.patterns import parse
 from lowmem_wanda.sparsity.statistics import SquaredNorm
-from lowmem_wanda.streaming.model import Limits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 
@@ -20,11 +18,11 @@ def test_no_layout_changes_a_bit(token_file, tmp_path, statistics):
     source = save_tiny(tmp_path / "source", "llama", torch.bfloat16)
     expected = None
     for number, limits in enumerate(
-        [Limits(), Limits(states="host"), Limits(states="file", slots=1), Limits(slots=2, held=1, reading="mmap")]
+        [{}, {"states": "host"}, {"states": "file", "slots": 1}, {"slots": 2, "held": 1, "read": "mmap"}]
     ):
         out = tmp_path / str(number)
         settings = {"text": [str(token_file)], "batch": 4, "statistics": statistics, "device": "cuda"}
-        report = prune(prepare(source, limits=limits, **settings), out)
+        report = prune(source, out, **limits, **settings)
         bytes_ = {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
         expected = expected or bytes_
         assert bytes_ == expected
@@ -33,8 +31,8 @@ def test_no_layout_changes_a_bit(token_file, tmp_path, statistics):
 
 def test_the_measured_peak_is_within_the_cap(token_file, tmp_path):
     source = save_tiny(tmp_path / "source", "llama", torch.bfloat16)
-    limits = Limits(max_vram=400_000_000)
-    report = prune(prepare(source, text=[str(token_file)], device="cuda", limits=limits), tmp_path / "out")
+    limits = {"max_vram": 400_000_000}
+    report = prune(source, tmp_path / "out", text=[str(token_file)], device="cuda", **limits)
     assert 0 < report["peak_memory"]["device_measured"] <= 400_000_000
     torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -12,19 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, digests, save_tiny
+from helpers import FAMILIES, digests, opened, save_tiny
 from transformers import AutoModelForCausalLM
 
+from lowmem_wanda import prune
 from lowmem_wanda.cli.main import main
 from lowmem_wanda.data.calibration import Calibration
 from lowmem_wanda.errors import CalibrationError, CheckpointError, ModelError, OutputError
 from lowmem_wanda.llamacpp import names as naming
-from lowmem_wanda.llamacpp.collect import imatrix
+from lowmem_wanda.llamacpp.collect import collect
 from lowmem_wanda.llamacpp.imatrix import About, Entry, read, write
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
-from lowmem_wanda.streaming.model import Limits, open_work
+from lowmem_wanda.pruning.prune import run
+from lowmem_wanda.streaming.machine import Machine
 
 BINARIES = os.environ.get("LLAMA_CPP_BIN")  # where llama-imatrix, llama-quantize and llama-tokenize are, if anywhere
 ENTRIES = {
@@ -168,14 +169,14 @@ NAMES = {
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
 def test_names_are_llama_cpps(tiny, family):
-    names = gguf_names(open_work(tiny(family), device="cpu").hollow.weights, "x")
+    names = gguf_names([matrix.name for block in opened(tiny(family)).skeleton.matrices for matrix in block], "x")
     assert set(names.values()) == {f"blk.{index}.{kind}.weight" for index in range(3) for kind in NAMES[family]}
 
 
 def test_a_family_without_names_is_an_error_and_still_pruned(tiny, token_file, tmp_path):
     with pytest.raises(ModelError, match=r"tensor model.decoder.layers.0.*no name for it.*--imatrix"):
         prepare(tiny("opt"), text=[str(token_file)], imatrix=tmp_path / "x.gguf")
-    report = prune(prepare(tiny("opt"), text=[str(token_file)]), tmp_path / "out")
+    report = prune(tiny("opt"), tmp_path / "out", text=[str(token_file)])
     assert report["summary"]["sparsity"] == 0.5
 
 
@@ -203,10 +204,13 @@ def direct(path, tokens):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "stablelm"])
 def test_sums_are_those_of_the_whole_model(tiny, token_file, tmp_path, family):
-    tokens, work = np.load(token_file), open_work(tiny(family), device="cpu", batch=4)
-    found = imatrix(work, Calibration(tokens, ("t",)), tmp_path / "x.gguf")
+    tokens, work = np.load(token_file), opened(tiny(family), batch=4)
+    found = collect(work, Calibration(tokens, ("t",)), tmp_path / "x.gguf")
     entries, about = read(tmp_path / "x.gguf")
-    expected, names = direct(tiny(family), tokens), gguf_names(work.hollow.weights, "x")
+    expected, names = (
+        direct(tiny(family), tokens),
+        gguf_names([one.name for block in work.skeleton.matrices for one in block], "x"),
+    )
     assert found["entries"] == len(entries) == len(expected) and about == About(("t",), 6, 16)
     for name, sums in expected.items():
         entry = entries[names[f"{name}.weight"]]
@@ -216,31 +220,31 @@ def test_sums_are_those_of_the_whole_model(tiny, token_file, tmp_path, family):
 ORDERS = [
     {"statistics": "block"},
     {"statistics": "sequential"},
-    {"statistics": "sequential", "limits": Limits(held=0)},
-    {"statistics": "sequential", "limits": Limits(held=1)},
+    {"statistics": "sequential", "held": 0},
+    {"statistics": "sequential", "held": 1},
     {"statistics": "block", "exclude": ["*v_proj*", "*down_proj*"]},
     {"statistics": "sequential", "exclude": ["*v_proj*", "*down_proj*"]},
-    {"statistics": "sequential", "include": ["*layers.1.*"], "limits": Limits(held=1)},
+    {"statistics": "sequential", "include": ["*layers.1.*"], "held": 1},
     {"method": "magnitude"},
     {"zeros": "signed-tiny"},
-    {"limits": Limits(states="file", slots=1)},
+    {"states": "file", "slots": 1},
 ]
 
 
 @pytest.mark.parametrize("settings", ORDERS)
 def test_it_is_the_pruned_models_own_to_the_byte(tiny, token_file, tmp_path, settings):
     same = {"text": [str(token_file)], "batch": 4}
-    prune(prepare(tiny("llama"), imatrix=tmp_path / "a.gguf", **same, **settings), tmp_path / "out")
+    prune(tiny("llama"), tmp_path / "out", imatrix=tmp_path / "a.gguf", **same, **settings)
     assert measured(tmp_path / "out", token_file, tmp_path / "b.gguf") == (tmp_path / "a.gguf").read_bytes()
-    prune(prepare(tiny("llama"), **same, **settings), tmp_path / "without")
+    prune(tiny("llama"), tmp_path / "without", **same, **settings)
     ours, theirs = (digests(tmp_path / name) for name in ("out", "without"))
     assert {**ours, "job.json": ""} == {**theirs, "job.json": ""}
 
 
 def measured(path, token_file, out):
     """The bytes of a checkpoint's importance matrix, by the command for that."""
-    work = open_work(path, device="cpu", batch=4)
-    imatrix(work, Calibration(np.load(token_file), (Path(token_file).name,)), out)
+    work = opened(path, batch=4)
+    collect(work, Calibration(np.load(token_file), (Path(token_file).name,)), out)
     return out.read_bytes()
 
 
@@ -254,8 +258,12 @@ def test_what_a_killed_run_left_is_cleared_away(tiny, token_file, tmp_path):
 
 def test_in_the_dense_order_it_is_the_dense_models(tiny, token_file, tmp_path):
     prune(
-        prepare(tiny("llama"), text=[str(token_file)], batch=4, statistics="dense", imatrix=tmp_path / "a.gguf"),
+        tiny("llama"),
         tmp_path / "out",
+        text=[str(token_file)],
+        batch=4,
+        statistics="dense",
+        imatrix=tmp_path / "a.gguf",
     )
     assert measured(tiny("llama"), token_file, tmp_path / "b.gguf") == (tmp_path / "a.gguf").read_bytes()
 
@@ -265,7 +273,7 @@ def test_in_the_dense_order_it_is_the_dense_models(tiny, token_file, tmp_path):
 def test_it_survives_a_stop(tiny, token_file, tmp_path, order, first, blocks):
     """Also where the job was begun without it, and where all blocks were done."""
     settings = {"text": [str(token_file)], "batch": 4, "statistics": order}
-    prune(prepare(tiny("llama"), imatrix=tmp_path / "whole.gguf", **settings), tmp_path / "whole")
+    prune(tiny("llama"), tmp_path / "whole", imatrix=tmp_path / "whole.gguf", **settings)
 
     def stop(record):
         if record["index"] + 1 == blocks:
@@ -273,62 +281,62 @@ def test_it_survives_a_stop(tiny, token_file, tmp_path, order, first, blocks):
 
     with pytest.raises(KeyboardInterrupt):
         prune(
-            prepare(tiny("llama"), imatrix=tmp_path / "x.gguf" if first else None, **settings), tmp_path / "out", stop
+            tiny("llama"), tmp_path / "out", imatrix=tmp_path / "x.gguf" if first else None, on_block=stop, **settings
         )
     assert not (tmp_path / "x.gguf").exists()
-    prune(prepare(tiny("llama"), imatrix=tmp_path / "x.gguf", **settings), tmp_path / "out")
+    prune(tiny("llama"), tmp_path / "out", imatrix=tmp_path / "x.gguf", **settings)
     assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("last", ["save_imatrix", "save", "_end"])
+@pytest.mark.parametrize("last", ["save_imatrix", "write_json", "_end"])
 def test_a_kill_among_the_last_files_is_made_good(tiny, token_file, tmp_path, monkeypatch, last):
     settings = {"text": [str(token_file)], "batch": 4, "imatrix": tmp_path / "x.gguf"}
     with monkeypatch.context() as patch:
         patch.setattr(f"lowmem_wanda.pruning.prune.{last}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            prune(prepare(tiny("llama"), **settings), tmp_path / "out")
+            prune(tiny("llama"), tmp_path / "out", **settings)
     assert (tmp_path / "x.gguf").exists() == (last != "save_imatrix")
     for _ in range(2):  # once more is no error
-        prune(prepare(tiny("llama"), **settings), tmp_path / "out")
+        prune(tiny("llama"), tmp_path / "out", **settings)
         assert not (tmp_path / "out/.imatrix").exists()
     assert measured(tmp_path / "out", token_file, tmp_path / "b.gguf") == (tmp_path / "x.gguf").read_bytes()
     (tmp_path / "x.gguf").unlink()
     with pytest.raises(OutputError, match="make one by: imatrix"):
-        prune(prepare(tiny("llama"), **settings), tmp_path / "out")
+        prune(tiny("llama"), tmp_path / "out", **settings)
 
 
 def test_a_file_that_came_meanwhile_is_not_replaced_and_nothing_lost(tiny, token_file, tmp_path):
-    task, path = (
-        prepare(tiny("llama"), text=[str(token_file)], batch=4, imatrix=tmp_path / "x.gguf"),
+    job, path = (
+        prepare(tiny("llama"), text=[str(token_file)], imatrix=tmp_path / "x.gguf", machine=Machine(batch=4)),
         tmp_path / "x.gguf",
     )
     for _ in range(2):
         with pytest.raises(OutputError, match="exists, and is not replaced"):
-            prune(task, tmp_path / "out", lambda record: path.write_text("mine"))
+            run(job, tmp_path / "out", lambda record: path.write_text("mine"))
         assert path.read_text() == "mine"
     path.unlink()
-    prune(task, tmp_path / "out")
+    run(job, tmp_path / "out")
     assert measured(tmp_path / "out", token_file, tmp_path / "b.gguf") == path.read_bytes()
     path.write_text("mine")
     with pytest.raises(OutputError, match="is not the importance matrix"):
-        prune(task, tmp_path / "out")
-    work = open_work(tiny("llama"), device="cpu")
+        run(job, tmp_path / "out")
+    work = opened(tiny("llama"))
     with pytest.raises(OutputError, match="exists, and is not replaced"):
-        imatrix(work, task.calibration, tmp_path / "y.gguf", lambda record: (tmp_path / "y.gguf").write_text("mine"))
+        collect(work, job.calibration, tmp_path / "y.gguf", lambda record: (tmp_path / "y.gguf").write_text("mine"))
 
 
 def test_a_damaged_store_is_recorded_again(tiny, token_file, tmp_path, monkeypatch):
-    task = prepare(tiny("llama"), text=[str(token_file)], batch=4, imatrix=tmp_path / "x.gguf")
+    job = prepare(tiny("llama"), text=[str(token_file)], imatrix=tmp_path / "x.gguf", machine=Machine(batch=4))
     with monkeypatch.context() as patch:
         patch.setattr("lowmem_wanda.pruning.prune.save_imatrix", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            prune(task, tmp_path / "out")
+            run(job, tmp_path / "out")
     damaged = sorted((tmp_path / "out/.imatrix").iterdir())[1]
     damaged.write_bytes(damaged.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="was damaged; run the same command again"):
-        prune(task, tmp_path / "out")
-    prune(task, tmp_path / "out")
+        run(job, tmp_path / "out")
+    run(job, tmp_path / "out")
     assert measured(tmp_path / "out", token_file, tmp_path / "b.gguf") == (tmp_path / "x.gguf").read_bytes()
 
 
@@ -341,16 +349,13 @@ def test_a_job_without_measuring_may_turn_to_it_and_to_another_text(tiny, token_
     other = tmp_path / "other.npy"
     np.save(other, np.load(token_file)[::-1])
     for name, text in (("x", token_file), ("y", other)):
-        task = prepare(tiny("llama"), method="magnitude", text=[str(text)], batch=4, imatrix=tmp_path / f"{name}.gguf")
+        settings = {"method": "magnitude", "text": [str(text)], "batch": 4, "imatrix": tmp_path / f"{name}.gguf"}
         with pytest.raises(KeyboardInterrupt) if name == "x" else contextlib.nullcontext():
-            prune(task, tmp_path / "out", stop if name == "x" else lambda record: None)
+            prune(tiny("llama"), tmp_path / "out", on_block=stop if name == "x" else lambda record: None, **settings)
     assert measured(tmp_path / "out", other, tmp_path / "b.gguf") == (tmp_path / "y.gguf").read_bytes()
-    prune(prepare(tiny("llama"), method="magnitude"), tmp_path / "out")
+    prune(tiny("llama"), tmp_path / "out", method="magnitude")
     with pytest.raises(OutputError, match="on this text"):
-        prune(
-            prepare(tiny("llama"), method="magnitude", text=[str(token_file)], imatrix=tmp_path / "y.gguf"),
-            tmp_path / "out",
-        )
+        prune(tiny("llama"), tmp_path / "out", method="magnitude", text=[str(token_file)], imatrix=tmp_path / "y.gguf")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +376,7 @@ def test_targets_that_will_not_do_are_refused_before_any_work(tiny, token_file, 
 def test_it_may_lie_in_the_folder_that_is_made(tiny, token_file, tmp_path):
     path = tmp_path / "out/x.dat"
     for _ in range(2):
-        prune(prepare(tiny("llama"), text=[str(token_file)], imatrix=path), tmp_path / "out")
+        prune(tiny("llama"), tmp_path / "out", text=[str(token_file)], imatrix=path)
         assert len(read(path)[0]) == 21
 
 
@@ -388,11 +393,11 @@ def test_without_gguf_it_says_what_to_install(tiny, token_file, tmp_path, monkey
 def test_pruning_by_norms_is_the_dense_order(tiny, token_file, tmp_path):
     """Two formats, and no forward pass."""
     same = {"text": [str(token_file)], "batch": 4, "pattern": "50%"}
-    prune(prepare(tiny("llama"), statistics="dense", imatrix=tmp_path / "x.gguf", **same), tmp_path / "dense")
+    prune(tiny("llama"), tmp_path / "dense", statistics="dense", imatrix=tmp_path / "x.gguf", **same)
     measured(tiny("llama"), token_file, tmp_path / "x.dat")
     for suffix in ("gguf", "dat"):
         out = tmp_path / suffix
-        report = prune(prepare(tiny("llama"), pattern="50%", norms=str(tmp_path / f"x.{suffix}")), out)
+        report = prune(tiny("llama"), out, pattern="50%", norms=str(tmp_path / f"x.{suffix}"))
         assert report["summary"]["forward_passes_per_block"] == 0
         shards = [{key: value for key, value in digests(path).items() if key.startswith("model-")} for path in
                   (out, tmp_path / "dense")]  # fmt: skip
@@ -401,10 +406,8 @@ def test_pruning_by_norms_is_the_dense_order(tiny, token_file, tmp_path):
 
 def test_norms_and_the_pruned_models_matrix_go_together(tiny, token_file, tmp_path):
     measured(tiny("llama"), token_file, tmp_path / "x.gguf")
-    task = prepare(
-        tiny("llama"), norms=str(tmp_path / "x.gguf"), imatrix=tmp_path / "y.gguf", text=[str(token_file)], batch=4
-    )
-    prune(task, tmp_path / "out")
+    settings = {"norms": tmp_path / "x.gguf", "imatrix": tmp_path / "y.gguf", "text": [str(token_file)], "batch": 4}
+    prune(tiny("llama"), tmp_path / "out", **settings)
     assert measured(tmp_path / "out", token_file, tmp_path / "z.gguf") == (tmp_path / "y.gguf").read_bytes()
 
 
@@ -433,28 +436,26 @@ def test_norms_that_do_not_fit_are_named(tiny, token_file, tmp_path):
 def test_a_job_by_other_norms_is_another_job(tiny, token_file, tmp_path):
     measured(tiny("llama"), token_file, tmp_path / "x.gguf")
     measured(save_tiny(tmp_path / "other", "llama", seed=1), token_file, tmp_path / "y.gguf")
-    prune(prepare(tiny("llama"), norms=str(tmp_path / "x.gguf")), tmp_path / "out")
+    prune(tiny("llama"), tmp_path / "out", norms=str(tmp_path / "x.gguf"))
     shutil.copy(tmp_path / "y.gguf", tmp_path / "x.gguf")
     with pytest.raises(OutputError, match="--norms sha256"):
-        prune(prepare(tiny("llama"), norms=str(tmp_path / "x.gguf")), tmp_path / "out")
+        prune(tiny("llama"), tmp_path / "out", norms=str(tmp_path / "x.gguf"))
 
 
 def test_real_models_by_published_norms_lie_between_wanda_and_magnitude(shared, tmp_path):
-    from lowmem_wanda.evaluation.perplexity import cut, evaluate
+    from lowmem_wanda.evaluation.evaluate import cut
+    from lowmem_wanda.evaluation.perplexity import measure
 
     source, stories = shared / "models/stories260K", shared / "corpora/tinystories"
     text = [str(stories / "calibration.txt")]
-    work = open_work(source, device="cpu")
-    measure = prepare(source, text=text, sequences=64, length=512, device="cpu")
-    imatrix(work, measure.calibration, tmp_path / "dense.gguf")
-    prune(prepare(source, pattern="50%", norms=str(tmp_path / "dense.gguf")), tmp_path / "norms")
-    prune(prepare(source, pattern="50%", text=text, sequences=64, length=512), tmp_path / "wanda")
-    prune(prepare(source, pattern="50%", method="magnitude"), tmp_path / "magnitude")
-    windows = cut(work, [str(stories / "held-out.txt")], 512, most=40)
-    value = {
-        name: evaluate(open_work(tmp_path / name, device="cpu"), windows)["perplexity"]
-        for name in ("wanda", "norms", "magnitude")
-    }
+    work = opened(source)
+    job = prepare(source, text=text, sequences=64, length=512)
+    collect(work, job.calibration, tmp_path / "dense.gguf")
+    prune(source, tmp_path / "norms", pattern="50%", norms=str(tmp_path / "dense.gguf"))
+    prune(source, tmp_path / "wanda", pattern="50%", text=text, sequences=64, length=512)
+    prune(source, tmp_path / "magnitude", pattern="50%", method="magnitude")
+    windows = cut(work, [str(stories / "held-out.txt")], 512, windows=40)
+    value = {name: measure(opened(tmp_path / name), windows)["perplexity"] for name in ("wanda", "norms", "magnitude")}
     assert value["wanda"] < value["norms"] < 1.2 * value["wanda"] < value["magnitude"]
 
 
@@ -466,7 +467,7 @@ def test_llama_imatrix_says_the_same(shared, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((shared / "corpora/tinystories/held-out.txt").read_text().replace("<|endoftext|>", "")[:60000])
     source, out = shared / "models/stories260K", tmp_path / "out"
-    prune(prepare(source, pattern="2:4", text=[str(text)], sequences=8, length=256), out)
+    prune(source, out, pattern="2:4", text=[str(text)], sequences=8, length=256)
     run = {"check": True, "capture_output": True, "text": True}
     model = str(tmp_path / "model.gguf")
     convert = [sys.executable, os.environ["LLAMA_CPP_CONVERT"], str(out), "--outfile", model, "--outtype", "f32"]
@@ -479,7 +480,7 @@ def test_llama_imatrix_says_the_same(shared, tmp_path):
     rows[:, 0] = ids[0]
     theirs = [tools / "llama-imatrix", "-m", model, "-f", text, "-o", tmp_path / "theirs.gguf", "-c", "512"]
     subprocess.run([*theirs, "--chunks", "40", "-ctk", "f32", "-ctv", "f32", "-fa", "off"], **run)
-    imatrix(open_work(out, device="cpu"), Calibration(rows, ("t",)), tmp_path / "ours.gguf")
+    collect(opened(out), Calibration(rows, ("t",)), tmp_path / "ours.gguf")
     ours, other = (read(tmp_path / f"{name}.gguf")[0] for name in ("ours", "theirs"))
     assert ours.keys() == other.keys()
     for name, entry in ours.items():
@@ -494,7 +495,7 @@ def test_what_converts_is_the_sources_but_for_zeros(shared, tmp_path):
     import gguf
 
     source = shared / "models/stories260K"
-    prune(prepare(source, pattern="2:4", method="magnitude"), tmp_path / "out")
+    prune(source, tmp_path / "out", pattern="2:4", method="magnitude")
     for path in (source, tmp_path / "out"):
         convert = [os.environ["LLAMA_CPP_CONVERT"], str(path), "--outfile", str(tmp_path / f"{path.name}.gguf")]
         subprocess.run([sys.executable, *convert], check=True, capture_output=True)

@@ -12,16 +12,17 @@ import torch
 from ggufs import convert, weights
 from helpers import digests, read_tensor, save_tiny
 
+from lowmem_wanda import prune
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.verify import check
 from lowmem_wanda.cli.main import main
+from lowmem_wanda.cli.page import page
 from lowmem_wanda.errors import CheckpointError, PatternError
 from lowmem_wanda.llamacpp.imatrix import About, Entry, write
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.llamacpp.quant_types import TYPES, advice
 from lowmem_wanda.llamacpp.survive import survive
 from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
 
 KIND = gguf.GGMLQuantizationType
 
@@ -30,7 +31,7 @@ KIND = gguf.GGMLQuantizationType
 def pruned(tiny, token_file, tmp_path_factory):
     """2:4."""
     path = tmp_path_factory.mktemp("pruned") / "out"
-    prune(prepare(tiny("llama"), text=[str(token_file)]), path)
+    prune(tiny("llama"), path, text=[str(token_file)])
     return path
 
 
@@ -81,7 +82,7 @@ def test_rows_are_found_in_any_order_and_in_pieces(pruned, tmp_path, monkeypatch
 
 def test_transposed_weights_are_turned(tiny, token_file, tmp_path):
     """GPT-2's."""
-    prune(prepare(tiny("gpt2"), text=[str(token_file)]), tmp_path / "out")
+    prune(tiny("gpt2"), tmp_path / "out", text=[str(token_file)])
     tensors = {name: t for name, t in Checkpoint(tmp_path / "out").tensors.items() if ".h." in name and t.shape[1:]}
     names, writer = gguf_names(list(tensors), "x"), gguf.GGUFWriter(tmp_path / "m.gguf", "gpt2")
     for name, tensor in tensors.items():
@@ -113,7 +114,7 @@ def test_a_gguf_of_something_else_is_refused(pruned, tiny, tmp_path):
 
 @pytest.mark.parametrize("zeros", ["exact", "signed-tiny"])
 def test_rows_of_which_nothing_was_kept_are_no_trouble(tiny, tmp_path, zeros):
-    prune(prepare(tiny("llama"), method="magnitude", pattern="98%", zeros=zeros), tmp_path / "out")
+    prune(tiny("llama"), tmp_path / "out", method="magnitude", pattern="98%", zeros=zeros)
     assert any((np.abs(weight) < 1e-30).all(axis=1).any() for weight in weights(tmp_path / "out").values())
     (whole,) = survive(tmp_path / "out", convert(tmp_path / "out", tmp_path / "m.gguf", KIND.F32))["types"]
     assert whole["error"] < 0.02 and round(whole["zero"], 3) == (zeros == "exact")  # rows of one weight are like others
@@ -144,7 +145,7 @@ def test_a_damaged_report_is_an_error(pruned, tmp_path, key, value):
         with pytest.raises(CheckpointError, match="is not what prune wrote"):
             survive(tmp_path / "out")
     file.write_text(json.dumps({**report, "blocks": []}))
-    with pytest.raises(CheckpointError, match="no matrices in blocks"):
+    with pytest.raises(CheckpointError, match="is not what prune wrote"):
         survive(tmp_path / "out")
 
 
@@ -190,12 +191,12 @@ def test_a_prediction_is_what_comes_of_it(pruned, importance, tmp_path):
 
 
 def test_the_report_of_a_pruning_says_it(pruned, tiny, token_file, tmp_path, monkeypatch):
-    report = json.loads((pruned / "report.json").read_text())["quantization"]
+    whole = json.loads((pruned / "report.json").read_text())
+    report, html = whole["quantization"], page(whole)
     assert next(one["zero"] for one in report["types"] if one["type"] == "Q4_0") == 1 and report["advice"] == advice()
-    page = (pruned / "report.html").read_text()
-    assert 'id="quantization"' in page and "zeros become weights of one sign" in page
+    assert 'id="quantization"' in html and "zeros become weights of one sign" in html
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    bare = prune(prepare(tiny("llama"), text=[str(token_file)]), tmp_path / "out")["quantization"]
+    bare = prune(tiny("llama"), tmp_path / "out", text=[str(token_file)])["quantization"]
     assert [one["type"] for one in bare["types"]] == list(TYPES) and "zero" not in bare["types"][0]
 
 
@@ -224,7 +225,7 @@ def test_what_a_gguf_has_comes_first():
 
 
 def test_signs_that_a_conversion_loses_are_missed(tiny, token_file, tmp_path):
-    prune(prepare(tiny("llama"), text=[str(token_file)], zeros="signed-tiny"), tmp_path / "out")
+    prune(tiny("llama"), tmp_path / "out", text=[str(token_file)], zeros="signed-tiny")
     for kind, share in (("BF16", 1), ("F16", 0)):
         (whole,) = survive(tmp_path / "out", convert(tmp_path / "out", tmp_path / f"{kind}.gguf", KIND[kind]))["types"]
         assert whole["signs"] == share
@@ -248,10 +249,10 @@ def test_checkpoints_that_are_not_pruned_or_not_done_are_refused(pruned, tiny, t
 def test_signed_tiny_is_known_to_check_and_survives_a_stop(token_file, tmp_path, dtype):
     source = save_tiny(tmp_path / "source", "llama", dtype)
     settings = {"text": [str(token_file)], "batch": 4, "zeros": "signed-tiny"}
-    report = prune(prepare(source, **settings), tmp_path / "out")
+    report = prune(source, tmp_path / "out", **settings)
     assert report["summary"]["zeros"] == 0 and report["summary"]["filled"] == 3 * 9216 // 2
     assert "no zeros" in report["summary"]["gives"]
-    exact = prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "exact")
+    exact = prune(source, tmp_path / "exact", text=[str(token_file)], batch=4)
     assert exact["summary"]["zeros"] == report["summary"]["filled"]
     signs = []
     for name, weight in weights(tmp_path / "out").items():
@@ -269,16 +270,16 @@ def test_signed_tiny_is_known_to_check_and_survives_a_stop(token_file, tmp_path,
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prune(prepare(source, **settings), tmp_path / "stopped", stop)
-    prune(prepare(source, **settings), tmp_path / "stopped")
+        prune(source, tmp_path / "stopped", on_block=stop, **settings)
+    prune(source, tmp_path / "stopped", **settings)
     assert digests(tmp_path / "stopped") == digests(tmp_path / "out")
-    prune(prepare(source, **settings, seed=1), tmp_path / "other")
+    prune(source, tmp_path / "other", seed=1, **settings)
     assert digests(tmp_path / "other") != digests(tmp_path / "out")
 
 
 def test_the_smallest_number_is_forged_where_the_report_does_not_say_it(token_file, tmp_path):
     source = save_tiny(tmp_path / "source", "llama")
-    prune(prepare(source, text=[str(token_file)], zeros="signed-tiny"), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)], zeros="signed-tiny")
     file = tmp_path / "out/report.json"
     report = json.loads(file.read_text())
     for block in report["blocks"]:

@@ -7,17 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lowmem_wanda import prune
 from lowmem_wanda.errors import LowmemError
-from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
-from lowmem_wanda.streaming.model import Limits
 
 BATCH = 4
 
 
 def pruned(path, out, **settings):
     """The report, and {tensor: weight} of what was written."""
-    report = prune(prepare(path, batch=BATCH, **settings), out)
+    report = prune(path, out, batch=BATCH, **settings)
     return report, AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
 
 
@@ -77,7 +75,7 @@ def test_held_or_replayed_is_the_same_to_the_bit(tiny, token_file, tmp_path, fam
             tmp_path / f"{held}",
             text=[str(token_file)],
             statistics="sequential",
-            limits=Limits(held=held),
+            held=held,
         )
         for held in (0, 1, 2)
     ]
@@ -105,11 +103,9 @@ def test_every_order_resumes_to_the_same_bytes(tiny, token_file, tmp_path, order
 
     settings = {"text": [str(token_file)], "statistics": order, "batch": BATCH}
     with pytest.raises(KeyboardInterrupt):
-        prune(prepare(tiny("llama"), **settings), tmp_path / "out", stop)
-    prune(
-        prepare(tiny("llama"), **settings, limits=Limits(held=1)), tmp_path / "out"
-    )  # how many are held changes no bit
-    prune(prepare(tiny("llama"), **settings), tmp_path / "whole")
+        prune(tiny("llama"), tmp_path / "out", on_block=stop, **settings)
+    prune(tiny("llama"), tmp_path / "out", held=1, **settings)  # how many are held changes no bit
+    prune(tiny("llama"), tmp_path / "whole", **settings)
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
 

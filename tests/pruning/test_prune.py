@@ -12,11 +12,12 @@ from helpers import contents, digests, read_tensor, save_tiny
 from killing import prune_until
 from transformers import AutoModelForCausalLM
 
+from lowmem_wanda import prune
 from lowmem_wanda.checkpoint import writer
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.errors import LowmemError, NumberError, OutputError, PatternError
 from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
+from lowmem_wanda.pruning.prune import run
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def source(tmp_path_factory):
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL and forks")
 def test_killed_anywhere_and_resumed_is_byte_for_byte_uninterrupted(processes, source, token_file, tmp_path):
-    prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "whole")
+    prune(source, tmp_path / "whole", text=[str(token_file)], batch=4)
     expected, kills = digests(tmp_path / "whole"), 0
     for calls in range(1, 200, 9):
         target = tmp_path / f"killed-{calls}"
@@ -50,7 +51,7 @@ def test_killed_anywhere_and_resumed_is_byte_for_byte_uninterrupted(processes, s
             if not (target / "config.json").exists():  # else the kill came after the last rename
                 with pytest.raises((OSError, ValueError)):
                     AutoModelForCausalLM.from_pretrained(target)
-        prune(prepare(source, text=[str(token_file)], batch=4), target)
+        prune(source, target, text=[str(token_file)], batch=4)
         assert digests(target) == expected, calls
         if half and child.exitcode == 0:
             break
@@ -58,14 +59,14 @@ def test_killed_anywhere_and_resumed_is_byte_for_byte_uninterrupted(processes, s
 
 
 def test_a_finished_job_is_only_verified(source, token_file, tmp_path):
-    first = prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    first = prune(source, tmp_path / "out", text=[str(token_file)])
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
-    assert prune(prepare(source, text=[str(token_file)]), tmp_path / "out") == json.loads(json.dumps(first))
+    assert prune(source, tmp_path / "out", text=[str(token_file)]) == json.loads(json.dumps(first))
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
     shard = sorted((tmp_path / "out").glob("*.safetensors"))[2]
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     with pytest.raises(OutputError, match=f"{shard.name}: is not the shard that was written"):
-        prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+        prune(source, tmp_path / "out", text=[str(token_file)])
 
 
 def interrupted(source, target, token_file, monkeypatch, blocks=1):
@@ -76,7 +77,7 @@ def interrupted(source, target, token_file, monkeypatch, blocks=1):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prune(prepare(source, text=[str(token_file)], batch=4), target, stop)
+        prune(source, target, text=[str(token_file)], batch=4, on_block=stop)
     return contents(target)
 
 
@@ -96,7 +97,7 @@ def interrupted(source, target, token_file, monkeypatch, blocks=1):
 def test_another_job_is_refused_and_nothing_touched(source, token_file, tmp_path, monkeypatch, change, named):
     before = interrupted(source, tmp_path / "out", token_file, monkeypatch)
     with pytest.raises(OutputError, match=f"holds a job with {named}"):
-        prune(prepare(source, **{"text": [str(token_file)], "batch": 4, **change}), tmp_path / "out")
+        prune(source, tmp_path / "out", **{"text": [str(token_file)], "batch": 4, **change})
     assert contents(tmp_path / "out") == before
 
 
@@ -106,16 +107,16 @@ def test_another_source_is_refused(source, token_file, tmp_path, monkeypatch):
     file = sorted(other.glob("*.safetensors"))[-1]
     file.write_bytes(file.read_bytes()[:-1] + b"\1")  # one weight
     with pytest.raises(OutputError, match="holds a job with source fingerprint"):
-        prune(prepare(other, text=[str(token_file)], batch=4), tmp_path / "out")
+        prune(other, tmp_path / "out", text=[str(token_file)], batch=4)
     assert contents(tmp_path / "out") == before
 
 
 def test_a_damaged_shard_is_made_again(source, token_file, tmp_path, monkeypatch):
-    prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "whole")
+    prune(source, tmp_path / "whole", text=[str(token_file)], batch=4)
     interrupted(source, tmp_path / "out", token_file, monkeypatch, blocks=2)
     shard = tmp_path / "out" / "model-00002-of-00004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-4] + bytes(4))  # of the right size, with a valid header
-    prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)], batch=4)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
@@ -123,11 +124,11 @@ GARBAGE = b'5\n{"a": 1}\n\xff\n{"shard": "..", "sha256": ""}\n{"shard": "../sour
 
 
 def test_garbage_in_the_progress_is_no_progress(source, token_file, tmp_path, monkeypatch):
-    prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "whole")
+    prune(source, tmp_path / "whole", text=[str(token_file)], batch=4)
     interrupted(source, tmp_path / "out", token_file, monkeypatch)
     with open(tmp_path / "out" / ".progress.jsonl", "ab") as file:
         file.write(GARBAGE)
-    prune(prepare(source, text=[str(token_file)], batch=4), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)], batch=4)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
@@ -144,11 +145,11 @@ def test_garbage_in_the_progress_is_no_progress(source, token_file, tmp_path, mo
     ],
 )
 def test_a_finished_job_that_was_changed_is_not_finished(source, token_file, tmp_path, name, content, message):
-    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)])
     file = tmp_path / "out" / name
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(OutputError, match=message):
-        prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+        prune(source, tmp_path / "out", text=[str(token_file)])
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "0.5000004"])
@@ -158,15 +159,14 @@ def test_the_exact_sparsity_and_the_small_files_are_arguments(source, token_file
 
     settings = {"text": [str(token_file)], "batch": 4}
     with pytest.raises(KeyboardInterrupt):
-        prune(prepare(source, pattern="50%", **settings), tmp_path / "out", stop)
-    task = prepare(source, pattern=pattern, **settings)
+        prune(source, tmp_path / "out", pattern="50%", on_block=stop, **settings)
     if pattern == "0.5":
         (source / "LICENSE").write_text("other terms")
     try:
         with pytest.raises(
             OutputError, match="holds a job with " + ("small files" if pattern == "0.5" else "sparsity")
         ):
-            prune(task, tmp_path / "out")
+            prune(source, tmp_path / "out", pattern=pattern, **settings)
     finally:
         (source / "LICENSE").unlink(missing_ok=True)
 
@@ -178,12 +178,11 @@ def test_a_failing_lock_is_no_lock_held(source, token_file, tmp_path, monkeypatc
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unable)
-    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)])
     assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_targets_that_are_not_ours_are_refused(source, token_file, tmp_path):
-    task = prepare(source, text=[str(token_file)])
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("x")
@@ -191,35 +190,35 @@ def test_targets_that_are_not_ours_are_refused(source, token_file, tmp_path):
     before = contents(source)
     for target in (tmp_path / "foreign", tmp_path / "file"):
         with pytest.raises(OutputError, match="not a job of this program"):
-            prune(task, target)
+            prune(source, target, text=[str(token_file)])
     for target in (source, source / "out", tmp_path / "link", source / ".." / source.name):
         with pytest.raises(OutputError, match="in the source"):
-            prune(task, target)
+            prune(source, target, text=[str(token_file)])
     assert contents(tmp_path / "foreign") == {"thesis.txt": b"years of work"} and contents(source) == before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks")
 def test_two_processes_do_not_share_a_job(source, token_file, tmp_path):
-    task = prepare(source, text=[str(token_file)])  # here: building a model changes torch for all threads meanwhile
+    job = prepare(source, text=[str(token_file)])  # here: building a model changes torch for all threads meanwhile
 
     def second(record):
         if record["index"]:
             return
         with pytest.raises(OutputError, match="another process is at work"):
-            prune(task, tmp_path / "out")
+            run(job, tmp_path / "out")
 
-    prune(prepare(source, text=[str(token_file)]), tmp_path / "out", second)
+    prune(source, tmp_path / "out", text=[str(token_file)], on_block=second)
 
 
 def test_too_small_a_disk_is_refused_before_the_first_byte(source, token_file, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
     with pytest.raises(OutputError, match="needs .* GB but 0.00 GB are free"):
-        prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+        prune(source, tmp_path / "out", text=[str(token_file)])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_fills_up_leaves_a_job_to_resume(source, token_file, tmp_path, monkeypatch):
-    prune(prepare(source, text=[str(token_file)]), tmp_path / "whole")
+    prune(source, tmp_path / "whole", text=[str(token_file)])
     written, write = [0], os.write
 
     def full(handle, content):
@@ -230,10 +229,10 @@ def test_a_disk_that_fills_up_leaves_a_job_to_resume(source, token_file, tmp_pat
 
     monkeypatch.setattr(writer.os, "write", full)
     with pytest.raises(OutputError, match="the disk is full; free some space and run the same command"):
-        prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+        prune(source, tmp_path / "out", text=[str(token_file)])
     monkeypatch.undo()
     assert (tmp_path / "out" / "model-00002-of-00004.safetensors").exists()
-    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)])
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
@@ -245,7 +244,7 @@ def test_a_weight_that_is_no_number_stops_with_its_name(token_file, tmp_path, ba
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = bad
     model.save_pretrained(path)
     with pytest.raises(NumberError, match=r"tensor model\.layers\.1\.mlp\.down_proj\.weight"):
-        prune(prepare(path, method=method, text=[str(token_file)]), tmp_path / "out")
+        prune(path, tmp_path / "out", method=method, text=[str(token_file)])
 
 
 def test_a_statistic_that_is_no_number_stops_with_its_name(token_file, tmp_path):
@@ -254,12 +253,12 @@ def test_a_statistic_that_is_no_number_stops_with_its_name(token_file, tmp_path)
     model.model.layers[1].input_layernorm.weight.data[3] = float("inf")
     model.save_pretrained(path)
     with pytest.raises(NumberError, match=r"tensor model\.layers\.1\.self_attn\.\w_proj\.weight: the inputs measured"):
-        prune(prepare(path, text=[str(token_file)]), tmp_path / "out")
+        prune(path, tmp_path / "out", text=[str(token_file)])
 
 
 def test_include_and_exclude_choose_linears(source, token_file, tmp_path):
     flags = {"include": ["*.mlp.*"], "exclude": ["model.layers.1.*", "*.up_proj"]}
-    report = prune(prepare(source, text=[str(token_file)], **flags), tmp_path / "out")
+    report = prune(source, tmp_path / "out", text=[str(token_file)], **flags)
     named = [name for block in report["blocks"] for name in block["linears"]]
     assert named == [f"model.layers.{i}.mlp.{part}_proj.weight" for i in (0, 2) for part in ("gate", "down")]
     out, before = Checkpoint(tmp_path / "out"), Checkpoint(source)
@@ -268,22 +267,22 @@ def test_include_and_exclude_choose_linears(source, token_file, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{"include": ["lm_head*"]}, {"exclude": ["*norm*"]}, {"exclude": ["*"]}])
-def test_globs_that_choose_nothing_are_errors(source, flags):
+def test_globs_that_choose_nothing_are_errors(source, tmp_path, flags):
     with pytest.raises(PatternError, match="matches no prunable tensor|leave nothing to prune"):
-        prepare(source, method="magnitude", **flags)
+        prune(source, tmp_path / "out", method="magnitude", **flags)
 
 
 def test_a_ragged_group_is_an_error_before_any_work(tmp_path):
     path = save_tiny(tmp_path / "source", "llama", intermediate_size=60)
     with pytest.raises(PatternError, match=r"model\.layers\.0\.mlp\.down_proj\.weight has 60 inputs, which 8"):
-        prepare(path, method="magnitude", pattern="4:8")
+        prune(path, tmp_path / "out", method="magnitude", pattern="4:8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_stored_dtype_and_the_small_files_stay(token_file, tmp_path, dtype):
     path = save_tiny(tmp_path / "source", "qwen3", dtype)
     (path / "LICENSE").write_text("terms")
-    prune(prepare(path, text=[str(token_file)], pattern="60%"), tmp_path / "out")
+    prune(path, tmp_path / "out", text=[str(token_file)], pattern="60%")
     out, before = Checkpoint(tmp_path / "out"), Checkpoint(path)
     assert {n: (t.dtype, t.shape) for n, t in out.tensors.items()} == {
         n: (t.dtype, t.shape) for n, t in before.tensors.items()
@@ -295,7 +294,7 @@ def test_the_stored_dtype_and_the_small_files_stay(token_file, tmp_path, dtype):
 
 
 def test_the_report_holds_what_was_done(source, token_file, tmp_path):
-    report = prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    report = prune(source, tmp_path / "out", text=[str(token_file)])
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["summary"]["sparsity"] == 0.5 and report["summary"]["linears"] == 21
     assert report["calibration"] == {"text": ["tokens.npy"], "sequences": 6, "length": 16, "tokens": 96, "norms": None}
@@ -307,8 +306,8 @@ def test_the_report_holds_what_was_done(source, token_file, tmp_path):
 
 
 def test_group_changes_what_is_compared(source, token_file, tmp_path):
-    per_row = prune(prepare(source, text=[str(token_file)], pattern="50%"), tmp_path / "row")
-    per_matrix = prune(prepare(source, text=[str(token_file)], pattern="50%", group="matrix"), tmp_path / "matrix")
+    per_row = prune(source, tmp_path / "row", text=[str(token_file)], pattern="50%")
+    per_matrix = prune(source, tmp_path / "matrix", text=[str(token_file)], pattern="50%", group="matrix")
     assert per_row["summary"]["sparsity"] == 0.5 < per_matrix["summary"]["sparsity"]
     rows = [
         read_tensor(Checkpoint(tmp_path / g).tensors["model.layers.0.mlp.up_proj.weight"]).eq(0).sum(1)
@@ -326,7 +325,7 @@ def test_statistics_are_shared_where_the_input_is(source, token_file, tmp_path, 
         "__init__",
         lambda self, *args, init=SquaredNorm.__init__: (made.append(self), init(self, *args))[1],
     )
-    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)])
     assert len(made) == 3 * 4  # blocks; q = k = v, o, gate = up, down
 
 
@@ -334,13 +333,13 @@ def test_the_measuring_pass_ends_at_the_last_linear(source, token_file, tmp_path
     calls = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: (calls.append(args[1].shape), linear(*args))[1])
-    prune(prepare(source, text=[str(token_file)], batch=6), tmp_path / "out")
+    prune(source, tmp_path / "out", text=[str(token_file)], batch=6)
     down = [shape for shape in calls if tuple(shape) == (32, 64) and shape.numel()]
     # traced once on meta, computed once when the pruned block carries on, which the last block need not
     assert len(down) == 3 + 2
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:1", "cuda:x"])
-def test_a_device_that_is_not_there_is_refused(source, device):
-    with pytest.raises(LowmemError, match=f"--device {device} is not to be had"):
-        prepare(source, device=device)
+def test_a_device_that_is_not_there_is_refused(source, tmp_path, device):
+    with pytest.raises(LowmemError, match=f"--device {device} is not available"):
+        prune(source, tmp_path / "out", device=device)

@@ -5,14 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import opened
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_wanda.checkpoint.verify import check
+from lowmem_wanda import check, prune
 from lowmem_wanda.data.windows import windows as rows
-from lowmem_wanda.evaluation.perplexity import evaluate
-from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
-from lowmem_wanda.streaming.model import open_work
+from lowmem_wanda.evaluation.perplexity import measure
 
 
 def perplexity(path, windows):
@@ -52,13 +50,13 @@ def test_wanda_beats_magnitude_on_a_trained_model(shared, tmp_path, model, patte
     path, text, length, windows = model(shared)
     settings = {"pattern": pattern, "text": [str(text)], "length": length, "sequences": 128 if length == 64 else 64}
     for method in ("wanda", "magnitude"):
-        prune(prepare(path, method=method, **settings), tmp_path / method)
+        prune(path, tmp_path / method, method=method, **settings)
         assert check(tmp_path / method, path).problems == []
     np.save(tmp_path / "windows.npy", windows)
     given = rows([str(tmp_path / "windows.npy")], list, length=length, vocabulary=1 << 20)
     measured = {}
     for name, folder in (("wanda", tmp_path / "wanda"), ("magnitude", tmp_path / "magnitude"), ("dense", path)):
-        measured[name] = evaluate(open_work(folder, device="cpu", batch=4096 // length), given)["perplexity"]
+        measured[name] = measure(opened(folder, batch=4096 // length), given)["perplexity"]
         assert measured[name] == pytest.approx(perplexity(folder, windows), rel=1e-5)  # transformers' own
     assert measured["dense"] == pytest.approx(dense, rel=0.05)
     assert measured["wanda"] == pytest.approx(wanda, rel=0.08)  # shared/README.md; stories on other windows

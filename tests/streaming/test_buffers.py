@@ -8,7 +8,7 @@ import torch
 
 from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.errors import CheckpointError
-from lowmem_wanda.streaming.buffers import Ring
+from lowmem_wanda.streaming.buffers import BlockBuffers
 
 CPU = torch.device("cpu")
 
@@ -31,11 +31,11 @@ def blocks(tmp_path):
 @pytest.mark.parametrize("way", ["pread", "mmap"])
 def test_every_block_comes_and_goes_once_in_order(blocks, hosts, way):
     written = []
-    with Ring(CPU, 128, hosts, way=way) as ring:
-        for slot in ring.arrivals(blocks):
+    with BlockBuffers(CPU, 128, hosts, read_by=way) as ring:
+        for slot in ring.prefetch(blocks):
             slot.stored["a"].mul_(2)
-            ring.give_back(slot, lambda slot: written.append((slot.stored["a"].tolist(), slot.stored["b"].tolist())))
-        ring.settle()
+            ring.release(slot, lambda slot: written.append((slot.stored["a"].tolist(), slot.stored["b"].tolist())))
+        ring.drain()
     assert written == [([[2.0 * i] * 3] * 2, [float(i)] * 2) for i in range(9)]
     assert ring.spent.keys() == {"read"}
 
@@ -44,14 +44,14 @@ def test_every_block_comes_and_goes_once_in_order(blocks, hosts, way):
 def test_blocks_are_copied_to_a_device_and_back(blocks, hosts, devices):
     """A host's memory plays the device: what is computed with is not what is read into, or written from."""
     written = []
-    with Ring(CPU, 128, hosts, devices) as ring:
+    with BlockBuffers(CPU, 128, hosts, devices) as ring:
         ring._beside = True
-        for slot in ring.arrivals(blocks):
+        for slot in ring.prefetch(blocks):
             assert slot.stored["a"].data_ptr() == slot.device.data_ptr() != slot.host.data_ptr()
             slot.stored["b"].add_(1)
-            ring.give_back(slot, lambda slot: written.append((slot.stored["b"][0].item(), slot.stored["a"].data_ptr())))
+            ring.release(slot, lambda slot: written.append((slot.stored["b"][0].item(), slot.stored["a"].data_ptr())))
             assert slot.stored["a"].data_ptr() == slot.host.data_ptr()
-        ring.settle()
+        ring.drain()
     assert [value for value, _ in written] == [index + 1.0 for index in range(9)]
     assert ring.spent.keys() == {"read", "upload", "download"}
 
@@ -63,9 +63,9 @@ def test_a_buffer_is_not_read_into_before_it_is_written(blocks):
         go.wait(5)
         written.append(slot.stored["b"].tolist())
 
-    with Ring(CPU, 128, 2) as ring:
-        for number, slot in enumerate(ring.arrivals(blocks[:3])):
-            ring.give_back(slot, slow)
+    with BlockBuffers(CPU, 128, 2) as ring:
+        for number, slot in enumerate(ring.prefetch(blocks[:3])):
+            ring.release(slot, slow)
             if number == 0:
                 threading.Timer(0.2, go.set).start()
     assert written == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
@@ -74,13 +74,13 @@ def test_a_buffer_is_not_read_into_before_it_is_written(blocks):
 def test_three_buffers_work_at_the_same_time(blocks):
     """While one block is computed, the next one is read and the last one written: a barrier that only three pass."""
     meet = threading.Barrier(3, timeout=5)
-    with Ring(CPU, 128, 3) as ring:
+    with BlockBuffers(CPU, 128, 3) as ring:
         fetch = ring._fetch
         ring._fetch = lambda tensors: (meet.wait() if tensors is blocks[2] else None, fetch(tensors))[1]
-        for number, slot in enumerate(ring.arrivals(blocks[:3])):
+        for number, slot in enumerate(ring.prefetch(blocks[:3])):
             if number == 1:
                 meet.wait()
-            ring.give_back(slot, (lambda slot: meet.wait()) if number == 0 else None)
+            ring.release(slot, (lambda slot: meet.wait()) if number == 0 else None)
 
 
 @pytest.mark.parametrize("hosts", [1, 3])
@@ -88,24 +88,24 @@ def test_what_the_writer_raises_ends_the_walk(blocks, hosts):
     def fail(slot):
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"), Ring(CPU, 128, hosts) as ring:
-        for slot in ring.arrivals(blocks):
-            ring.give_back(slot, fail)
+    with pytest.raises(OSError, match="full"), BlockBuffers(CPU, 128, hosts) as ring:
+        for slot in ring.prefetch(blocks):
+            ring.release(slot, fail)
 
 
 def test_what_the_reader_raises_comes_with_its_block(blocks):
     seen = 0
-    with pytest.raises(CheckpointError, match="cut short"), Ring(CPU, 128) as ring:
+    with pytest.raises(CheckpointError, match="cut short"), BlockBuffers(CPU, 128) as ring:
         blocks[2][0].file.write_bytes(bytes(64))
-        for slot in ring.arrivals(blocks):
+        for slot in ring.prefetch(blocks):
             seen += 1
-            ring.give_back(slot, None)
+            ring.release(slot, None)
     assert seen == 2
 
 
 def test_leaving_early_wakes_a_reader_that_waits(blocks):
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), Ring(CPU, 128, 1) as ring:
-        for _ in ring.arrivals(blocks):
+    with pytest.raises(KeyboardInterrupt), BlockBuffers(CPU, 128, 1) as ring:
+        for _ in ring.prefetch(blocks):
             raise KeyboardInterrupt
     assert threading.active_count() == before

@@ -3,21 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from helpers import EXPERTS, FAMILIES, save_tiny
+from helpers import EXPERTS, FAMILIES, opened, save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_wanda import prune
 from lowmem_wanda.data.calibration import in_batches
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
-from lowmem_wanda.streaming.buffers import Ring
-from lowmem_wanda.streaming.decoder import Decoder
 from lowmem_wanda.streaming.head import Head
-from lowmem_wanda.streaming.model import open_work
-from lowmem_wanda.streaming.walk import Stream, advance, walk
+from lowmem_wanda.streaming.placement import Workload, choose
+from lowmem_wanda.streaming.walk import advance, streamed
 
-CPU = torch.device("cpu")
 BATCH = 4  # does not divide the six sequences
 
 
@@ -52,11 +48,11 @@ def whole_model_wanda(model, blocks, tokens, kept=2, of=4):
 def test_streamed_logits_are_the_whole_models(tiny, token_file, family):
     path, tokens = tiny(family), np.load(token_file)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    work = open_work(path, device="cpu")
-    decoder = Decoder(work.hollow, work.checkpoint.tensors, CPU, torch.float32)
-    with torch.no_grad(), Ring(CPU, 1 << 20) as ring:
-        parts = decoder.embed(in_batches(tokens, BATCH))
-        walk([Stream(decoder, parts, work.block_tensors, advance)], ring, range(decoder.depth))
+    streamed_model = opened(path, batch=BATCH)
+    placement, _ = choose(Workload((streamed_model,), *tokens.shape))
+    with streamed(streamed_model, batches=in_batches(tokens, BATCH), placement=placement) as stream:
+        stream.walk(advance)
+        (decoder,), (parts,) = stream.decoders, stream.states
         head = Head(decoder, 1 << 20)
         head.load(slice(0, head.rows))
         for ids, part in zip(in_batches(tokens, BATCH), parts, strict=True):
@@ -67,7 +63,7 @@ def test_streamed_logits_are_the_whole_models(tiny, token_file, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_weights_are_a_whole_model_wandas(tiny, token_file, tmp_path, family):
     path = tiny(family)
-    prune(prepare(path, text=[str(token_file)], batch=BATCH), tmp_path / "out")
+    prune(path, tmp_path / "out", text=[str(token_file)], batch=BATCH)
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     blocks = max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
@@ -81,4 +77,4 @@ def test_pruned_weights_are_a_whole_model_wandas(tiny, token_file, tmp_path, fam
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_refused_not_skipped(tmp_path, family):
     with pytest.raises(ModelError, match="not supported yet"):
-        prepare(save_tiny(tmp_path, family), method="magnitude")
+        prune(save_tiny(tmp_path / "source", family), tmp_path / "out", method="magnitude")

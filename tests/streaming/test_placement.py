@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers import save_tiny
 
+from lowmem_wanda import prune
 from lowmem_wanda.cli.main import main
 from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.pruning.job import prepare
-from lowmem_wanda.pruning.prune import prune
+from lowmem_wanda.sparsity.selection import DEVICE_CHUNK
 from lowmem_wanda.streaming import placement as planning
-from lowmem_wanda.streaming.model import Limits
-from lowmem_wanda.streaming.placement import choose, layouts
+from lowmem_wanda.streaming.machine import Machine
+from lowmem_wanda.streaming.placement import choose, placements
 from lowmem_wanda.streaming.resources import anonymous
 
 MB = 10**6
@@ -41,56 +42,56 @@ def still(monkeypatch):
     monkeypatch.setattr(planning, "free_memory", lambda device: 10**12)
 
 
-def task(path, **limits):
-    settings = {key: limits.pop(key) for key in ("statistics", "batch", "sequences") if key in limits}
-    return prepare(path, text=[str(path / "tokens.npy")], limits=Limits(**limits), **settings)
+def work(path, statistics="block", **machine):
+    """What pruning a folder's checkpoint on its tokens holds."""
+    return prepare(path, text=[str(path / "tokens.npy")], statistics=statistics, machine=Machine.of(**machine)).workload
 
 
 def test_the_fastest_comes_first_and_the_smallest_last(wide, still):
-    costs = dict(reversed(pair) for pair in layouts(task(wide), None))
+    costs = dict(reversed(pair) for pair in placements(work(wide), None))
     first, last = min(costs, key=costs.get), max(costs, key=costs.get)
     assert (first.states, first.slots, first.batch, costs[first]) == ("device", 3, 4, 0)
     assert (last.states, last.slots, last.batch) == ("file", 1, 1)
 
 
 def test_a_smaller_budget_is_kept_by_a_smaller_layout(wide, still):
-    free, need = choose(task(wide))
+    free, need = choose(work(wide))
     assert (free.states, free.slots) == ("device", 3)
     chosen = []
     for less in range(0, need.host, MB):
         try:
-            layout, now = choose(task(wide, max_ram=need.host - less))
+            layout, now = choose(work(wide, max_ram=need.host - less))
         except BudgetError as error:
             least = int(str(error).split("--max-ram ")[-1].split("MB")[0])
             break
         assert now.host <= need.host - less
         chosen.append((layout.slots, layout.states))
     assert {slots for slots, _ in chosen} == {1, 2, 3} and {states for _, states in chosen} == {"device", "file"}
-    assert choose(task(wide, max_ram=least * MB))[1].host <= least * MB
+    assert choose(work(wide, max_ram=least * MB))[1].host <= least * MB
     with pytest.raises(BudgetError):
-        choose(task(wide, max_ram=least * MB - 2 * MB))
+        choose(work(wide, max_ram=least * MB - 2 * MB))
 
 
 def test_what_waits_is_what_still_fits(wide, still):
-    held, need = choose(task(wide, statistics="sequential"))
-    assert held.held == 32 and choose(task(wide))[0].held == 0
-    fewer, less = choose(task(wide, statistics="sequential", max_ram=need.host - 15 * MB))
+    held, need = choose(work(wide, statistics="sequential"))
+    assert held.held == 32 and choose(work(wide))[0].held == 0
+    fewer, less = choose(work(wide, statistics="sequential", max_ram=need.host - 15 * MB))
     assert 0 < fewer.held < 32 and less.host <= need.host - 15 * MB
 
 
 def test_what_is_not_free_is_not_planned_with(wide, still, monkeypatch):
     monkeypatch.setattr(planning, "free_memory", lambda device: 50 * MB)
-    assert choose(task(wide))[1].host <= 50 * MB
-    assert choose(task(wide, max_ram=10**12))[1].host <= 50 * MB
+    assert choose(work(wide))[1].host <= 50 * MB
+    assert choose(work(wide, max_ram=10**12))[1].host <= 50 * MB
     monkeypatch.setattr(planning, "free_memory", lambda device: 5 * MB)
     with pytest.raises(BudgetError, match="--max-ram: 5 MB is all that is free, .* end other programs"):
-        choose(task(wide))
+        choose(work(wide))
 
 
 def test_attention_that_holds_its_scores_is_planned_with(tmp_path, still):
     path = save_tiny(tmp_path, "bloom")
     np.save(path / "tokens.npy", np.random.default_rng(0).integers(3, 96, (8, 64)))
-    assert choose(task(path))[1].host > 8 * 4 * 64 * 64 * 12
+    assert choose(work(path))[1].host > 8 * 4 * 64 * 64 * 12
 
 
 def test_a_budget_is_refused_before_any_work(wide, tmp_path, capsys):
@@ -106,7 +107,7 @@ def test_a_budget_is_refused_before_any_work(wide, tmp_path, capsys):
     [("8GB", 8 * 10**9), ("500MB", 5 * 10**8), ("1.5GiB", 3 << 29), ("2", 2 * 10**9), ("64 kb", 64000), ("100b", 100)],
 )
 def test_sizes_are_read_as_people_write_them(text, expected):
-    from lowmem_wanda.cli.options import byte_size
+    from lowmem_wanda import byte_size
 
     assert byte_size(text) == expected
 
@@ -154,10 +155,10 @@ def hollow_llama(path, width, hidden, blocks, kv_heads, vocab):
 )
 def test_the_largest_models_are_planned_for_small_cards(tmp_path, still, shape, cap, states):
     path = hollow_llama(tmp_path, *shape)
-    planned = prepare(
-        path, text=[str(path / "tokens.npy")], dtype="bfloat16", limits=Limits(max_vram=cap * 10**9, max_ram=10**12)
-    )
-    layout, need = choose(replace(planned, device=torch.device("cuda")))
+    limits = {"dtype": "bfloat16", "max_vram": cap * 10**9, "max_ram": 10**12}
+    planned = work(path, **limits)
+    on_gpu = replace(planned.model, device=torch.device("cuda"))
+    layout, need = choose(replace(planned, models=(on_gpu,), scored=DEVICE_CHUNK))
     assert (layout.states, layout.slots) == (states, 3) and 0 < need.device <= cap * 10**9
     assert need.host < 3.2 * shape[0] * (4 * shape[0] + 3 * shape[1]) * 2 + 5e9 * (states == "host")
 
@@ -170,14 +171,14 @@ def shards(path):
 def test_no_layout_changes_a_bit(source, token_file, tmp_path, statistics):
     expected = None
     for number, limits in enumerate(
-        [Limits(), Limits(states="file"), Limits(slots=1), Limits(slots=2, reading="mmap", states="file", held=1)]
+        [{}, {"states": "file"}, {"slots": 1}, {"slots": 2, "read": "mmap", "states": "file", "held": 1}]
     ):
         out = tmp_path / str(number)
-        report = prune(prepare(source, text=[str(token_file)], batch=4, statistics=statistics, limits=limits), out)
+        report = prune(source, out, text=[str(token_file)], batch=4, statistics=statistics, **limits)
         expected = expected or shards(out)
         assert shards(out) == expected
-        assert report["layout"]["slots"] == (limits.slots or 3)
-        assert report["layout"]["states"] == (limits.states or "device")
+        assert report["layout"]["slots"] == limits.get("slots", 3)
+        assert report["layout"]["states"] == limits.get("states", "device")
         assert not list(out.glob(".*"))
 
 
@@ -186,15 +187,15 @@ def test_a_job_goes_on_with_the_batch_it_began_with(source, token_file, tmp_path
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prune(prepare(source, text=[str(token_file)]), tmp_path / "out", stop)
+        prune(source, tmp_path / "out", text=[str(token_file)], on_block=stop)
     monkeypatch.setattr(planning, "CPU_TOKENS", 16)  # from now on one sequence would be as many as fit
-    assert choose(prepare(source, text=[str(token_file)]))[0].batch == 1
-    prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
-    assert json.loads((tmp_path / "out/job.json").read_bytes())["--batch"] == 6
+    assert choose(prepare(source, text=[str(token_file)]).workload)[0].batch == 1
+    prune(source, tmp_path / "out", text=[str(token_file)])
+    assert json.loads((tmp_path / "out/job.json").read_bytes())["batch"] == 6
 
 
 def test_the_report_has_the_peak_beside_the_plan_and_the_times(source, token_file, tmp_path):
-    report = prune(prepare(source, text=[str(token_file)]), tmp_path / "out")
+    report = prune(source, tmp_path / "out", text=[str(token_file)])
     memory, timing = report["peak_memory"], report["timing"]
     assert anonymous() * 0.5 < memory["host_measured"] < 1.1 * memory["host_predicted"]
     assert {"embed", "measure", "prune", "onward", "read", "write", "copy"} == timing["parts"].keys()

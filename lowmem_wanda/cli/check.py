@@ -1,0 +1,49 @@
+"""The command `check`."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from lowmem_wanda.cli.options import add_command
+from lowmem_wanda.cli.terminal import printable, shown
+
+if TYPE_CHECKING:
+    from lowmem_wanda import Findings
+
+
+def add(commands: Any) -> None:
+    command = add_command(commands, "check", "report the sparsity of a checkpoint and prove it", run)
+    command.add_argument("path", metavar="dir", help="folder of any safetensors checkpoint")
+    command.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this source but for zeros")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from lowmem_wanda import check
+
+    findings = check(arguments.path, arguments.against)
+    done = shown(arguments, asdict(findings), *lines(findings))
+    for problem in findings.problems:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    return 1 if findings.problems else done
+
+
+def lines(findings: "Findings") -> list[str]:
+    """A line for each matrix, and what was proved."""
+    width = max((len(matrix.name) for matrix in findings.matrices), default=0)
+    made = [
+        f"{matrix.name:<{width}}  {matrix.dtype:>4} {matrix.shape[0]:>6} x {matrix.shape[1]:<6}"
+        f"  {matrix.sparsity:7.2%} {'tiny' if matrix.filled else 'zero'}  {matrix.pattern}".rstrip()
+        for matrix in findings.matrices
+    ]
+    if findings.shards_verified:
+        made.append(f"{findings.shards_verified} shards have the checksums of report.json")
+    if findings.identical or findings.masked:
+        what = "the smallest number" if any(matrix.filled for matrix in findings.matrices) else "zero"
+        made.append(
+            f"{findings.identical} tensors are the source's to the byte; {findings.masked} are the source's "
+            f"but for {findings.zeroed} weights that are {what}"
+        )
+    if findings.moved:
+        made.append(f"{findings.moved} of them have kept weights of other values, as report.json says of its method")
+    return made

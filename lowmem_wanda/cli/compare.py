@@ -1,0 +1,91 @@
+"""The command `compare`."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_wanda import METHODS
+from lowmem_wanda.cli.options import (
+    add_command,
+    add_machine,
+    add_selection,
+    add_source,
+    add_windows,
+    machine,
+    names,
+    numbers,
+    taken,
+)
+from lowmem_wanda.cli.terminal import (
+    Bar,
+    add_distances,
+    distances,
+    evaluations,
+    perplexity,
+    short_duration,
+    shown,
+    size,
+)
+
+PATTERNS = ("50%", "4:8", "2:4")
+COMPARING = ("text", "methods", "patterns", "groups", "statistics", "sequences", "seeds", "calibration", "length",
+             "windows", "include", "exclude", "keep")  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    text = "prune by several methods and patterns, and evaluate each"
+    command = add_command(commands, "compare", text, run)
+    add_source(command)
+    add = command.add_argument
+    add("target", metavar="out_dir", help="new folder for report.json and report.html, or one to continue")
+    add("--methods", type=names, default=METHODS, metavar="NAME,...", help=f"(default: {','.join(METHODS)})")
+    add("--patterns", type=names, default=PATTERNS, metavar="PATTERN,...", help="(default: 50%%,4:8,2:4)")
+    add("--groups", type=names, default=(None,), metavar="GROUP,...", help="of row,matrix (default: each method's own)")
+    add("--statistics", type=names, default=("block",), metavar="ORDER,...",
+        help="of block,dense,sequential (default: block)")  # fmt: skip
+    add("--calibration", nargs="+", default=(), metavar="FILE", help="as --text of prune (default: a built-in text)")
+    add("--sequences", type=numbers, default=(128,), metavar="N,...",
+        help="numbers of calibration sequences, such as 1,8,64 (default: 128)")  # fmt: skip
+    add("--seeds", type=numbers, default=(0,), metavar="N,...",
+        help="seeds of the calibration samples, such as 0,1,2 (default: 0)")  # fmt: skip
+    add("--keep", action="store_true", help="keep the pruned checkpoints, in folders of out_dir")
+    add_selection(command)
+    add_windows(command)
+    add_machine(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from lowmem_wanda import compare
+    from lowmem_wanda.cli.page import PAGE, save_page
+
+    with Bar("comparing") as bar:
+        report = compare(
+            arguments.source,
+            arguments.target,
+            **taken(arguments, *COMPARING),
+            **machine(arguments),
+            on_block=lambda record: bar.show(record, title=f"{record['variant']}: block"),
+            on_report=lambda report: save_page(arguments.target, report),
+        )
+    return shown(arguments, report, comparison_table(report), f"report: {Path(arguments.target) / PAGE}")
+
+
+def comparison_table(report: Mapping[str, Any]) -> Any:
+    """A row for each pruning: what it costs in quality, time and memory."""
+    from rich.markup import escape
+
+    table = evaluations(report, "pruned")
+    add_distances(table)
+    on_gpu = any(row["device_bytes"] for row in report["rows"])
+    costs = ("time", "host", "GPU")[: 3 if on_gpu else 2]
+    for title in costs:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_row("dense", *perplexity(report["dense"]))
+    for row in report["rows"]:
+        cost = [short_duration(row["seconds"]), size(row["host_bytes"]), size(row["device_bytes"])]
+        table.add_row(escape(row["name"]), *perplexity(row), *distances(row), *cost[: len(costs)])
+    for spread in report["spread"]:
+        mean = f"{spread['perplexity_mean']:.2f} sd {spread['perplexity_sd']:.2f}"
+        table.add_row(escape(f"{spread['name']}, {spread['rows']} seeds"), mean)
+    return table

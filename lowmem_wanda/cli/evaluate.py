@@ -1,0 +1,107 @@
+"""The command `eval`."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_wanda.cli.options import add_command, add_machine, add_windows, machine, names, positive, taken
+from lowmem_wanda.cli.terminal import (
+    Bar,
+    add_distances,
+    damage_line,
+    distances,
+    evaluations,
+    measured,
+    perplexity,
+    shown,
+)
+
+TASKS = "boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa"
+
+
+def add(commands: Any) -> None:
+    text = "measure perplexity, distance to the dense model, zero-shot accuracy"
+    command = add_command(commands, "eval", text, run)
+    add = command.add_argument
+    add("sources", nargs="+", metavar="dir", help="folder of a Hugging Face safetensors checkpoint, pruned or not")
+    add("--against", metavar="ckpt_dir", help="the dense model: adds KL divergence, agreement, each block's error")
+    add("--stride", type=positive, metavar="N", help="tokens from one window to the next: overlapping windows score "
+        "each token once, with more tokens before it (default: the length)")  # fmt: skip
+    add("--convention", default="windows", choices=("windows", "llama.cpp"), help="windows: all tokens are scored (the "
+        "paper's code); llama.cpp: the second half of each, as its perplexity tool (default: windows)")  # fmt: skip
+    add("--tasks", type=names, default=(), metavar="NAME,...", help=f"zero-shot tasks of lm-evaluation-harness "
+        f"(downloaded unless local); the paper's are {TASKS}")  # fmt: skip
+    add("--include-path", metavar="DIR", help="where the harness finds local task files")
+    add("--limit", type=positive, metavar="N", help="documents of each task (default: all)")
+    add("--report", metavar="DIR",
+        help="folder for report.json and report.html (default: NAME-eval, of the last dir)")  # fmt: skip
+    add_windows(command)
+    add_machine(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from lowmem_wanda import evaluate
+    from lowmem_wanda.cli.page import PAGE, save_page
+
+    folder = Path(arguments.report or f"{Path(arguments.sources[-1]).resolve().name}-eval")
+    reports: list[Mapping[str, Any]] = []
+
+    def save(report: Mapping[str, Any]) -> None:
+        reports.append(report)
+        save_page(folder, report)
+
+    with Bar("evaluating") as bar:
+
+        def begin(facts: Mapping[str, Any]) -> None:
+            windows = f"{facts['windows']} windows of {facts['length']} tokens from {', '.join(facts['text'])}"
+            bar.line(f"{facts['source']}: {facts['blocks']} blocks, on {facts['device']}")
+            bar.line(f"{facts['scored']} tokens scored in {windows}")
+            bar.begin(facts["blocks"])
+
+        def show(record: Mapping[str, Any]) -> None:
+            if "sweep" in record:
+                bar.show(record, title=f"tasks, sweep {record['sweep'] + 1} of {record['sweeps']}: block")
+            else:
+                bar.show(record, damage_line(record, bar.total))
+
+        evaluate(
+            arguments.sources,
+            report=folder,
+            **taken(arguments, "text", "against", "length", "windows", "stride", "convention"),
+            **taken(arguments, "tasks", "include_path", "limit"),
+            **machine(arguments),
+            on_start=begin,
+            on_block=show,
+            on_model=lambda model: print(json.dumps(model), flush=True) if arguments.json else None,
+            on_report=save,
+        )
+    parts = () if arguments.json else (evaluation_table(reports[-1]), f"report: {folder / PAGE}")
+    return shown(argparse.Namespace(json=False), None, *parts)
+
+
+def evaluation_table(report: Mapping[str, Any]) -> Any:
+    """A row for each model: its perplexity, the distance to the dense one, its tasks."""
+    from rich.markup import escape
+
+    table, models, dense = evaluations(report, "model"), report["models"], report["against"]
+    if dense:
+        add_distances(table)
+        table.add_row(escape(dense["path"]), *perplexity(dense), "dense")
+    tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
+    for task in tasks:
+        table.add_column(escape(task), justify="right")
+    for model in models:
+        cells = [*perplexity(model), *(distances(model) if dense else [])]
+        table.add_row(escape(model["path"]), *cells, *(accuracy(model["tasks"].get(task)) for task in tasks))
+    return table
+
+
+def accuracy(metrics: Mapping[str, float] | None) -> str:
+    """A task's accuracy, by length where it has one, with its standard error."""
+    if not metrics:
+        return ""
+    return measured(
+        metrics, next((name for name in ("acc_norm", "acc") if name in metrics), next(iter(metrics))), ".3f"
+    )

@@ -1,0 +1,161 @@
+"""The commands `prune` and `plan`: their flags, what they run, what they show."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowmem_wanda import METHODS, ORDERS
+from lowmem_wanda.cli.options import (
+    add_calibration,
+    add_command,
+    add_machine,
+    add_selection,
+    add_source,
+    machine,
+    taken,
+)
+from lowmem_wanda.cli.terminal import Bar, add_peaks, calibration_text, duration, number, pairs, shown, size
+
+PRUNING = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude",
+           "norms", "imatrix", "zeros")  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    prune = add_command(commands, "prune", "write a pruned copy of a checkpoint", run_prune)
+    add_source(prune)
+    prune.add_argument("target", metavar="out_dir", help="new folder, or that of an interrupted run to continue")
+    plan = add_command(commands, "plan", "say what pruning would need, without reading weights", run_plan)
+    add_source(plan)
+    for command in (prune, plan):
+        add_pruning(command)
+        add_machine(command)
+
+
+def add_pruning(command: argparse.ArgumentParser) -> None:
+    """What is pruned, and on what it is measured."""
+    add = command.add_argument
+    add("--pattern", default="2:4", help="N:M, N kept of each M inputs (2:4, 4:8), or a share to prune (0.5, 60%%) "
+        "(default: 2:4)")  # fmt: skip
+    add("--method", default="wanda", choices=METHODS, help="how weights are scored (default: wanda)")
+    add("--group", choices=("row", "matrix"),
+        help="what is compared for a share (default: row for wanda, matrix for magnitude)")  # fmt: skip
+    add("--norms", metavar="FILE", help="an importance matrix of the dense model (.gguf, .dat), whose norms stand for "
+        "calibration and forward pass")  # fmt: skip
+    add("--imatrix", metavar="FILE", help="write the pruned model's importance matrix too, for llama.cpp (.gguf, .dat)")
+    add("--zeros", default="exact", choices=("exact", "signed-tiny"), help="what pruned weights become: +0.0, or the "
+        "smallest number with a random sign, for IQ2 types of llama.cpp alone (default: exact)")  # fmt: skip
+    add_calibration(command)
+    add("--statistics", default="block", choices=ORDERS, help="what matrices are measured on: the dense block with "
+        "pruned inputs (block, as the paper's code); dense inputs (dense); also the pruned matrices before them in the "
+        "block (sequential, the fewest computations) (default: block)")  # fmt: skip
+    add_selection(command)
+
+
+def run_prune(arguments: argparse.Namespace) -> int:
+    from lowmem_wanda import prune
+    from lowmem_wanda.cli.page import PAGE, save_page
+
+    settings = {**taken(arguments, *PRUNING), **machine(arguments)}
+    with Bar("pruning") as bar:
+
+        def begin(facts: Mapping[str, Any]) -> None:
+            bar.line(about(facts))
+            bar.begin(facts["blocks"])
+
+        report = prune(
+            arguments.source,
+            arguments.target,
+            **settings,
+            on_start=begin,
+            on_block=lambda record: bar.show(record, block_line(record, bar.total)),
+            on_report=lambda report: save_page(arguments.target, report),
+        )
+    if not (Path(arguments.target) / PAGE).exists():
+        save_page(arguments.target, report)
+    return shown(arguments, report, closing(report, arguments.target))
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    from lowmem_wanda import plan
+
+    facts: dict[str, Any] = {}
+    found = plan(arguments.source, **taken(arguments, *PRUNING), **machine(arguments), on_start=facts.update)
+    return shown(arguments, asdict(found), plan_table(found, facts))
+
+
+def about(facts: Mapping[str, Any]) -> str:
+    """The lines before the work: what is pruned how, on what, with which text."""
+    line = f"{facts['source']}: {facts['blocks']} blocks, {facts['method']} {facts['pattern']}, on {facts['device']}"
+    if calibration := facts["calibration"]:
+        shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"
+        line += f"\ncalibration: {shape} from {', '.join(calibration['text'])}"
+    if untouched := facts["untouched"]:
+        line += f"\nnot pruned, as the model does not use them: {len(untouched)} tensors, {untouched[0]} and so on"
+    return line
+
+
+def block_line(record: Mapping[str, Any], depth: int) -> str:
+    """One aligned line for a finished block."""
+    linears = record["linears"].values()
+    weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
+    gone = sum(linear["zeros"] + linear.get("filled", 0) for linear in linears) / max(1, weights)
+    what = "tiny" if any("filled" in linear for linear in linears) else "zero"
+    digits = len(str(depth))
+    return (
+        f"block {record['index'] + 1:>{digits}}/{depth}  {len(linears):2d} linears  {gone:6.2%} {what}"
+        f"  {record['seconds']:8.2f} s  host {size(record['host_bytes']):>9}"
+    )
+
+
+def closing(report: Mapping[str, Any], target: str) -> Any:
+    """The table of what was pruned, its size, what it gives and what it does not."""
+    from rich.markup import escape
+
+    summary, arguments = report["summary"], report["arguments"]
+    table = pairs(f"pruned: {target}")
+    table.add_row("method", f"{arguments['method']} {arguments['pattern']}, compared per {summary['compared_per']}")
+    table.add_row("calibration", calibration_text(report["calibration"]))
+    table.add_row(
+        "pruned",
+        f"{summary['linears']} linears, {number(summary['zeros'] + summary['filled'])} of "
+        f"{number(summary['weights'])} weights "
+        f"({summary['sparsity']:.2%}); {number(summary['parameters'])} parameters in all",
+    )
+    if made := report.get("imatrix"):
+        table.add_row("imatrix", escape(f"{made['file']}, of {made['of']}: ") + calibration_text(made))
+    table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
+    table.add_row("time", timing_text(summary["seconds"], report["timing"]))
+    table.add_row("passes", f"{summary['forward_passes_per_block']:.2f} forward passes per block")
+    add_peaks(table, report["peak_memory"])
+    table.add_row("gives", summary["gives"])
+    table.add_row("does not", summary["gives_not"])
+    return table
+
+
+def timing_text(seconds: float, timing: Mapping[str, Any]) -> str:
+    """All blocks' time, and how much of it was computing."""
+    return duration(seconds) + (f", computing in {timing['compute_busy']:.0%} of it" if timing["serial"] else "")
+
+
+def plan_table(plan: Any, facts: Mapping[str, Any]) -> Any:
+    """The table of what pruning would need."""
+    from rich.markup import escape
+
+    table = pairs(f"plan: {facts['source']}, {facts['method']} {facts['pattern']}")
+    table.add_row("parameters", f"{number(plan.parameters)}, of which {number(plan.prunable)} can be pruned")
+    table.add_row("blocks", f"{plan.blocks}, the largest {size(plan.largest_block)}")
+    calibration = (
+        f"{plan.sequences} sequences of {plan.length}: {number(plan.tokens)} tokens" if plan.tokens else "none"
+    )
+    table.add_row("calibration", escape(f"norms of {facts['norms']}") if facts["norms"] else calibration)
+    table.add_row("layout", str(plan.layout))
+    if plan.layout.held:
+        table.add_row("held", f"{plan.layout.held} micro-batches may wait for a linear")
+    table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
+    table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
+    if plan.device_peak:
+        table.add_row("device memory", f"{size(plan.device_peak)} predicted at most")
+    table.add_row("disk", size(plan.disk))
+    return table

@@ -1,0 +1,78 @@
+"""Ways of pruning that a comparison makes, without those that would be the same, and their titles."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from typing import Any
+
+from lowmem_wanda.errors import PatternError
+from lowmem_wanda.pruning import ORDERS
+from lowmem_wanda.sparsity import METHODS
+from lowmem_wanda.sparsity.methods import find_method
+from lowmem_wanda.sparsity.patterns import Unstructured, parse
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of pruning; None stands for what does not matter to it.
+
+    N:M has groups of its own, and a method without calibration has no sequences.
+    """
+
+    method: str
+    pattern: str
+    group: str | None
+    statistics: str | None
+    sequences: int | None
+    seed: int | None
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The variant as keywords of `prepare`."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def variants_of(
+    methods: Sequence[str],
+    patterns: Sequence[str],
+    groups: Sequence[str | None] = (None,),
+    orders: Sequence[str] = ("block",),
+    sequences: Sequence[int] = (128,),
+    seeds: Sequence[int] = (0,),
+) -> tuple[Variant, ...]:
+    """All variants that differ. Raises PatternError for a word that is none of its kind."""
+    for flag, given, known in (
+        ("--methods", methods, METHODS),
+        ("--groups", groups, (None, "row", "matrix")),
+        ("--statistics", orders, ORDERS),
+    ):
+        for word in given:
+            if word not in known:
+                raise PatternError(f"{flag} {word}: is none; there are {', '.join(filter(None, known))}")
+    if min(sequences) < 1:
+        raise PatternError(f"--sequences {min(sequences)}: give whole numbers above 0")
+    made = []
+    for pattern, method, group, order, count, seed in product(patterns, methods, groups, orders, sequences, seeds):
+        kind, rule = parse(pattern), find_method(method)
+        compared = (group or rule.group) if isinstance(kind, Unstructured) else None
+        measured = (order, count, seed) if rule.statistic else (None, None, None)
+        made.append(Variant(method, str(kind), compared, *measured))
+    return tuple(dict.fromkeys(made))
+
+
+def titles_of(chosen: Sequence[Variant]) -> dict[Variant, str]:
+    """A title for each: its method, its pattern, and whatever else those of the same method and pattern differ in."""
+    words = {"group": "per {}", "statistics": "{}", "sequences": "{} sequences", "seed": "seed {}"}
+
+    def name(variant: Variant) -> str:
+        alike = [other for other in chosen if (other.method, other.pattern) == (variant.method, variant.pattern)]
+        varied = [key for key in words if len({getattr(other, key) for other in alike}) > 1]
+        rest = [words[key].format(getattr(variant, key)) for key in varied]
+        return " ".join([variant.method, variant.pattern, *rest])
+
+    return {variant: name(variant) for variant in chosen}
+
+
+def variant_of(row: Mapping[str, Any]) -> Variant:
+    """The variant that a row of a report is of."""
+    return Variant(**{field.name: row[field.name] for field in fields(Variant)})

@@ -1,0 +1,102 @@
+"""What a model is computed on and within: device, dtype, budgets. Nothing here needs torch."""
+
+import re
+from dataclasses import dataclass
+
+from lowmem_wanda.errors import BudgetError, ModelError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # to compute in
+READS = ("pread", "mmap")
+STATES = ("device", "host", "file")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the placement of a walk is held to; None: what fits.
+
+    `max_ram` is in bytes of this process on the host, `max_vram` in bytes of tensors on the GPU. `slots` is the number
+    of block buffers on the host (1 to 3) and `read` how shards are read ("pread", "mmap"). `states` says where hidden
+    states lie ("device", "host", "file"), `held` how many micro-batches may wait for a linear in the sequential order.
+    """
+
+    max_ram: int | None = None
+    max_vram: int | None = None
+    slots: int | None = None
+    read: str = "pread"
+    states: str | None = None
+    held: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots not in (None, 1, 2, 3) or self.read not in READS or self.states not in (None, *STATES):
+            raise BudgetError(
+                f"slots={self.slots}, read={self.read!r}, states={self.states!r}: slots are 1 to 3, read is "
+                f"{' or '.join(READS)}, states are {', '.join(STATES)}"
+            )
+
+
+UNLIMITED = Budget()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a model is computed ("auto", "cpu", "cuda", "cuda:N", "mps"), in which dtype, how many sequences at a time.
+
+    `batch` None is what fits. `trust_remote_code` runs Python code that the checkpoint brings.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch: int | None = None
+    trust_remote_code: bool = False
+    budget: Budget = UNLIMITED
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ModelError(f"--dtype {self.dtype}: give one of {', '.join(DTYPES)}")
+        if self.batch is not None and self.batch < 1:
+            raise ModelError(f"--batch {self.batch}: give a whole number above 0")
+
+    @classmethod
+    def of(
+        cls,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch: int | None = None,
+        trust_remote_code: bool = False,
+        max_ram: int | str | None = None,
+        max_vram: int | str | None = None,
+        slots: int | None = None,
+        read: str = "pread",
+        states: str | None = None,
+        held: int | None = None,
+    ) -> "Machine":
+        """The machine of the flat parameters that the library's functions share; sizes may be texts such as "8GB"."""
+        ram, vram = _bytes("max_ram", max_ram), _bytes("max_vram", max_vram)
+        return cls(device, dtype, batch, trust_remote_code, Budget(ram, vram, slots, read, states, held))
+
+
+ANY = Machine()
+
+
+def _bytes(name: str, size: int | str | None) -> int | None:
+    """The bytes of a parameter. Raises BudgetError, naming it, for what is not a size."""
+    try:
+        return None if size is None else byte_size(size)
+    except BudgetError as error:
+        raise BudgetError(f"{name}={error}") from None
+
+
+def byte_size(size: int | str) -> int:
+    """The bytes of "8GB", "500MB" or "7.5GiB"; a text that is a bare number is in GB, an int in bytes.
+
+    Raises BudgetError for anything else.
+    """
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?)b?|b)?", str(size).lower())
+    if not match:
+        raise BudgetError(f"{size!r} is no size such as 8GB or 500MB")
+    number, prefix, binary = match[1], match[2], match[3]
+    if str(size).lower().endswith("b") and not prefix:
+        return int(float(number))
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix or "g") + 1))
