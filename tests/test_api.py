@@ -169,9 +169,7 @@ def test_a_job_run_twice_in_one_process_leaves_nothing_behind(tiny, token_file, 
         assert hooks(model) == before
         assert all(parameter.is_meta for parameter in model.skeleton.model.parameters())
     gc.collect()
-    alive = {
-        type(one).__name__ for one in gc.get_objects() if type(one).__module__.startswith("lowmem_wanda.streaming")
-    }
+    alive = {type(one).__name__ for one in gc.get_objects() if "lowmem_wanda.streaming" in str(type(one))}
     assert not alive & {"Decoder", "BlockBuffers", "Slot", "Stub", "Block", "Peak"}
     assert digests(tmp_path / "first") == digests(tmp_path / "second")
 
