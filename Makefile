@@ -1,17 +1,26 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.10 to 3.13.
+# `make demo`, `make quick` and `make test` work on a fresh machine with Python 3.10 to 3.13.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test
+.PHONY: demo quick test lint
 demo: $(VENV)/.demo
 	rm -rf demo-pruned demo-pruned-eval
 	$(VENV)/bin/python cli.py prune lowmem_wanda/data/demo demo-pruned --pattern 2:4
 	$(VENV)/bin/python cli.py check demo-pruned --against lowmem_wanda/data/demo
 	$(VENV)/bin/python cli.py eval demo-pruned --against lowmem_wanda/data/demo --text lowmem_wanda/data/held-out.txt
 
+quick: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m "not slow"
+
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m coverage run -m pytest
+	$(VENV)/bin/python -m coverage report
+
+lint: $(VENV)/.test
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
 
 $(VENV)/.demo: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Random Llama checkpoints of any shape, written block by block: none is ever in memory whole."""
+"""Random Llama checkpoints of any shape, written block by block, so that none is ever in memory whole."""
 
 import json
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def random_llama(path: Path, *, width: int, hidden: int, blocks: int, heads: int
 
 
 def _values(tensor: Tensor, seed: int) -> Iterator[bytes]:
-    """bfloat16 bytes, the upper halves of float32: a million normal numbers, turned round for each million."""
+    """Yields bfloat16 bytes, the upper halves of float32: a million normal numbers, rotated anew for each million."""
     rng = np.random.default_rng([seed, *tensor.name.encode()])
     values = rng.standard_normal(min(1 << 20, tensor.numel), np.float32) * np.float32(0.02)
     if len(tensor.shape) == 1:

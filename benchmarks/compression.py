@@ -1,8 +1,9 @@
-"""What file compression makes of pruned weights: `python benchmarks/compression.py` (needs zstd on the PATH).
+"""The size of pruned weights after file compression: `python benchmarks/compression.py` (needs zstd on the PATH).
 
-A bfloat16 matrix of normal numbers, dense and pruned by magnitude, 50 % of each row and 2:4, as it lies in our shards:
-the size `zstd -3` leaves; in pieces of 128 KiB stored in whole blocks of 4 KiB, as btrfs compresses; with -0.0 for half
-of the zeros; and the size of a bitmask beside the kept weights.
+Takes a bfloat16 matrix of normal numbers as it lies in our shards: dense, and pruned by magnitude, 50 % of each row and
+2:4. Prints four sizes as shares of its bytes: what `zstd -3` leaves; the same in pieces of 128 KiB that are stored in
+whole blocks of 4 KiB, as btrfs compresses; what `zstd -3` leaves with -0.0 for half of the zeros; and a bitmask beside
+the kept weights.
 """
 
 import subprocess
@@ -36,12 +37,12 @@ def main() -> None:
 
 
 def compressed(data: np.ndarray) -> int:
-    """Bytes that zstd -3 leaves."""
+    """The number of bytes that `zstd -3` leaves."""
     return len(subprocess.run(["zstd", "-3", "-c"], input=data.tobytes(), capture_output=True, check=True).stdout)
 
 
 def in_pieces(data: np.ndarray) -> float:
-    """The same for pieces that are compressed alone and take whole blocks; of every 16th piece."""
+    """The same where each piece is compressed alone and takes whole blocks, estimated from every 16th piece."""
     pieces = [data[start : start + PIECE] for start in range(0, len(data), 16 * PIECE)]
     taken = sum(min(-(-compressed(piece) // BLOCK) * BLOCK, len(piece)) for piece in pieces)
     return taken * len(data) / sum(map(len, pieces))

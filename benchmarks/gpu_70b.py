@@ -1,9 +1,9 @@
 """Blocks of the largest models on one GPU: `python benchmarks/gpu_70b.py` (needs an NVIDIA GPU and 45 GB of disk).
 
-Makes random checkpoints of two to four blocks of the true shape, prunes each 2:4 with 128 sequences of 2048 tokens
-under several caps of GPU memory, every run in a process of its own, and prints for each: peak of GPU memory,
-seconds per block by part, the rate of its products beside that of one large product measured in the same run,
-and the time that all blocks of the model would take. `--shape smoke --device cpu` tries it out anywhere.
+Makes random checkpoints of two to four blocks of the true shape and prunes each 2:4 with 128 sequences of 2048 tokens
+under several caps of GPU memory, every run in a process of its own. Prints for each the peak of GPU memory, the seconds
+per block by part, the rate of its products beside that of one large product measured in the same run, and the time that
+all blocks of the model would take. `--shape smoke --device cpu` tries it out anywhere.
 """
 
 import argparse
@@ -38,12 +38,12 @@ PARTS = ("read", "upload", "measure", "prune", "onward", "download", "write")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["70b", "405b"], choices=SHAPES)
-    parser.add_argument("--blocks", type=int, help="of each checkpoint; four of 70B, two of 405B")
+    parser.add_argument("--blocks", type=int, help="blocks of each checkpoint (default: 4 of 70b, 2 of others)")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--statistics", default="block", choices=("block", "dense", "sequential"))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--folder", type=Path, help="where checkpoints are made; a temporary one")
+    parser.add_argument("--folder", type=Path, help="where checkpoints are made (default: a temporary folder)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu_70b.json")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(folder: Path, shape: str, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Prunes one shape under each of its caps."""
+    """Prunes a checkpoint of one shape under each of its caps; gives the rows of the result."""
     sizes = {key: value for key, value in SHAPES[shape].items() if key != "of"}
     blocks = arguments.blocks or {"70b": 4, "405b": 2, "smoke": 2}[shape]
     source = random_llama(folder / "source", blocks=blocks, **sizes)
@@ -89,14 +89,14 @@ def measure(folder: Path, shape: str, arguments: argparse.Namespace, device: tor
 
 
 def figures(report: dict[str, Any], shape: str, product: float) -> dict[str, Any]:
-    """A block in the middle of the walk, and what that means for the whole model."""
-    blocks = report["blocks"][:-1]  # the last one moves no states on
+    """The figures of a block in the middle of the walk, and the time that all blocks of the model would take."""
+    blocks = report["blocks"][:-1] or report["blocks"]  # the last block moves no states on
     parts = {part: median(block["parts"].get(part, 0.0) for block in blocks) for part in PARTS}
     weights = sum(rows * columns for rows, columns in (linear["shape"] for linear in blocks[0]["linears"].values()))
     flops = 2 * weights * report["calibration"]["tokens"] * blocks[0]["passes"]
     rate = flops / (parts["measure"] + parts["onward"])
     computing = sum(parts[part] for part in ("measure", "prune", "onward"))
-    # what a block takes once the three threads are under way: as long as the slowest of them
+    # once all three threads are at work, a block takes as long as the slowest of them
     per_block = max(computing, parts["read"] + parts["upload"], parts["download"] + parts["write"])
     return {
         "vram_gb": report["peak_memory"]["device_measured"] / 1e9,
@@ -116,7 +116,7 @@ def figures(report: dict[str, Any], shape: str, product: float) -> dict[str, Any
 
 
 def product_rate(device: torch.device, sizes: dict[str, int]) -> float:
-    """TFLOP/s of 2048 tokens through the largest linear, the best of several, in the computing dtype."""
+    """TFLOP/s of 2048 tokens through the largest matrix, the best of several, in the computing dtype."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     inputs = torch.randn(2048, sizes["width"], device=device, dtype=dtype)
     weight = torch.randn(sizes["hidden"], sizes["width"], device=device, dtype=dtype)
@@ -125,7 +125,7 @@ def product_rate(device: torch.device, sizes: dict[str, int]) -> float:
 
 
 def mask_rates(device: torch.device, sizes: dict[str, int]) -> dict[str, float]:
-    """GB/s, read and written, of masking the largest linear, of its scores alone, and of a plain copy of it."""
+    """GB/s, read and written, of masking the largest matrix, of its scores alone, and of a plain copy of it."""
     weight = torch.randn(sizes["hidden"], sizes["width"], device=device).to(torch.bfloat16)
     moved = 2 * weight.numel() * weight.element_size() / 1e9
     target, inputs = torch.empty_like(weight), SquaredNorm(sizes["width"], device)
@@ -140,7 +140,7 @@ def mask_rates(device: torch.device, sizes: dict[str, int]) -> dict[str, float]:
 
 
 def best(work: Callable[[], Any], device: torch.device, times: int = 5) -> float:
-    """Seconds of the fastest of several runs, after one that does not count."""
+    """The seconds of the fastest of several runs, after one that does not count."""
     seconds = []
     for _ in range(times + 1):
         start = time.perf_counter()

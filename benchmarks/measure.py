@@ -20,11 +20,12 @@ VOCABULARY = 4096
 class Usage:
     """What a process took until its end.
 
-    `seconds` of the clock and of all its CPUs. Peaks of its RssAnon and RssFile, without those of children:
-    one that is forked and not yet another program would count the same pages twice. Bytes that it had the
-    disk read and write: `read_bytes` and `write_bytes` of /proc/PID/io, the first with the pages that a
-    mapping faults in and without those that were cached, the second counted when a page is dirtied. Bytes
-    that it passed to read(2) and write(2): `rchar` and `wchar`, with cached ones and without mapped ones.
+    `seconds` are those of the clock, `cpu_seconds` those of all its CPUs. `anonymous` and `mapped` are the peaks of its
+    RssAnon and RssFile in bytes, without its children: a child that is forked and does not run another program yet
+    would count the same pages twice. `disk_read` and `disk_written` are `read_bytes` and `write_bytes` of /proc/PID/io.
+    The first has the pages that a mapping faults in, but not those that were cached; the second counts a page when it
+    is dirtied. `called_read` and `called_written` are the bytes that it passed to read(2) and write(2), `rchar` and
+    `wchar`, with cached pages and without mapped ones.
     """
 
     seconds: float
@@ -42,7 +43,7 @@ def follow(command: Sequence[str | Path], interval: float = 0.005, **options: An
     start, peaks = time.perf_counter(), {"RssAnon": 0, "RssFile": 0}
     child = subprocess.Popen(command, **options)
     try:
-        # WNOWAIT: it stays a zombie, of which /proc still has the counters when all its threads are gone
+        # with WNOWAIT it stays a zombie, so that /proc still has its counters when all its threads are gone
         while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             status = fields(Path(f"/proc/{child.pid}/status"))
             peaks = {key: max(peak, status.get(key, 0) * 1024) for key, peak in peaks.items()}
@@ -64,13 +65,13 @@ def follow(command: Sequence[str | Path], interval: float = 0.005, **options: An
 
 
 def fields(file: Path) -> dict[str, int]:
-    """{key: its number} of a /proc file of such lines."""
+    """{key: number} of a /proc file whose lines have a key and a number."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {line[0].rstrip(":"): int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
 
 
 def llama(path: Path, width: int, blocks: int) -> Path:
-    """A random bfloat16 Llama with heads of 64, four to a key."""
+    """A random bfloat16 Llama with heads of width 64, four of which share a key."""
     heads = width // 64
     return random_llama(
         path, width=width, hidden=11 * width // 4, blocks=blocks, heads=heads, kv_heads=max(1, heads // 4),
@@ -85,12 +86,12 @@ def random_tokens(file: Path, sequences: int, length: int) -> Path:
 
 
 def size_of(checkpoint: Path) -> int:
-    """Bytes of its shards."""
+    """The bytes of a checkpoint's shards."""
     return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
 
 def machine() -> str:
-    """Processor, cores and memory, as anybody's machine would say it."""
+    """The processor, cores, memory and Python of this machine, and nothing that tells whose it is."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -1,8 +1,8 @@
 """Peak memory of `prune` against depth: `python benchmarks/memory.py`.
 
-Makes random Llama checkpoints of one width and 8, 16, 32 and 64 blocks, prunes each in a process of its own, and
-reads that process's RssAnon and RssFile from /proc every 2 ms. Also the workspace of masking one large
-matrix. Writes results/memory.json and prints a Markdown table.
+Makes random Llama checkpoints of one width and 8, 16, 32 and 64 blocks, prunes each in a process of its own, and reads
+that process's RssAnon and RssFile from /proc every 2 ms. Measures the workspace of masking one large matrix, too.
+Writes results/memory.json and prints a Markdown table.
 """
 
 import argparse
@@ -35,9 +35,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument(
-        "--max-ram", nargs="*", default=["380MB"], help="budgets that the deepest is pruned within, too"
+        "--max-ram", nargs="*", default=["380MB"], help="budgets within which the deepest is pruned, too"
     )
-    parser.add_argument("--no-workspace", action="store_true", help="leave out the large matrix")
+    parser.add_argument("--no-workspace", action="store_true", help="do not mask the large matrix")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/memory.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(folder: Path, blocks: int, budget: str, arguments: argparse.Namespace) -> dict[str, float | str]:
-    """Peaks of one pruning, as the kernel counts them from outside; the checkpoint is removed again."""
+    """The peaks of one pruning, as the kernel counts them from outside. The checkpoint is removed again."""
     source = llama(folder / f"{blocks}", arguments.width, blocks)
     tokens = random_tokens(folder / "tokens.npy", arguments.sequences, arguments.length)
     command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json",
@@ -84,7 +84,7 @@ def measure(folder: Path, blocks: int, budget: str, arguments: argparse.Namespac
 
 
 def workspace() -> dict[str, int]:
-    """MB beyond the matrix itself while it is masked."""
+    """{pattern and group: MB beyond the matrix itself while it is masked}."""
     lines = subprocess.run([sys.executable, "-c", WORKSPACE], capture_output=True, text=True, check=True, cwd=ROOT)
     return {" ".join(line.split()[:2]): int(line.split()[2]) for line in lines.stdout.splitlines()}
 

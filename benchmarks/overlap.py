@@ -1,9 +1,9 @@
 """Serial against overlapped: `python benchmarks/overlap.py`.
 
 Prunes one random checkpoint with one block buffer (reading, computing and writing in turn) and with three, each with
-both ways of reading, interleaved. Calibrated little, so that disk and compute weigh alike. The source's pages are
-dropped before every run, and ours drop theirs behind the walk, so that everything comes from the disk. Prints
-medians and ratios, and writes results/overlap.json.
+both ways of reading, interleaved. The calibration is short, so that disk and computing take about as long. The source's
+cached pages are dropped before every run, and the walk drops the pages behind it, so that everything comes from the
+disk. Prints medians and ratios, and writes results/overlap.json.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is made; a temporary one")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is made (default: a temporary folder)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/overlap.json")
     arguments = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def run(folder: Path, source: Path, tokens: Path, slots: int, way: str) -> dict[str, float]:
-    """Seconds by part, and peaks, of one pruning from a cold disk."""
+    """The seconds by part and the peaks of one pruning, with nothing of the checkpoint cached."""
     os.sync()
     for file in source.iterdir():
         with file.open("rb") as handle:

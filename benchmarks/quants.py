@@ -2,10 +2,10 @@
 
     python benchmarks/quants.py MODEL --bin LLAMA_BIN --convert convert_hf_to_gguf.py --text TEXT --calibration TEXT
 
-Prunes MODEL 50 % and 2:4, with zeros and with --zeros signed-tiny, quantizes each to every type, all linears alike,
-with its own importance matrix and without, and prints the share of pruned weights that are zero or positive then, the
-error of kept ones, and perplexities by llama-perplexity. MODEL's widths should be multiples of 256
-(`train_stories.py`).
+Prunes MODEL 50 % and 2:4, with zeros and with --zeros signed-tiny, and quantizes each to every type, all matrices
+alike, with its own importance matrix and for some types without. Prints the shares of the pruned weights that are zero
+and that are positive afterwards, the error of kept weights, and perplexities by llama-perplexity. MODEL's widths should
+be multiples of 256 (`train_stories.py`).
 """
 
 import argparse
@@ -28,7 +28,7 @@ KINDS = (
     "F32", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_S",
     "IQ3_S", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XXS", "TQ2_0", "TQ1_0", "IQ1_M", "IQ1_S",
 )  # fmt: skip
-PLAIN = ("Q4_K_S", "Q3_K_S", "IQ3_S")  # without an importance matrix, too
+PLAIN = ("Q4_K_S", "Q3_K_S", "IQ3_S")  # also without an importance matrix
 CHUNKS = 120  # windows of 512 tokens
 PRUNED = {"50%": ["--pattern", "50%"], "2:4": ["--pattern", "2:4"]}
 PRUNED |= {f"{name} tiny": [*flags, "--zeros", "signed-tiny"] for name, flags in PRUNED.items()}
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def prepare(made: Path, name: str, arguments: argparse.Namespace) -> Path:
-    """The checkpoint, with its importance matrix and its GGUF beside it."""
+    """Makes a checkpoint, with its importance matrix and its GGUF beside it; gives the checkpoint's folder."""
     text = ["--text", arguments.calibration, "--sequences", "64", "--length", "512"]
     if name == "dense":
         path = arguments.model
@@ -72,7 +72,7 @@ def prepare(made: Path, name: str, arguments: argparse.Namespace) -> Path:
 
 
 def one(made: Path, path: Path, kind: str, name: str, arguments: argparse.Namespace) -> dict[str, float | str]:
-    """Figures of one quantization."""
+    """The figures of one quantization."""
     kind, plain = kind.removesuffix(" plain"), kind.endswith(" plain")
     matrix = [] if plain else ["--imatrix", f"{made}.imatrix.gguf"]
     out = made.with_name("quantized.gguf")
@@ -88,7 +88,10 @@ def one(made: Path, path: Path, kind: str, name: str, arguments: argparse.Namesp
 
 
 def perplexity(arguments: argparse.Namespace, model: Path) -> tuple[float, float]:
-    """That of llama-perplexity and its standard error; the tool sometimes ends before its last line is out."""
+    """The perplexity by llama-perplexity and its standard error.
+
+    The tool is run up to 9 times, because it sometimes ends before its last line is out.
+    """
     for _ in range(9):
         said = run(
             arguments.bin / "llama-perplexity", "-m", model, "-f", arguments.text, "-c", "512", "--chunks", CHUNKS
@@ -99,7 +102,7 @@ def perplexity(arguments: argparse.Namespace, model: Path) -> tuple[float, float
 
 
 def positive(path: Path, model: Path) -> float:
-    """Share of the pruned weights that are positive in a GGUF."""
+    """The share of the pruned weights that are positive in a GGUF."""
     matrices = pruned_matrices(Checkpoint(path), read_report(path))
     names = gguf_names(list(matrices), "this")
     tensors, above, all_ = {tensor.name: tensor for tensor in open_gguf(model).tensors}, 0, 0

@@ -1,11 +1,11 @@
-"""2:4 linears of ours on an NVIDIA GPU, dense against torch's semi-structured kernels:
+"""Our 2:4 matrices on an NVIDIA GPU, dense kernels against torch's semi-structured ones:
 
     python benchmarks/semi_structured.py
 
-For the shapes of a Llama-2-7B block, or the linears of --checkpoint (pruned 2:4), at several numbers of tokens: the
-time of a product with the weight as it is and as `torch.sparse.to_sparse_semi_structured` packs it, side by side, and
-the bytes of both. Needs compute capability 8.0 or more. The paper has 1.6 times per linear and 1.24 times end to end
-(arXiv 2306.11695).
+Takes the shapes of a Llama-2-7B block, or the matrices of --checkpoint (pruned 2:4), and several numbers of tokens.
+Prints the time of a product with the weight as it is, that with the weight as
+`torch.sparse.to_sparse_semi_structured` packs it, and the packed weight's bytes as a share of the dense ones. Needs
+compute capability 8.0 or more. The paper has 1.6 times per linear and 1.24 times end to end (arXiv 2306.11695).
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def weights(checkpoint: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and half-precision weights (outputs, inputs) on the GPU."""
+    """Yields names and half-precision weights (outputs, inputs) on the GPU."""
     if checkpoint is None:
         for name, shape in SHAPES.items():
             weight = torch.randn(shape, dtype=torch.float16, device="cuda") * 0.02
@@ -66,7 +66,7 @@ def weights(checkpoint: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def compared(weight: torch.Tensor, packed: torch.Tensor, tokens: int) -> dict[str, float]:
-    """Medians in ms of both products, their ratio, how far their results are apart, and bytes of both weights."""
+    """Medians in ms of both products, their ratio, the distance of their results, and the packed share of bytes."""
     inputs = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device="cuda")
     dense, sparse = (partial(torch.nn.functional.linear, inputs, one) for one in (weight, packed))
     apart = float((dense() - sparse()).float().norm() / dense().float().norm())
@@ -81,7 +81,7 @@ def compared(weight: torch.Tensor, packed: torch.Tensor, tokens: int) -> dict[st
 
 
 def timed(product: Callable[[], torch.Tensor], rounds: int = 30) -> float:
-    """Median ms of a product on the GPU."""
+    """The median time of a product on the GPU in ms."""
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for _ in range(5):
         product()

@@ -1,12 +1,12 @@
 """Time, memory, reads and writes of `prune` beside others: `python benchmarks/speed.py --peer OTHER/bin/python`.
 
-Wanda 2:4 of one random Llama checkpoint, with the same tokens and threads, each program in a process, a
-working directory and a TMPDIR of its own, one after the other in rounds. Beside ours: the paper's way with
-the whole model in memory (peers/whole_model.py), and llm-compressor (peers/llm_compressor.py, run by the
-interpreter of an environment that has it: it does not go with our transformers). "read" and "written" are
-`disk_read` and `disk_written` (see Usage). The source is dropped from the page cache before each run, so it
-counts once; what a program reads again is cached by then, unless memory is short, and counts no more. Ours
-waits until its files are on the disk (fsync), the others do not. Writes results/speed.json and prints a Markdown table.
+Every program prunes one random Llama checkpoint 2:4 with Wanda, on the same tokens and threads, in a process, a working
+directory and a TMPDIR of its own, one after the other in rounds. Beside ours these are the paper's way with the whole
+model in memory (peers/whole_model.py) and llm-compressor (peers/llm_compressor.py, run by the interpreter of another
+environment, because it does not go with our transformers). "read" and "written" are `disk_read` and `disk_written` (see
+Usage). The source is dropped from the page cache before each run, so it counts once. What a program reads again is
+cached by then, unless memory is short, and does not count. Ours waits until its files are on the disk (fsync), the
+others do not. Writes results/speed.json and prints a Markdown table.
 """
 
 import argparse
@@ -54,12 +54,12 @@ COMPARED = (
     ("llmc-disk-bf16", "sequential-bf16"),
 )
 
-Command = Callable[[Path, Path, Path], list[str | Path]]  # source, tokens, target -> what is run
+Command = Callable[[Path, Path, Path], list[str | Path]]  # source, tokens, target -> the command line
 
 
 @dataclass(frozen=True)
 class Program:
-    """A row of the table: its name for --only, what it is, how it is run."""
+    """A row of the table: its name for --only, its title, and how it is run."""
 
     name: str
     title: str
@@ -81,7 +81,7 @@ def main() -> None:
     if arguments.peer:  # no resolve(): it would leave the virtual environment
         arguments.peer = os.path.abspath(shutil.which(arguments.peer) or arguments.peer)
     chosen = programs(arguments)
-    load = os.getloadavg()[0]  # of others: their share of the caches and of the CPUs' halves shows in CPU seconds, too
+    load = os.getloadavg()[0]  # of other programs, which share caches and cores and so raise our CPU seconds, too
     pythons = {"ours": sys.executable} | ({"llm-compressor": arguments.peer} if arguments.peer else {})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def programs(arguments: argparse.Namespace) -> list[Program]:
-    """Those that can be run and were not left out, ours first."""
+    """The programs that can be run and were not left out, ours first."""
 
     def ours(*flags: str) -> Command:
         given = ["--json", "--sequences", str(arguments.sequences), *flags]
@@ -135,14 +135,14 @@ def programs(arguments: argparse.Namespace) -> list[Program]:
 
 
 def imported(folder: Path, who: str, python: str, size: int, threads: int) -> dict[str, float]:
-    """What an interpreter takes to import what its program needs, the second time."""
+    """The figures of an interpreter that imports what its program needs, for the second time."""
     for _ in range(2):
         usage, _ = run(folder, [python, "-c", IMPORTS[who]], threads)
     return figures(usage, size)
 
 
 def measured(folder: Path, chosen: list[Program], rounds: int, threads: int) -> list[dict[str, Any]]:
-    """A row for each program: medians, what its output and leftovers are, what each round took.
+    """A row for each program: medians, what its output and its leftovers are, what each round took.
 
     Right before each run the program prunes a tiny checkpoint, so that it finds all its code cached.
     """
@@ -191,7 +191,7 @@ def run(folder: Path, command: list[str | Path], threads: int) -> tuple[Usage, l
 
 
 def leftovers(key: str, place: Path) -> list[dict[str, Any]]:
-    """What lies in a directory: name, number of files (of links not the targets), MB; no empty folders."""
+    """The entries of a directory that hold files: name, number of files, MB. Links count, not their targets."""
     found = []
     for entry in sorted(place.iterdir()):
         files = [file for file in [entry, *entry.rglob("*")] if file.is_symlink() or file.is_file()]
@@ -202,7 +202,7 @@ def leftovers(key: str, place: Path) -> list[dict[str, Any]]:
 
 
 def drop_cache(checkpoint: Path) -> None:
-    """Has the next reader of its shards read them from the disk."""
+    """Drops a checkpoint's shards from the page cache, so that the next reader reads them from the disk."""
     for file in checkpoint.glob("*.safetensors"):
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
@@ -211,7 +211,7 @@ def drop_cache(checkpoint: Path) -> None:
 
 
 def figures(usage: Usage, size: int) -> dict[str, float]:
-    """A run in seconds, MB and multiples of the checkpoint's size."""
+    """The figures of a run, in seconds, MB and multiples of the checkpoint's size."""
     return {
         "seconds": round(usage.seconds, 2),
         "cpu_seconds": round(usage.cpu_seconds, 2),
@@ -225,10 +225,10 @@ def figures(usage: Usage, size: int) -> dict[str, float]:
 
 
 def examined(target: Path, source: Path, base: Path) -> dict[str, Any]:
-    """Whether the blocks' matrices hold 2:4 and are the source's but for zeros; how their masks differ from base's.
+    """Whether the blocks' matrices hold 2:4 and are the source's except for zeros, and how masks differ from base's.
 
-    `same_blocks` come before the first one that differs: of equal methods that differ in rounding alone, a
-    bit or two of some block, and from there on more and more, for its outputs are what the next one measures.
+    `same_blocks` are those before the first that differs. Where methods differ in rounding alone, a bit or two differ
+    in some block, and more and more from there on, because the next block is measured on that one's outputs.
     """
     found, dense, ours = (Checkpoint(path).tensors for path in (target, source, base))
     two_of_four = faithful = True
@@ -260,12 +260,12 @@ def versions(python: str) -> dict[str, str]:
 
 
 def command_line() -> str:
-    """How this was called, without what only this machine's paths say."""
+    """The command line, with the last parts of absolute paths only."""
     return " ".join(["benchmarks/speed.py", *(re.sub(r"(^|=)/.*/", r"\1", argument) for argument in sys.argv[1:])])
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: medians, each with its multiple of ours, and what follows from them."""
+    """A table in Markdown: medians, each with its multiple of ours, and what follows from them."""
     rows = {row["name"]: row for row in result["rows"]}
     lines = [
         f"{result['machine']}; {result['threads']} threads; commit {result['commit']}; checkpoint of "

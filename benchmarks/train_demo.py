@@ -78,7 +78,7 @@ def encode(tokenizer: Tokenizer, documents: list[str], dropout: float | None = N
 def train(
     model: LlamaForCausalLM, tokenizer: Tokenizer, learned: list[str], held: list[str], steps: int
 ) -> dict[str, torch.Tensor]:
-    """AdamW with a cosine schedule; gives the weights of the lowest held-out loss."""
+    """Trains by AdamW with a cosine schedule; gives the weights with the lowest held-out loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(step / 100, 0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))

@@ -2,7 +2,7 @@
 
     python benchmarks/train_stories.py MODEL OUT --text STORIES... --held 200
 
-MODEL is a checkpoint whose tokenizer is taken (stories260K: 512 tokens of the SentencePiece kind); the last stories of
+The tokenizer is that of the checkpoint MODEL (stories260K: 512 tokens of the SentencePiece kind). The last stories of
 the last file are held out. Writes tokenizer.model, too (`pip install sentencepiece protobuf`), without which
 llama.cpp's converter gives all merges one rank. Takes about a quarter of an hour on two cores.
 """
@@ -52,7 +52,7 @@ def config(tokenizer) -> LlamaConfig:
 
 
 def train(model: LlamaForCausalLM, ids: torch.Tensor, steps: int) -> None:
-    """On random windows, the rate rising for 50 steps and falling from then on."""
+    """Trains on random pieces of the text, with a rate that rises for 50 steps and falls from then on."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
     start = time.perf_counter()
     for step in range(steps):
@@ -70,7 +70,7 @@ def train(model: LlamaForCausalLM, ids: torch.Tensor, steps: int) -> None:
 
 
 def sentencepiece_model(file: Path) -> bytes:
-    """The BPE model of a tokenizer.json whose merges rank by their order."""
+    """The BPE model of a tokenizer.json as SentencePiece stores it; merges rank by their order."""
     from sentencepiece import sentencepiece_model_pb2
 
     made = json.loads(file.read_text("utf-8"))["model"]

@@ -1,26 +1,26 @@
-"""Every trouble a user can fix; each message is one sentence that names the thing and the next move.
+"""The errors that a user can fix: each message names the file, tensor or flag, and the next move.
 
 LowmemError
 |-- CheckpointError    the source: a directory, a header, a tensor
 |-- ModelError         a model, or a part of it, that cannot be pruned
 |-- CalibrationError   texts and token ids
-|-- PatternError       a sparsity pattern that cannot be had
-|-- BudgetError        memory that would not be enough
-|-- OutputError        the target directory, the disk, a job that is not this job
+|-- PatternError       a pattern, method or choice of tensors that is not valid
+|-- BudgetError        memory limits that are too low
+|-- OutputError        the target directory, the disk, a directory that holds another job
 `-- NumberError        NaN or infinity where a finite number is needed
 """
 
 
 class LowmemError(Exception):
-    """What every error of this package derives from."""
+    """The base class of every error of this package."""
 
 
 class CheckpointError(LowmemError):
-    """The source checkpoint is missing, broken, or of a kind that is not read."""
+    """The source checkpoint is missing, broken, or of a kind that is not supported."""
 
 
 class ModelError(LowmemError):
-    """The model, or a tensor of it, has no place in the walk."""
+    """The model, or a part of it, is of a kind that is not supported."""
 
 
 class CalibrationError(LowmemError):
@@ -28,11 +28,11 @@ class CalibrationError(LowmemError):
 
 
 class PatternError(LowmemError):
-    """The sparsity pattern is no pattern, or does not fit a tensor."""
+    """The pattern, method or choice of tensors is not valid, or does not fit a tensor."""
 
 
 class BudgetError(LowmemError):
-    """The work cannot be done within --max-ram or --max-vram, or what is free."""
+    """The work needs more memory than --max-ram, --max-vram or the machine allows."""
 
 
 class OutputError(LowmemError):

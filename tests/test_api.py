@@ -49,7 +49,7 @@ def test_every_parameter_is_documented(function):
     assert all(f"\n{section}:\n" in words for section in ("Args", "Returns", "Raises", "Example"))
 
 
-@pytest.mark.parametrize("thing", [*FUNCTIONS, Method], ids=lambda thing: thing.__name__)
+@pytest.mark.parametrize("thing", [*FUNCTIONS, Checkpoint, Method, SquaredNorm], ids=lambda thing: thing.__name__)
 def test_the_examples_run(tiny, tmp_path, monkeypatch, thing):
     """In a folder with what they name: a source of two blocks, a text, what prune made of the source."""
     monkeypatch.chdir(tmp_path)
@@ -142,13 +142,19 @@ def test_a_method_counts_its_memory(tiny):
         ({"dtype": "int8"}, LowmemError, "--dtype int8"),
         ({"batch": 0}, LowmemError, "--batch 0"),
         ({"slots": 4}, LowmemError, "slots=4"),
-        ({"max_ram": "much"}, LowmemError, "max_ram='much' is no size such as 8GB"),
+        ({"max_ram": "much"}, LowmemError, "max_ram='much' is not a size such as 8GB"),
     ],
 )
 def test_words_and_numbers_that_are_none_are_refused(tiny, tmp_path, settings, error, says):
     with pytest.raises(error, match=says):
         prune(tiny("llama"), tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_text_or_glob_needs_no_list(tiny, token_file, tmp_path):
+    one = prune(tiny("llama"), tmp_path / "one", text=token_file, exclude="*v_proj*")
+    many = prune(tiny("llama"), tmp_path / "many", text=[str(token_file)], exclude=["*v_proj*"])
+    assert one["arguments"] == many["arguments"] and digests(tmp_path / "one") == digests(tmp_path / "many")
 
 
 def hooks(model):

@@ -1,11 +1,11 @@
 """llm-compressor's Wanda 2:4: `python llm_compressor.py SOURCE TOKENS.npy TARGET --dtype bfloat16 [--disk]`.
 
-Run by an interpreter that has llm-compressor 0.14; imports nothing of ours. As its guides and its
-`examples/disk_offloading` say: the sequential pipeline, and for `--disk` a model loaded by
-`load_offloaded_model` with `device_map="auto_offload"`. That puts on disk what does not fit in memory; none
-is allowed for weights here, for that is what a model larger than memory comes to. One sequence at a time, its
-default: eight take as long and 130 MB more (width 1024, length 256). Shards are as large as the source's, for
-with its default of 20 GB an offloaded model is mapped whole to be saved.
+Run this with an interpreter that has llm-compressor 0.14; it imports nothing of ours. It does what llm-compressor's
+guides and `examples/disk_offloading` say: it takes the sequential pipeline, and for `--disk` a model loaded by
+`load_offloaded_model` with `device_map="auto_offload"`. That puts on disk what does not fit in memory. Weights are
+allowed no memory here, as it comes to with a model larger than memory. One sequence is computed at a time, the default;
+eight take as long and 130 MB more (width 1024, length 256). Shards are as large as the source's, because with the
+default of 20 GB an offloaded model is mapped whole to be saved.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def prune(model: PreTrainedModel, tokens: np.ndarray) -> None:
     oneshot(
         model=model,
         dataset=dataset,
-        # it insists on a tokenizer, and does not use it where a data set has `input_ids`
+        # it needs a tokenizer, but does not use it where a data set has `input_ids`
         processor=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"": 0}))),
         recipe=WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]),
         num_calibration_samples=len(tokens),

@@ -1,8 +1,8 @@
 """Wanda 2:4 of a whole Llama in memory, plainly: `python whole_model.py SOURCE TOKENS.npy TARGET`.
 
-The yardstick of speed.py: what the paper's code (locuslab/wanda, `prune_wanda`) does, in float32 and without
-our package. Each block is run twice, one sequence at a time, dense to measure and pruned to carry the hidden
-states on; its statistic is the running mean over sequences. The mask is a stable sort of all groups at once,
+This is the yardstick of speed.py. It does what the paper's code (locuslab/wanda, `prune_wanda`) does, in float32 and
+without our package. Each block is run twice, one sequence at a time: dense to be measured, and pruned to move the
+hidden states on. Its statistic is the running mean over sequences. The mask is a stable sort of all groups at once,
 where the paper's code takes a top-k of each four columns in a Python loop.
 """
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 
 class MeanSquare:
-    """||X_j||_2^2 per input channel, the mean over sequences (`WrappedGPT` of the paper's code)."""
+    """||X_j||_2^2 of each input channel, as the mean over sequences (`WrappedGPT` of the paper's code)."""
 
     def __init__(self, columns: int) -> None:
         self.scaler_row, self.sequences = torch.zeros(columns), 0
@@ -40,7 +40,7 @@ def prune_2_4(weight: torch.Tensor, scaler_row: torch.Tensor) -> None:
 
 @contextmanager
 def measuring(block: nn.Module) -> Iterator[dict[nn.Linear, MeanSquare]]:
-    """{linear of the block: the statistic of what it is fed within the context}."""
+    """Gives {linear of the block: the statistic of its inputs within the context}."""
     found = {module: MeanSquare(module.in_features) for module in block.modules() if isinstance(module, nn.Linear)}
     hooks = [module.register_forward_pre_hook(lambda module, given: found[module].add(given[0])) for module in found]
     yield found

@@ -1,1 +1,1 @@
-"""This room reads folders of safetensors, writes them whole or not at all, resumes and proves them, without torch."""
+"""This room reads, writes, resumes and verifies folders of safetensors; it never imports torch."""

@@ -1,4 +1,4 @@
-"""A directory of safetensors: which tensor lies where, and the small files beside them."""
+"""A checkpoint's directory: which tensor lies in which safetensors file, and the small files beside them."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,15 +12,27 @@ INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "co
 WEIGHT_INDEX = ".index.json"
 COPIED = (".json", ".jinja", ".model", ".txt", ".md", ".tiktoken")
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README", "USE_POLICY")
-JOB, REPORT = "job.json", "report.json"  # what a pruning writes beside the checkpoint
-WHOLE = 256 << 20  # bytes; a larger source is fingerprinted by samples
+JOB, REPORT = "job.json", "report.json"  # files that a pruning writes beside the checkpoint
+WHOLE = 256 << 20  # bytes; the fingerprint of a larger source is made of samples
 
 
 class Checkpoint:
-    """The tensors of a directory by name, every header checked, none of the data read.
+    """The tensors of a directory of safetensors by name: every header is checked, no data is read.
 
-    Raises CheckpointError, naming the file, for: no safetensors, a missing or truncated shard, a header
-    that lies, an index that disagrees with its shards, a path that leaves the directory.
+    `tensors` is {name: tensor}; a tensor has its name, dtype ("BF16"), shape, file, and place in that file. `path` is
+    the directory, `files` are its safetensors files in the order of their names.
+
+    Args:
+        path: the folder of a Hugging Face checkpoint, with model.safetensors or with several shards and their index.
+
+    Raises:
+        CheckpointError: the folder holds no safetensors, a shard is missing or truncated, a header is wrong, the index
+            disagrees with its shards, or it names a file outside the folder. The message names the file.
+
+    Example:
+        >>> from lowmem_wanda import Checkpoint
+        >>> Checkpoint("source").tensors["model.norm.weight"].shape
+        (128,)
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,14 +58,15 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def config(self) -> dict[str, Any]:
-        """config.json. Raises CheckpointError where it is missing or no JSON object."""
+        """The content of config.json. Raises CheckpointError if the file is missing or not a JSON object."""
         return read_json(self.path / CONFIG)
 
     def _weight_map(self) -> dict[str, str]:
-        """{tensor: shard} of the index; empty where one file holds everything."""
+        """{tensor: shard} of the index; {} if one file holds everything. Raises CheckpointError."""
         single, index = self.path / SINGLE, self.path / INDEX
         if not index.exists():
             if not single.exists():
@@ -70,17 +83,17 @@ class Checkpoint:
                 or not shard.endswith(".safetensors")
             ):
                 raise CheckpointError(
-                    f"{INDEX}: puts tensor {name} in {shard!r}, which is no safetensors file of this directory"
+                    f"{INDEX}: puts tensor {name} in {shard!r}, which is not a safetensors file of this directory"
                 )
         if single.exists() and SINGLE not in weight_map.values():
             raise CheckpointError(
-                f"{self.path}: holds both {SINGLE} and {INDEX}, so which counts is unclear; remove one"
+                f"{self.path}: holds both {SINGLE} and {INDEX}, so it is unclear which one counts; remove one"
             )
         return weight_map
 
 
 def _what_instead(path: Path) -> str:
-    """Why a directory without model.safetensors cannot be read."""
+    """The part of a message that says what a directory without model.safetensors holds, and the next move."""
     names = sorted(file.name for file in path.iterdir())
     if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         return (
@@ -95,7 +108,7 @@ def _what_instead(path: Path) -> str:
 
 
 def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
-    """Raises CheckpointError for a quantized source and for one that brings code of its own."""
+    """Raises CheckpointError for a quantized source, and for one with Python code of its own that is not trusted."""
     config = checkpoint.config()
     if config.get("quantization_config"):
         kind = config["quantization_config"]
@@ -117,7 +130,10 @@ def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 in hex over config.json and the shards: all bytes, or of more than 256 MiB 64 KiB of every 4 MiB."""
+    """The SHA-256 in hex of config.json and the shards.
+
+    Shards of at most 256 MiB together are read whole. Of larger ones, 64 KiB of every 4 MiB are read.
+    """
     digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
     sizes = {file: file.stat().st_size for file in checkpoint.files}
     step, length = (4 << 20, 4 << 20) if sum(sizes.values()) <= WHOLE else (4 << 20, 64 << 10)
@@ -131,7 +147,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def small_files(source: Path, code: bool = False) -> list[Path]:
-    """Configuration, tokenizer, licence and model card of a checkpoint, relative; Python files only with `code`."""
+    """The relative paths of a checkpoint's configuration, tokenizer, licence and model card; Python files with `code`.
+
+    Files that a pruning writes (job.json, report.json, the index) are not among them.
+    """
     found = [path for path in source.iterdir() if path.is_file()] + list(
         source.glob("additional_chat_templates/*.jinja")
     )
@@ -139,7 +158,7 @@ def small_files(source: Path, code: bool = False) -> list[Path]:
 
 
 def differing(files: Iterable[Path], source: Path, target: Path) -> list[Path]:
-    """Those of the relative `files` that are missing in `target` or have other bytes than in `source`."""
+    """Those of the relative paths `files` whose file is missing in `target` or has other bytes than in `source`."""
     return [
         file
         for file in files
@@ -148,6 +167,7 @@ def differing(files: Iterable[Path], source: Path, target: Path) -> list[Path]:
 
 
 def _is_copied(path: Path, code: bool) -> bool:
+    """Whether a file of the source is copied to the output; Python files only with `code`."""
     if path.name in (JOB, REPORT) or path.name.endswith(WEIGHT_INDEX) or path.name.startswith("."):
         return False
     if path.suffix in COPIED or (code and path.suffix == ".py"):

@@ -1,8 +1,8 @@
 """The output directory of a job: what the job was asked to do, which shards are done, and how it becomes a checkpoint.
 
 `job.json` is written once, before anything else. Each finished shard adds a line to `.progress.jsonl`. A shard is done
-when it stands under its final name with the checksum of its line: a valid header and the right size prove nothing,
-because a kill inside a save leaves both. `config.json` comes last, so an unfinished directory loads as nothing.
+when it has its final name and the checksum of its line. A valid header and the right size prove nothing, because a kill
+in the middle of a save leaves both. `config.json` is written last, so no program loads an unfinished directory.
 """
 
 import errno
@@ -19,15 +19,16 @@ from lowmem_wanda.checkpoint.reader import read_header, read_json
 from lowmem_wanda.checkpoint.writer import PARTIAL, explained, sha256_of, sync_directory, write_bytes, write_json
 from lowmem_wanda.errors import CheckpointError, OutputError
 
-FORMAT = 1  # of job.json and report.json
+FORMAT = 1  # the format number of job.json and report.json
 PROGRESS, LOCK = ".progress.jsonl", ".lock"
 
 
 class Output:
-    """The directory `path` of one job, begun or taken up again, while no other process works there (see `working`).
+    """The output directory of one job, new or resumed; `working` keeps other processes out of it meanwhile.
 
-    `arguments` is all that can change a bit of the result, as {name: JSON value}; `label` turns a name into what a
-    message calls it. Raises OutputError for the same directory with other arguments or of another format.
+    `arguments` are {name: JSON value} for everything that can change a bit of the result. `label` turns such a name
+    into the words that messages use. Raises OutputError if the directory holds a job with other arguments or of another
+    format.
     """
 
     def __init__(self, path: Path, arguments: dict[str, Any], label: Callable[[str], str] = str) -> None:
@@ -38,16 +39,19 @@ class Output:
             self._require_same(begun(path), label)
 
     def begin(self, needed: int, shards: Collection[str]) -> None:
-        """Writes job.json, or finds which of `shards` are done. Raises OutputError where `needed` bytes do not fit."""
+        """Writes job.json of a new job; of a resumed one, finds which of its `shards` are done.
+
+        The finished job takes `needed` bytes. Raises OutputError if the disk cannot hold those that are still missing.
+        """
         self._take_up(shards)
         require_disk(self.path, needed - sum(entry["nbytes"] for entry in self.finished.values()))
         if not self.resumed:
             write_json(self.path / JOB, self.arguments)
 
     def add(self, shard: str, entry: dict[str, Any]) -> None:
-        """Notes a finished shard; `entry` has its nbytes and sha256 and goes into the report."""
+        """Records a finished shard. `entry` holds its nbytes and sha256 and goes into the report."""
         with explained(self.path / PROGRESS), open(self.path / PROGRESS, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps({"shard": shard, **entry}) + "\n")  # a kill may have cut the line before
+            file.write("\n" + json.dumps({"shard": shard, **entry}) + "\n")  # a kill may have cut the last line
             file.flush()
             os.fsync(file.fileno())
         if not self.finished:
@@ -55,7 +59,10 @@ class Output:
         self.finished[shard] = entry
 
     def publish_files(self, source: Checkpoint, files: Sequence[Path]) -> None:
-        """Writes the small files of the source byte for byte, but for config.json, and the index of the shards."""
+        """Copies the small files of the source except config.json, byte for byte, and writes the index of the shards.
+
+        Raises OutputError if the shards do not hold the same tensors as the source.
+        """
         weight_map = {
             name: shard.name for shard in sorted(self.path.glob("model-*.safetensors")) for name in read_header(shard)
         }
@@ -74,11 +81,11 @@ class Output:
         write_bytes(self.path / CONFIG, (source.path / CONFIG).read_bytes())
 
     def end(self) -> None:
-        """Removes what only an unfinished job needs."""
+        """Removes the file that only an unfinished job needs."""
         (self.path / PROGRESS).unlink(missing_ok=True)
 
     def verified(self, source: Checkpoint, files: Sequence[Path]) -> dict[str, Any]:
-        """The report of a finished job, once its files are found to be what it says. Raises OutputError."""
+        """The report of a finished job. Raises OutputError if a file differs from this report or from the source."""
         again = f"delete {self.path} and prune again"
         try:
             report = read_json(self.path / REPORT)
@@ -97,7 +104,7 @@ class Output:
         return report
 
     def _take_up(self, shards: Collection[str]) -> None:
-        """Finds the finished shards of an interrupted run and clears away its half-written files."""
+        """Finds the finished shards of an interrupted run and removes its half-written files."""
         for partial in list(self.path.rglob(f".*{PARTIAL}")):
             partial.unlink()
         progress = self.path / PROGRESS
@@ -108,6 +115,7 @@ class Output:
                 self.finished[name] = entry
 
     def _require_same(self, before: dict[str, Any], label: Callable[[str], str]) -> None:
+        """Raises OutputError if the arguments of the job in the directory, `before`, are not those of this job."""
         now = json.loads(json.dumps(self.arguments))
         for key in [*now, *before]:
             if before.get(key) != now.get(key):
@@ -119,17 +127,18 @@ class Output:
 
 
 def shard_names(depth: int) -> list[str]:
-    """The Hugging Face names of the shard outside the blocks and of each block's shard.
+    """The file names of the shards: first that of all tensors outside the blocks, then one for each block.
 
-    Other names convert to an empty GGUF without an error.
+    They are Hugging Face's. Of shards with other names, llama.cpp's converter makes an empty GGUF without an error.
     """
     return [f"model-{index + 1:05d}-of-{depth + 1:05d}.safetensors" for index in range(depth + 1)]
 
 
 def begun(path: Path) -> dict[str, Any]:
-    """The arguments of the job in a directory; {} where there is no job. Raises OutputError.
+    """The arguments of the job in a directory; {} if there is no job.
 
-    A job.json of another format is refused: what it says, and the bits of its shards, may have another meaning.
+    Raises OutputError if job.json is damaged or of another format, because its arguments and the bits of its shards may
+    then have another meaning.
     """
     if not (path / JOB).exists():
         return {}
@@ -147,7 +156,7 @@ def begun(path: Path) -> dict[str, Any]:
 
 
 def finished(path: Path) -> bool:
-    """Whether nothing is left to do in a job's directory: config.json is the last file to be written."""
+    """Whether the job in a directory is done. config.json is the last file that it writes."""
     return (path / JOB).exists() and (path / CONFIG).exists()
 
 
@@ -158,13 +167,13 @@ def require_finished(path: Path) -> None:
 
 
 def require_target(path: str | Path, source: str | Path) -> None:
-    """Raises OutputError if the target is the source, lies within it, or holds something else than a job."""
+    """Raises OutputError if the target is the source, lies within it, or holds anything other than a job."""
     require_outside(path, source)
     target = Path(path).resolve()
     with explained(Path(path)):
         if (target / JOB).exists() or not target.exists():
             return
-        left = {LOCK, f".{JOB}{PARTIAL}"}  # all that a kill in the first moment leaves
+        left = {LOCK, f".{JOB}{PARTIAL}"}  # a kill in the first moment leaves no other file
         if not target.is_dir() or any(entry.name not in left for entry in target.iterdir()):
             raise OutputError(f"{path}: exists and is not a job of this program; give a new or empty directory")
 
@@ -177,7 +186,7 @@ def require_outside(path: str | Path, source: str | Path) -> None:
 
 
 def report_folder(path: str | Path, kind: str) -> Path:
-    """A folder that takes a report: new, empty, or with a report of the same kind. Raises OutputError."""
+    """The folder for a report. Raises OutputError unless it is new, empty, or holds a report of the same kind."""
     folder = Path(path)
     with explained(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -188,10 +197,11 @@ def report_folder(path: str | Path, kind: str) -> Path:
 
 
 @contextmanager
-def working(path: Path) -> Iterator[None]:
-    """Makes the directory and keeps a second process out of it. Raises OutputError in the second.
+def exclusive(path: Path) -> Iterator[None]:
+    """Creates the directory and keeps a second process out of it, which gets an OutputError.
 
-    The lock is a file that is removed in the end. A process that opened a file which was removed meanwhile tries again.
+    The lock is a file that is removed in the end. A process that opened the file just before it was removed tries
+    again.
     """
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -206,13 +216,13 @@ def working(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file, so there it stays
+        with suppress(OSError):  # Windows cannot remove an open file, so it stays there
             (path / LOCK).unlink()
         handle.close()
 
 
 def require_disk(path: Path, needed: int) -> None:
-    """Raises OutputError where fewer than `needed` bytes are free."""
+    """Raises OutputError if fewer than `needed` bytes of disk are free."""
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise OutputError(
@@ -222,7 +232,7 @@ def require_disk(path: Path, needed: int) -> None:
 
 
 def _locked(handle: BinaryIO) -> bool:
-    """Whether no other process holds the lock; Windows and some network file systems have none to hold."""
+    """Whether this process may work: it took the lock, or the system has no locks (Windows, some network disks)."""
     try:
         import fcntl
 
@@ -235,6 +245,7 @@ def _locked(handle: BinaryIO) -> bool:
 
 
 def _json_or_none(line: bytes) -> Any:
+    """The JSON value of a line; None if the line is not valid JSON."""
     try:
         return json.loads(line)
     except ValueError:  # an empty line, or one that a kill cut short
@@ -242,5 +253,6 @@ def _json_or_none(line: bytes) -> Any:
 
 
 def _brief(value: Any) -> str:
+    """A value as JSON of at most 60 characters, for messages."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

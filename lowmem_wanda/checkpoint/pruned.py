@@ -1,4 +1,4 @@
-"""The pruned matrices of a checkpoint: what its report promises of them, and their values without torch."""
+"""The pruned matrices of a checkpoint: what its report promises of them, and their values, read without torch."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from lowmem_wanda.checkpoint.directory import REPORT, Checkpoint
 from lowmem_wanda.checkpoint.reader import FLOATS, Tensor, read_json
 from lowmem_wanda.errors import CheckpointError
 
-IN_BLOCK = re.compile(r"(^|\.)\d+\.")  # in the name of a tensor that lies in a block
+IN_BLOCK = re.compile(r"(^|\.)\d+\.")  # found in the name of every tensor that lies in a block
 Rows = Callable[[int, int], np.ndarray]  # (first output, last output + 1) -> their weights, float32 (rows, columns)
 
 
@@ -21,8 +21,8 @@ class Promise:
     """What a report says of one pruned matrix.
 
     `zeros` weights are exactly zero. `filled` weights have the magnitude `tiny` and stand for pruned ones; `tiny` is 0
-    where pruned weights are zeros. `nm` is (kept, of) of an N:M pattern, None for another `pattern`. A `transposed`
-    matrix lies in its file as (inputs, outputs).
+    where pruned weights are zeros. `pattern` is the pattern as text, such as "2:4" or "50%". A `transposed` matrix lies
+    in its file as (inputs, outputs).
     """
 
     zeros: int = 0
@@ -33,6 +33,7 @@ class Promise:
 
     @property
     def nm(self) -> tuple[int, int] | None:
+        """(kept, of) of an N:M pattern; None for any other pattern."""
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.pattern)
         return (int(match[1]), max(1, int(match[2]))) if match else None
 
@@ -54,7 +55,7 @@ class PrunedMatrix:
         return (columns, rows) if self.promise.transposed else (rows, columns)
 
     def reader(self) -> Rows:
-        """What reads some outputs, float32 (rows, columns). The reader of a transposed matrix holds all of it."""
+        """A function that reads some outputs, float32 (rows, columns); for a transposed matrix it holds all of it."""
         tensor = self.tensor
         if self.promise.transposed:
             whole = np.ascontiguousarray(_floats(tensor).T)
@@ -68,18 +69,18 @@ class PrunedMatrix:
         return rows
 
     def gone(self, weight: np.ndarray) -> np.ndarray:
-        """Which of some weights are pruned."""
+        """The mask of the weights that are pruned: those that are zero or have the magnitude `tiny`."""
         gone: np.ndarray = (weight == 0) | (np.abs(weight) == np.float32(self.promise.tiny))
         return gone
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """report.json of a directory; {} where there is none. Raises CheckpointError."""
+    """The content of report.json in a directory; {} if the file is missing. Raises CheckpointError."""
     return read_json(path / REPORT) if (path / REPORT).exists() else {}
 
 
 def promises_of(report: Mapping[str, Any]) -> dict[str, Promise]:
-    """{tensor: what the report of a pruning says of it}; {} of no report. Raises CheckpointError for another report."""
+    """{tensor: promise} of the report of a pruning; {} for an empty report. Raises CheckpointError for any other."""
     try:
         found = {name: _promise(one) for block in report.get("blocks", ()) for name, one in block["linears"].items()}
         if report and not (found and report["shards"] and isinstance(report["shards"], list)):
@@ -90,9 +91,9 @@ def promises_of(report: Mapping[str, Any]) -> dict[str, Promise]:
 
 
 def pruned_matrices(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, PrunedMatrix]:
-    """{name: matrix} of a pruned checkpoint, as its report has them, or without a report all matrices in blocks.
+    """{name: matrix} of a pruned checkpoint: the matrices in its report, or without a report all matrices in blocks.
 
-    Raises CheckpointError where there are none, or where the report is of another checkpoint.
+    Raises CheckpointError if there are none, or if the report belongs to another checkpoint.
     """
     tensors, promises = checkpoint.tensors, promises_of(report)
     if wrong := [name for name in promises if name not in tensors or not is_matrix(tensors[name])]:
@@ -111,13 +112,16 @@ def is_matrix(tensor: Tensor) -> bool:
 
 
 def holds(zero: np.ndarray, kept: int, of: int, axis: int = 1) -> bool:
-    """Whether each group of `of` values along the axis of a mask of zeros (rows, columns) has at most `kept` others."""
+    """Whether at most `kept` of each `of` consecutive values are not zero, along an axis (1: within rows).
+
+    `zero` is the mask of the zeros, bool (rows, columns).
+    """
     groups = zero.reshape(len(zero), -1, of).sum(axis=2) if axis else zero.reshape(-1, of, zero.shape[1]).sum(axis=1)
     return bool((groups >= of - kept).all())
 
 
 def _promise(record: Mapping[str, Any]) -> Promise:
-    """Raises KeyError, TypeError, AttributeError or ValueError where the record is not of a matrix."""
+    """The promise in a record. Raises KeyError, TypeError, AttributeError or ValueError if it is not of a matrix."""
     pattern, transposed = record.get("pattern", ""), record.get("transposed", False)
     if not isinstance(pattern, str) or re.fullmatch(r"\d+:0+", pattern) or not isinstance(transposed, bool):
         raise ValueError(pattern)
@@ -128,7 +132,7 @@ def _promise(record: Mapping[str, Any]) -> Promise:
 
 
 def _floats(tensor: Tensor) -> np.ndarray:
-    """A tensor's values in float32, in its shape."""
+    """The values of a tensor, float32 in its shape."""
     raw = b"".join(tensor.pieces())
     if tensor.dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)

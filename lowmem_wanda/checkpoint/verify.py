@@ -1,6 +1,6 @@
-"""What a checkpoint is, read from its bytes alone: sparsity, patterns, and whether it is its source but for zeros.
+"""Verifies a checkpoint by its bytes alone: its sparsity, its patterns, and that it equals its source except for zeros.
 
-Neither torch nor transformers is needed, so the proof does not rest on what made the checkpoint.
+Neither torch nor transformers is needed, so the proof does not rest on the code that made the checkpoint.
 """
 
 import math
@@ -17,17 +17,18 @@ from lowmem_wanda.checkpoint.pruned import IN_BLOCK, NO_PROMISE, Promise, holds,
 from lowmem_wanda.checkpoint.reader import FLOATS, PIECE, Tensor
 from lowmem_wanda.checkpoint.writer import sha256_of
 
-PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # kept, of; what holds the first holds more
+PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # (kept, of); the first that holds is shown
 TINY = {"F64": 1 << 52, "F32": 1 << 23, "F16": 1 << 10, "BF16": 1 << 7}  # bits of the smallest normal number
 
 
 @dataclass
 class MatrixFindings:
-    """What one matrix holds: `zeros` weights are zero, `filled` weights have the smallest magnitude in their place.
+    """What was found in one matrix.
 
-    `pattern` is the N:M pattern that both hold along the inputs ("" for none). Transposed weights (GPT-2's Conv1D) hold
-    it down the columns, which "2:4 (transposed)" says. `kept` is False where a pattern that report.json promises is
-    broken.
+    `zeros` weights are exactly zero. `filled` weights have the smallest normal magnitude, which stands for a pruned
+    weight. `pattern` is the N:M pattern that both together hold along the inputs, or "". A transposed matrix (GPT-2's
+    Conv1D) holds it down the columns, and its `pattern` reads "2:4 (transposed)". `kept` is False if report.json
+    promises a pattern that the matrix does not hold.
     """
 
     name: str
@@ -46,10 +47,11 @@ class MatrixFindings:
 
 @dataclass
 class Findings:
-    """What `check` found; a checkpoint is what it says it is when there are no `problems`.
+    """What `check` found. A checkpoint is what it claims to be if there are no `problems`.
 
-    Beside a source, `identical` tensors have its bytes, and `masked` ones have them but for `zeroed` weights that are
-    pruned. `moved` matrices have kept weights of other values, as their report says of a method that updates weights.
+    `shards_verified` shards have the checksums in report.json. The other numbers compare with a source: `identical`
+    tensors have its bytes, `masked` tensors have pruned weights, `zeroed` of them in all. In `moved` matrices kept
+    weights have other values, which the report of a method that updates weights announces.
     """
 
     matrices: list[MatrixFindings] = field(default_factory=list)
@@ -62,21 +64,21 @@ class Findings:
 
 
 def check(path: str | Path, against: str | Path | None = None) -> Findings:
-    """What the checkpoint in a directory holds, and whether that is what it says it holds.
+    """What the checkpoint in a directory holds, and whether it is what it claims to be.
 
-    Every tensor is read once, 16 MiB at a time. Where prune left a report.json, the shards' checksums and each matrix's
-    zeros are held against it.
+    Every tensor is read once, 16 MiB at a time. If prune left a report.json, the shards' checksums and each matrix's
+    zeros are compared with it.
 
     Args:
         path: the folder of any safetensors checkpoint.
-        against: the folder of its source (default: none). Every weight must then be the source's or zero, and all
-            else the same bytes.
+        against: the folder of its source (default: no comparison). Every weight must then be the source's or zero, and
+            everything else must have the same bytes.
 
     Returns:
-        `Findings`; it has no `problems` where all is as it should be.
+        `Findings`. Its `problems` are empty if all is as it should be.
 
     Raises:
-        CheckpointError: something cannot be read at all, or the job in the directory is not done.
+        CheckpointError: a file cannot be read at all, or the job in the directory is not done.
 
     Example:
         >>> from lowmem_wanda import check
@@ -90,7 +92,7 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     promises = promises_of(report)
     for tensor in checkpoint.tensors.values():
         if is_matrix(tensor):
-            findings.matrices.append(_examine(tensor, promises.get(tensor.name, NO_PROMISE)))
+            findings.matrices.append(_count_zeros(tensor, promises.get(tensor.name, NO_PROMISE)))
     if report:
         _compare_report(path, report, promises, findings)
     if against is not None:
@@ -99,8 +101,8 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     return findings
 
 
-def _examine(tensor: Tensor, promise: Promise) -> MatrixFindings:
-    """Counts zeros, and keeps the patterns that no group of either direction breaks."""
+def _count_zeros(tensor: Tensor, promise: Promise) -> MatrixFindings:
+    """The findings in one matrix: its zeros, and the first pattern that all groups hold, along inputs or outputs."""
     zeros, filled, promised = 0, 0, None
     tiny = TINY[tensor.dtype] if promise.filled else 0
     candidates = [(kept, of, axis) for axis in (1, 0) for kept, of in PATTERNS]
@@ -109,7 +111,7 @@ def _examine(tensor: Tensor, promise: Promise) -> MatrixFindings:
         candidates.append(promised)
     candidates = [(kept, of, axis) for kept, of, axis in candidates if tensor.shape[axis] % of == 0]
     for bits in _rows(tensor, math.lcm(*(of for _, of, axis in candidates if axis == 0))):
-        zero = (bits << 1) == 0  # without the sign
+        zero = (bits << 1) == 0  # the shift drops the sign
         zeros += int(zero.sum())
         if tiny:
             small = (bits << 1) == tiny << 1
@@ -122,20 +124,23 @@ def _examine(tensor: Tensor, promise: Promise) -> MatrixFindings:
 
 
 def _rows(tensor: Tensor, multiple: int) -> Iterator[np.ndarray]:
-    """Yields the bits of about 16 MiB at a time as unsigned integers (rows, columns); rows come in multiples."""
+    """Yields the bits of about 16 MiB of rows at a time, unsigned integers (rows, columns).
+
+    The number of rows is a multiple of `multiple`, except at the end of the tensor.
+    """
     step = tensor.nbytes // tensor.shape[0] * multiple
     for piece in tensor.pieces(max(1, PIECE // step) * step):
         yield np.frombuffer(piece, f"<u{FLOATS[tensor.dtype]}").reshape(-1, tensor.shape[1])
 
 
 def _compare_report(path: Path, report: Mapping[str, Any], promises: Mapping[str, Promise], findings: Findings) -> None:
-    """Holds checksums, zeros and patterns against what report.json says of them."""
+    """Compares checksums, zeros and patterns with report.json; every difference becomes a problem."""
     for shard in report["shards"]:
         file = path / Path(shard["name"]).name
         if file.exists() and sha256_of(file) == shard["sha256"]:
             findings.shards_verified += 1
         else:
-            findings.problems.append(f"{file.name}: is not the file that {REPORT} has the checksum of")
+            findings.problems.append(f"{file.name}: is not the file whose checksum {REPORT} gives")
     found = {matrix.name: matrix for matrix in findings.matrices}
     for name, promise in promises.items():
         matrix = found.get(name)
@@ -144,7 +149,7 @@ def _compare_report(path: Path, report: Mapping[str, Any], promises: Mapping[str
             findings.problems.append(f"{name}: has {zeros} zeros, {REPORT} says {promise.zeros}")
         elif matrix.filled != promise.filled:
             findings.problems.append(
-                f"{name}: has {matrix.filled} of the smallest number, {REPORT} says {promise.filled}"
+                f"{name}: has {matrix.filled} weights of the smallest number, {REPORT} says {promise.filled}"
             )
         elif not matrix.kept:
             findings.problems.append(f"{name}: does not hold {promise.pattern}, which {REPORT} says it does")
@@ -153,10 +158,11 @@ def _compare_report(path: Path, report: Mapping[str, Any], promises: Mapping[str
 def _compare_source(
     pruned: Checkpoint, source: Checkpoint, promises: Mapping[str, Promise], updated: bool, findings: Findings
 ) -> None:
-    """Every weight of a block's matrix must be the source's or +0.0; all else and every small file the same bytes.
+    """Compares a pruned checkpoint with its source; every difference that pruning does not make becomes a problem.
 
-    Where report.json says so, a pruned weight is the smallest number of either sign instead of +0.0, and the kept
-    weights of the matrices in it may be others (`updated`).
+    Every weight of a matrix in a block must be the source's or +0.0. All other tensors and all small files must have
+    the same bytes. If report.json says so, pruned weights are the smallest normal number of either sign instead of
+    +0.0. If kept weights were `updated`, those of the matrices in the report may have other values.
     """
     for name in sorted(pruned.tensors.keys() ^ source.tensors.keys()):
         where = pruned.path if name in source.tensors else source.path
@@ -170,6 +176,11 @@ def _compare_source(
 
 
 def _compare_tensor(ours: Tensor, theirs: Tensor, filled: bool, moves: bool, findings: Findings) -> None:
+    """Compares one tensor with the source's.
+
+    Pruned weights must be +0.0, or the smallest normal number if they are `filled`. Kept weights must be the source's
+    unless the method `moves` them.
+    """
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         is_, was = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (ours, theirs))
         findings.problems.append(f"{ours.name}: is {is_}, the source's {was}")
@@ -185,10 +196,11 @@ def _compare_tensor(ours: Tensor, theirs: Tensor, filled: bool, moves: bool, fin
             changed += int((differs & ~gone).sum())
     prunable = is_matrix(ours) and IN_BLOCK.search(ours.name)
     if changed and not moves:
-        findings.problems.append(f"{ours.name}: {changed} weights are neither the source's nor zero")
+        pruned = "the smallest number" if filled else "zero"
+        findings.problems.append(f"{ours.name}: {changed} weights are neither the source's nor {pruned}")
     elif zeroed and not prunable:
         findings.problems.append(
-            f"{ours.name}: {zeroed} values are zero that are not in the source, and it is no matrix of a block"
+            f"{ours.name}: {zeroed} values are zero that are not in the source, and it is not a matrix of a block"
         )
     findings.identical += not (zeroed or changed)
     findings.masked += bool(zeroed)

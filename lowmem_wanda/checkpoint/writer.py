@@ -1,6 +1,6 @@
-"""Files that are whole or not there: a temporary name, fsync, rename.
+"""Writes files that are whole or not there at all: under a temporary name, then fsync, then a rename.
 
-`os.open` with mode 0666 gives what the umask allows; safetensors' own `save_file` leaves 0600.
+`os.open` with mode 0666 gives a file the permissions that the umask allows; safetensors' own `save_file` gives it 0600.
 """
 
 import ctypes
@@ -19,15 +19,16 @@ from typing import Any
 from lowmem_wanda.checkpoint.reader import ITEMSIZE, PIECE, Tensor, advise, opened
 from lowmem_wanda.errors import OutputError
 
-COPIED_PIECE = 4 << 20  # bytes that are copied at a time; two such pieces are held
-PARTIAL = ".partial"  # what no finished file ends in
-WAIT_BEFORE, WRITE, WAIT_AFTER = 1, 2, 4  # of sync_file_range(2)
+COPIED_PIECE = 4 << 20  # bytes that are copied at a time; two such pieces are in memory
+PARTIAL = ".partial"  # the end of an unfinished file's name
+WAIT_BEFORE, WRITE, WAIT_AFTER = 1, 2, 4  # flags of sync_file_range(2)
+# errors that only say that a file system cannot do what was asked for
 NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM)
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard as it was written: sizes in bytes, SHA-256 in hex."""
+    """A shard that was written: its file name, size in bytes, and SHA-256 in hex."""
 
     name: str
     nbytes: int
@@ -35,9 +36,10 @@ class ShardFile:
 
 
 def write_shard(path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | memoryview] | None]]) -> ShardFile:
-    """Writes tensors, each with the pieces of its bytes (None: those of its own file), as one safetensors file.
+    """Writes tensors to one safetensors file; returns its name, size and checksum.
 
-    The header is known before the first byte and keeps each tensor's name, dtype and shape. Larger items
+    Each tensor comes with the pieces of its bytes, or with None if its bytes are copied from its own file. The header
+    is known before the first byte is written and keeps each tensor's name, dtype and shape. Tensors of larger items
     come first, so that every tensor is aligned to its own dtype. Raises OutputError.
     """
     ordered = sorted(tensors, key=lambda pair: -ITEMSIZE[pair[0].dtype])
@@ -65,20 +67,22 @@ def write_shard(path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | mem
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file whole. Raises OutputError."""
+    """Writes a small file, whole or not at all. Raises OutputError."""
     with replacing(path) as file:
         file.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, two spaces deep, with a last newline. Raises OutputError."""
+    """Writes JSON, indented by two spaces, with a newline at its end. Raises OutputError."""
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager
 def replacing(path: Path, size: int = 0) -> Iterator["Growing"]:
-    """Gives a file to write to, of `size` bytes if that is known; it is at `path` when all went well, and not
-    there at all otherwise."""
+    """A file to write to. It appears at `path` when all went well, and not at all otherwise.
+
+    Its disk space is taken at once if its `size` in bytes is known (0: unknown). Raises OutputError.
+    """
     with _partial(path) as partial:
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         try:
@@ -95,9 +99,9 @@ def replacing(path: Path, size: int = 0) -> Iterator["Growing"]:
 
 @contextmanager
 def named_partial(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, for libraries that open files themselves; the file is at `path` when all went well.
+    """A path to write to, for libraries that open files themselves. The file is at `path` when all went well.
 
-    It takes no other file's place: one of the same bytes is left. Raises OutputError for another one.
+    It never replaces a file: a file of the same bytes stays, and for a file of other bytes OutputError is raised.
     """
     with _partial(path) as partial:
         yield partial
@@ -111,14 +115,14 @@ def named_partial(path: Path) -> Iterator[Path]:
 
 
 def require_new(path: str | Path) -> None:
-    """Raises OutputError for a file that is there."""
+    """Raises OutputError if a file exists."""
     if Path(path).exists():
         raise OutputError(f"{path}: exists, and is not replaced; give another name or remove it")
 
 
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """The name beside `path` that an unfinished file has, which is gone in the end."""
+    """The path that an unfinished file has beside `path`. If a file is still there in the end, it is removed."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with explained(path):
@@ -129,11 +133,11 @@ def _partial(path: Path) -> Iterator[Path]:
 
 
 class Growing:
-    """A file that is written from its start to its end, on the disk soon after: what is written is sent there
-    at once and leaves the page cache two windows later, so that nothing is left for fsync to wait for
-    (1.6 GB: 4.5-5 s, against 16-19 s).
+    """A file that is written from its start to its end and reaches the disk soon after.
 
-    `size` is what was written, in bytes; `digest` the SHA-256 of it.
+    Each piece of 16 MiB is sent to the disk at once and leaves the page cache two pieces later, so that nothing is left
+    for fsync to wait for (1.6 GB take 4.5-5 s, against 16-19 s). `size` is the number of bytes that were written,
+    `digest` is their SHA-256.
     """
 
     def __init__(self, handle: int) -> None:
@@ -141,14 +145,17 @@ class Growing:
         self._handle, self._sent = handle, 0
 
     def write(self, content: bytes | memoryview) -> None:
-        """Appends all of it. Raises OSError."""
+        """Appends all of the content. Raises OSError."""
         self._append(memoryview(content).cast("B"), copied=0)
 
     def copy(self, tensor: Tensor) -> None:
-        """Appends a tensor as it lies in its file, by the kernel where that copies between the two files."""
+        """Appends the bytes of a tensor in its file; the kernel copies them if it can copy between the two files.
+
+        Raises CheckpointError if the tensor cannot be read, OSError if this file cannot be written.
+        """
         with opened(tensor.file) as file:
             source = os.dup(file.fileno())
-        with open(source, "rb", buffering=0) as file:  # not `opened`: what goes wrong here is the target's trouble
+        with open(source, "rb", buffering=0) as file:  # not `opened`: errors here concern the target
             at = tensor.offset
             for piece in tensor.pieces(COPIED_PIECE):
                 copied = copy_range(source, self._handle, at, len(piece))
@@ -157,11 +164,11 @@ class Growing:
             advise(file, tensor.offset, tensor.nbytes, "DONTNEED")  # type: ignore[arg-type]
 
     def _append(self, content: memoryview, copied: int) -> None:
-        """Takes note of the content and writes it, but for the first `copied` bytes, which are there already."""
+        """Adds the content to the digest and writes it, except its first `copied` bytes, which are already written."""
         self.digest.update(content)
         self.size += len(content)
         rest = content[copied:]
-        while rest:  # on a full disk a plain write goes short once, then raises ENOSPC
+        while rest:  # on a full disk one write takes only a part, the next raises ENOSPC
             rest = rest[os.write(self._handle, rest) :]
         while self._sent + PIECE <= self.size:
             start_writeback(self._handle, self._sent, PIECE)
@@ -172,7 +179,7 @@ class Growing:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Makes what the system says against writing `path` an OutputError."""
+    """Turns an error of the system while `path` is written into an OutputError."""
     try:
         yield
     except OSError as error:
@@ -186,20 +193,20 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes renames in a directory last (a no-op where directories cannot be opened)."""
+    """Makes sure that renames in a directory are on the disk. Does nothing where directories cannot be opened."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot do this need not do it
                 raise
         finally:
             os.close(handle)
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hex, read 16 MiB at a time."""
+    """The SHA-256 of a file in hex. The file is read 16 MiB at a time."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(16 << 20):
@@ -207,19 +214,19 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-# What Linux can do with files beyond Python's own. Elsewhere each of these does nothing, and all still works.
+# What Linux can do with files beyond writing them. On other systems these functions do nothing, and all still works.
 
 
 @lru_cache
 def library(name: str) -> Any:
-    """A function of the C library, or None; it lets go of Python's lock while it runs."""
+    """A function of the C library, which releases Python's lock while it runs; None where it is missing."""
     return getattr(ctypes.CDLL(None, use_errno=True), name, None) if sys.platform == "linux" else None
 
 
 def preallocate(handle: int, nbytes: int) -> None:
-    """Takes the disk space of a file at once. Raises OSError (ENOSPC) where it is not to be had.
+    """Takes the disk space of a whole file at once. Raises OSError (ENOSPC) if there is too little.
 
-    `os.posix_fallocate` would write to every page where the file system cannot do this.
+    `os.posix_fallocate` is not used: it writes to every page if the file system cannot do this.
     """
     function = library("fallocate64")
     if function and nbytes and function(handle, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
@@ -229,34 +236,34 @@ def preallocate(handle: int, nbytes: int) -> None:
 
 
 def start_writeback(handle: int, offset: int, nbytes: int) -> None:
-    """Has the system begin to write a range to the disk, without waiting."""
+    """Asks the system to start writing a range to the disk, and does not wait for it."""
     if function := library("sync_file_range"):
         function(handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), WRITE)
 
 
 def end_writeback(handle: int, offset: int, nbytes: int) -> None:
-    """Waits until a range is on the disk, and gives its pages back. Raises OSError where it could not be written."""
+    """Waits until a range is on the disk and gives its pages back. Raises OSError if it could not be written."""
     if function := library("sync_file_range"):
         if function(handle, ctypes.c_int64(offset), ctypes.c_int64(nbytes), WAIT_BEFORE | WRITE | WAIT_AFTER):
             number = ctypes.get_errno()
-            if number not in (*NOT_HERE, errno.EINTR, errno.ESPIPE):  # told here, an error is not told by fsync again
+            if number not in (*NOT_HERE, errno.EINTR, errno.ESPIPE):  # fsync would not report it again
                 raise OSError(number, os.strerror(number))
         os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def forget(handle: int) -> None:
-    """Gives all pages of a file that is on the disk back."""
+    """Gives back all pages of a file that is on the disk."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def copy_range(source: int, target: int, offset: int, nbytes: int) -> int:
-    """How many bytes from `offset` of one file the kernel has appended to another; 0 where it cannot."""
+    """The number of bytes from `offset` of one file that the kernel appended to another; 0 if it cannot."""
     done = 0
     while done < nbytes and hasattr(os, "copy_file_range"):
         try:
             copied = os.copy_file_range(source, target, nbytes - done, offset + done)
-        except OSError:  # a plain write will do it, or say why not
+        except OSError:  # a plain write follows, which succeeds or says why it cannot
             break
         if not copied:
             break

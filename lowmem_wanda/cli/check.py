@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     command = add_command(commands, "check", "report the sparsity of a checkpoint and prove it", run)
     command.add_argument("path", metavar="dir", help="folder of any safetensors checkpoint")
-    command.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this source but for zeros")
+    command.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this checkpoint except for zeros")
 
 
 def run(arguments: argparse.Namespace) -> int:

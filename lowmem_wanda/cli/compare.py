@@ -20,9 +20,9 @@ from lowmem_wanda.cli.options import (
 from lowmem_wanda.cli.terminal import (
     Bar,
     add_distances,
-    distances,
+    distance_cells,
     evaluations,
-    perplexity,
+    perplexity_cells,
     short_duration,
     shown,
     size,
@@ -39,12 +39,14 @@ def add(commands: Any) -> None:
     add_source(command)
     add = command.add_argument
     add("target", metavar="out_dir", help="new folder for report.json and report.html, or one to continue")
-    add("--methods", type=names, default=METHODS, metavar="NAME,...", help=f"(default: {','.join(METHODS)})")
-    add("--patterns", type=names, default=PATTERNS, metavar="PATTERN,...", help="(default: 50%%,4:8,2:4)")
-    add("--groups", type=names, default=(None,), metavar="GROUP,...", help="of row,matrix (default: each method's own)")
+    add("--methods", type=names, default=METHODS, metavar="NAME,...", help=f"methods (default: {','.join(METHODS)})")
+    add("--patterns", type=names, default=PATTERNS, metavar="PATTERN,...", help="patterns (default: 50%%,4:8,2:4)")
+    add("--groups", type=names, default=(None,), metavar="GROUP,...",
+        help="what is compared for a share: row,matrix (default: each method's own)")  # fmt: skip
     add("--statistics", type=names, default=("block",), metavar="ORDER,...",
-        help="of block,dense,sequential (default: block)")  # fmt: skip
-    add("--calibration", nargs="+", default=(), metavar="FILE", help="as --text of prune (default: a built-in text)")
+        help="what matrices are measured on: block,dense,sequential (default: block)")  # fmt: skip
+    add("--calibration", nargs="+", default=(), metavar="FILE",
+        help="calibration, as --text of prune (default: a built-in text)")  # fmt: skip
     add("--sequences", type=numbers, default=(128,), metavar="N,...",
         help="numbers of calibration sequences, such as 1,8,64 (default: 128)")  # fmt: skip
     add("--seeds", type=numbers, default=(0,), metavar="N,...",
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def comparison_table(report: Mapping[str, Any]) -> Any:
-    """A row for each pruning: what it costs in quality, time and memory."""
+    """A table with a row for each pruning: what it costs in quality, time and memory."""
     from rich.markup import escape
 
     table = evaluations(report, "pruned")
@@ -81,10 +83,10 @@ def comparison_table(report: Mapping[str, Any]) -> Any:
     costs = ("time", "host", "GPU")[: 3 if on_gpu else 2]
     for title in costs:
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_row("dense", *perplexity(report["dense"]))
+    table.add_row("dense", *perplexity_cells(report["dense"]))
     for row in report["rows"]:
         cost = [short_duration(row["seconds"]), size(row["host_bytes"]), size(row["device_bytes"])]
-        table.add_row(escape(row["name"]), *perplexity(row), *distances(row), *cost[: len(costs)])
+        table.add_row(escape(row["name"]), *perplexity_cells(row), *distance_cells(row), *cost[: len(costs)])
     for spread in report["spread"]:
         mean = f"{spread['perplexity_mean']:.2f} sd {spread['perplexity_sd']:.2f}"
         table.add_row(escape(f"{spread['name']}, {spread['rows']} seeds"), mean)

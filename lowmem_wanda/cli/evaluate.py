@@ -11,10 +11,10 @@ from lowmem_wanda.cli.terminal import (
     Bar,
     add_distances,
     damage_line,
-    distances,
+    distance_cells,
     evaluations,
-    measured,
-    perplexity,
+    figure,
+    perplexity_cells,
     shown,
 )
 
@@ -27,16 +27,17 @@ def add(commands: Any) -> None:
     add = command.add_argument
     add("sources", nargs="+", metavar="dir", help="folder of a Hugging Face safetensors checkpoint, pruned or not")
     add("--against", metavar="ckpt_dir", help="the dense model: adds KL divergence, agreement, each block's error")
-    add("--stride", type=positive, metavar="N", help="tokens from one window to the next: overlapping windows score "
-        "each token once, with more tokens before it (default: the length)")  # fmt: skip
-    add("--convention", default="windows", choices=("windows", "llama.cpp"), help="windows: all tokens are scored (the "
-        "paper's code); llama.cpp: the second half of each, as its perplexity tool (default: windows)")  # fmt: skip
+    add("--stride", type=positive, metavar="N", help="tokens from one window to the next: overlapping windows "
+        "evaluate each token once, with more tokens before it (default: the length)")  # fmt: skip
+    add("--convention", default="windows", choices=("windows", "llama.cpp"), help="windows: all tokens of a window but "
+        "its first are evaluated, as in the paper's code; llama.cpp: the second half of each window is, as in its "
+        "perplexity tool (default: windows)")  # fmt: skip
     add("--tasks", type=names, default=(), metavar="NAME,...", help=f"zero-shot tasks of lm-evaluation-harness "
         f"(downloaded unless local); the paper's are {TASKS}")  # fmt: skip
-    add("--include-path", metavar="DIR", help="where the harness finds local task files")
-    add("--limit", type=positive, metavar="N", help="documents of each task (default: all)")
+    add("--include-path", metavar="DIR", help="folder where the harness finds local task files")
+    add("--limit", type=positive, metavar="N", help="number of documents of each task (default: all)")
     add("--report", metavar="DIR",
-        help="folder for report.json and report.html (default: NAME-eval, of the last dir)")  # fmt: skip
+        help="folder for report.json and report.html (default: NAME-eval, with the name of the last dir)")  # fmt: skip
     add_windows(command)
     add_machine(command)
 
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         def begin(facts: Mapping[str, Any]) -> None:
             windows = f"{facts['windows']} windows of {facts['length']} tokens from {', '.join(facts['text'])}"
             bar.line(f"{facts['source']}: {facts['blocks']} blocks, on {facts['device']}")
-            bar.line(f"{facts['scored']} tokens scored in {windows}")
+            bar.line(f"{facts['evaluated']} tokens evaluated in {windows}")
             bar.begin(facts["blocks"])
 
         def show(record: Mapping[str, Any]) -> None:
@@ -82,26 +83,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def evaluation_table(report: Mapping[str, Any]) -> Any:
-    """A row for each model: its perplexity, the distance to the dense one, its tasks."""
+    """A table with a row for each model: its perplexity, its distance to the dense model, its tasks."""
     from rich.markup import escape
 
     table, models, dense = evaluations(report, "model"), report["models"], report["against"]
     if dense:
         add_distances(table)
-        table.add_row(escape(dense["path"]), *perplexity(dense), "dense")
+        table.add_row(escape(dense["path"]), *perplexity_cells(dense), "dense")
     tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
     for task in tasks:
         table.add_column(escape(task), justify="right")
     for model in models:
-        cells = [*perplexity(model), *(distances(model) if dense else [])]
+        cells = [*perplexity_cells(model), *(distance_cells(model) if dense else [])]
         table.add_row(escape(model["path"]), *cells, *(accuracy(model["tasks"].get(task)) for task in tasks))
     return table
 
 
 def accuracy(metrics: Mapping[str, float] | None) -> str:
-    """A task's accuracy, by length where it has one, with its standard error."""
+    """A task's accuracy with its standard error; the accuracy normalized by length where the task has it."""
     if not metrics:
         return ""
-    return measured(
-        metrics, next((name for name in ("acc_norm", "acc") if name in metrics), next(iter(metrics))), ".3f"
-    )
+    return figure(metrics, next((name for name in ("acc_norm", "acc") if name in metrics), next(iter(metrics))), ".3f")

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def imatrix_table(result: Mapping[str, Any]) -> Any:
-    """The table of what an importance matrix was computed on, and where it is."""
+    """The table that says what an importance matrix was computed on, and where it is."""
     from rich.markup import escape
 
     table = pairs(f"importance matrix: {result['file']}")

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = top.parse_args(argv)
     texts = {*getattr(arguments, "text", ()), *getattr(arguments, "calibration", ())}
     if not {"c4", "wikitext2"} & texts and not getattr(arguments, "tasks", ()):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched unless it was asked for
+        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded unless it was asked for
     try:
         return int(arguments.run(arguments))
     except LowmemError as error:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (OSError, MemoryError, RuntimeError) as error:
-        # what the system says, and torch's OutOfMemoryError; any other RuntimeError is a bug of ours
+        # errors of the system, and torch's OutOfMemoryError; any other RuntimeError is a bug of ours
         if arguments.debug or type(error) is RuntimeError:
             raise
         print(f"error: {printable(' '.join(str(error).split()) or 'memory is full')}", file=sys.stderr)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `command` says which one it is, `run` runs it."""
+    """The parser of all commands. Of its results, `command` is the command's name and `run` runs it."""
     top = argparse.ArgumentParser(
         prog="lowmem-wanda",
         description="Prune Hugging Face language models with Wanda, one decoder block in memory at a time.",

@@ -1,4 +1,4 @@
-"""Parts of a page: tables, paragraphs, figures as people read them; the page around them needs nothing else."""
+"""Parts of report.html: its style, tables, paragraphs, and the document around them. It needs no other file."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -24,11 +24,11 @@ svg { display: block; width: 100%; height: auto; stroke-linejoin: round } svg [i
 
 
 class Best(str):
-    """A cell that stands out."""
+    """The text of a cell that is shown in bold."""
 
 
 def document(title: str, body: str) -> str:
-    """A page without scripts that asks for nothing."""
+    """A whole page, without scripts, that loads nothing."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -37,14 +37,14 @@ def document(title: str, body: str) -> str:
 
 
 def pairs(values: Record) -> str:
-    """A table of what is there: a flag that was not given is left out."""
+    """A table of names and values, without those whose value is empty, such as flags that were not given."""
     cells = [(escape(key), escape(shown(value))) for key, value in values.items()]
     lines = "".join(f"<tr><th>{key}</th><td>{text}</td></tr>" for key, text in cells if text)
     return f'<div class="wide"><table class="pairs">{lines}</table></div>'
 
 
 def table(titles: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """A table of figures, without columns in which nothing stands."""
+    """A table of figures, without empty columns; "" where there are no lines."""
     kept = [column for column in range(len(titles)) if any(line[column] != "" for line in lines)]
     head = "".join(f"<th>{escape(titles[column])}</th>" for column in kept)
 

@@ -23,26 +23,32 @@ def add_source(command: argparse.ArgumentParser) -> None:
 
 
 def add_calibration(command: argparse.ArgumentParser) -> None:
-    """What matrices are measured on."""
+    """Adds the flags that say what matrices are measured on."""
     add = command.add_argument
     add("--text", nargs="+", default=(), metavar="FILE", help="calibration: plain text, .jsonl, token ids in .npy or "
         ".safetensors, or c4 or wikitext2, which are downloaded (default: a built-in text)")  # fmt: skip
     add("--sequences", type=positive, default=128, metavar="N", help="number of calibration sequences (default: 128)")
     add("--length", type=positive, default=2048, metavar="N",
         help="tokens of each sequence, capped by the model (default: 2048)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="seed of the calibration sample (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the calibration sample, and of the signs of --zeros signed-tiny (default: 0)",
+    )
 
 
 def add_selection(command: argparse.ArgumentParser) -> None:
-    """Which tensors are pruned."""
+    """Adds the flags that say which tensors are pruned."""
     add = command.add_argument
-    add("--include", nargs="+", default=(), metavar="GLOB", help="prune only tensors with such names (default: all)")
+    add("--include", nargs="+", default=(), metavar="GLOB", help="prune only tensors whose names match (default: all)")
     add("--exclude", nargs="+", default=(), metavar="GLOB",
-        help="leave tensors with such names dense (default: none)")  # fmt: skip
+        help="leave tensors dense whose names match (default: none)")  # fmt: skip
 
 
 def add_windows(command: argparse.ArgumentParser) -> None:
-    """What models are evaluated on."""
+    """Adds the flags that say what models are evaluated on."""
     add = command.add_argument
     add("--text", nargs="+", default=(), metavar="FILE", help="plain text, .jsonl, token ids in .npy or .safetensors, "
         "or wikitext2 or c4, whose test and validation sets are downloaded")  # fmt: skip
@@ -52,10 +58,10 @@ def add_windows(command: argparse.ArgumentParser) -> None:
 
 
 def add_machine(command: argparse.ArgumentParser) -> None:
-    """What is computed on, and within what."""
+    """Adds the flags that say where models are computed, and in how much memory."""
     add = command.add_argument
     add("--batch", type=positive, metavar="N", help="sequences computed at a time (default: as many as make 256 "
-        "tokens, on a GPU 2048, or fewer where memory is short)")  # fmt: skip
+        "tokens, on a GPU 2048, or fewer if memory is short)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--dtype", default="auto", choices=DTYPES, help="dtype to compute in, not to store; auto is float32 on a CPU, "
         "else as stored (default: auto)")  # fmt: skip
@@ -64,7 +70,7 @@ def add_machine(command: argparse.ArgumentParser) -> None:
     add("--max-vram", type=size, metavar="SIZE",
         help="GPU memory that tensors may take, such as 8GB (default: what is free)")  # fmt: skip
     add("--slots", type=int, choices=(1, 2, 3), help="blocks in host memory: 3 to read, compute and write at the same "
-        "time, 1 to do it in turn (default: 3 where they fit)")  # fmt: skip
+        "time, 1 to do so one after the other (default: 3 where they fit)")  # fmt: skip
     add("--read", default="pread", choices=READS, help="how shards are read (default: pread)")
     add("--trust-remote-code", action="store_true", help="run, and copy, Python code that the checkpoint brings")
 
@@ -75,7 +81,7 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def taken(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Some flags as keywords."""
+    """The flags of these names, as keywords."""
     return {name: getattr(arguments, name) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""report.html: a report as one page that needs nothing else, neither a network nor a script."""
+"""report.html: a report as one page that needs neither a network nor a script."""
 
 import math
 import re
@@ -19,11 +19,11 @@ from lowmem_wanda.cli.markup import (
     table,
     time_unit,
 )
-from lowmem_wanda.cli.terminal import RULES, duration, measured, size
+from lowmem_wanda.cli.terminal import RULES, duration, figure, size
 
 PAGE = "report.html"
 Section = tuple[str, str, str]  # identifier, heading, HTML
-Kinds = Mapping[str, Mapping[int, Any]]  # {kind of linear: {block: its record}}
+Kinds = Mapping[str, Mapping[int, Any]]  # {kind of matrix: {block: its record}}
 LIMITS = (
     "A perplexity is of this text, length and convention of cutting it: compare it with none of others.",
     "Standard errors take tokens as independent, which those of a text are not: small differences say little.",
@@ -56,7 +56,7 @@ def page(report: Record) -> str:
 
 
 def save_page(folder: str | Path, report: Record) -> None:
-    """Writes report.html into a folder, which is made if it is not there."""
+    """Writes report.html into a folder, which is made if it does not exist."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_bytes(Path(folder) / PAGE, page(report).encode("utf-8"))
 
@@ -89,7 +89,7 @@ def _pruned(report: Record) -> Iterator[Section]:
 
 
 def _scores(kinds: Kinds, blocks: Sequence[Record]) -> str:
-    """How scores lay, and how much of them was pruned; of linears whose scores were kept."""
+    """Figures of how scores are spread and how much of them was pruned, for matrices whose scores are in the report."""
 
     def lost(one: Record) -> float:
         return float(one["score"]["lost"]) if one.get("score") else math.nan
@@ -111,7 +111,7 @@ def _scores(kinds: Kinds, blocks: Sequence[Record]) -> str:
 
 
 def _quantization(outlook: Record | None) -> str:
-    """What quantization for llama.cpp would leave of this model, type by type, and advice."""
+    """Advice on quantization for llama.cpp, and what each type would leave of this model."""
     if not outlook:
         return ""
     titles = ("type", "", "bits", "still zero", "leak", "error")
@@ -155,45 +155,45 @@ def _compared(report: Record) -> Iterator[Section]:
 
 
 def _quality(models: Sequence[Record], report: Record) -> str:
-    """Perplexity and distance of each model; the best of each pattern stands out in a comparison."""
+    """Perplexity and distance of each model. In a comparison the best of each pattern is shown in bold."""
     ranked = sorted((row for row in models if "pattern" in row), key=lambda row: row["perplexity"], reverse=True)
     best = {row["pattern"]: row["perplexity"] for row in ranked}
 
     def cells(model: Record) -> list[str]:
-        value = measured(model, "perplexity", ".3f")
+        value = figure(model, "perplexity", ".3f")
         memory = max(model.get("host_bytes", 0), model.get("device_bytes", 0))
         return [
             model["name"],
             Best(value) if model["perplexity"] == best.get(model.get("pattern", "")) else value,
-            *(measured(model, name, form) for name, form in DISTANCE.values()),
+            *(figure(model, name, form) for name, form in DISTANCE.values()),
             *((duration(model["seconds"]), size(memory)) if memory else ("", "")),
         ]
 
     titles = ("", f"perplexity at {report['length']}", *DISTANCE, "time to prune", "memory")
-    tokens = next((f", {model['tokens']:,} scored" for model in models if "tokens" in model), "")
+    tokens = next((f", {model['tokens']:,} evaluated" for model in models if "tokens" in model), "")
     windows = f"{report['windows']} windows" if "windows" in report else "windows"
     cut = f"{', '.join(report['text'])}: {windows} of {report['length']} tokens ({report['convention']}){tokens}"
     return f'<p class="soft">{escape(cut)}</p>' + table(titles, [cells(model) for model in models])
 
 
 def _tasks(models: Sequence[Record], short: Mapping[str, str]) -> str:
-    """Every metric of every task with its standard error, the models beside each other."""
+    """Every metric of every task with its standard error, the models side by side."""
     found = {
         (task, metric): None
         for model in models
         for task, metrics in model.get("tasks", {}).items()
         for metric in metrics
-        if measured(metrics, metric, "") and not metric.endswith("_stderr")
+        if figure(metrics, metric, "") and not metric.endswith("_stderr")
     }
     lines = [
-        (task, metric, *(measured(model.get("tasks", {}).get(task, {}), metric, ".4f") for model in models))
+        (task, metric, *(figure(model.get("tasks", {}).get(task, {}), metric, ".4f") for model in models))
         for task, metric in found
     ]
     return table(("task", "metric", *(short[model["path"]] for model in models)), lines)
 
 
 def _errors(models: Mapping[str, Record]) -> str:
-    """A line for each model that was held against the dense one."""
+    """A figure with a line for each model that was compared with the dense one."""
     series = {}
     for name, model in models.items():
         errors = {block["index"] + 1: block["relative_error"] for block in model["blocks"] if "relative_error" in block}
@@ -204,7 +204,7 @@ def _errors(models: Mapping[str, Record]) -> str:
 
 
 def _time(report: Record, seconds: float, name: str = "parts", title: str = "") -> str:
-    """Seconds of each block, and how much of them was computing."""
+    """The seconds of each block by part, and the share of time that was computing."""
     blocks, timing, text = report["blocks"], report.get("timing"), f"{title}{duration(seconds)}"
     if timing and timing["serial"]:
         text += f", computing in {timing['compute_busy']:.0%} of the last run"
@@ -214,7 +214,7 @@ def _time(report: Record, seconds: float, name: str = "parts", title: str = "") 
 
 
 def _memory(report: Record, name: str = "held", title: str = "") -> str:
-    """Peaks, and what was held over time."""
+    """The peaks of memory, and the memory that was held over time."""
     peak, points = report["peak_memory"], report.get("memory")
     text = paragraphs([title + _peak(peak)])
     if not points:
@@ -232,7 +232,7 @@ def _settings(report: Record) -> Iterator[Section]:
 
 
 def _by_kind(blocks: Sequence[Record]) -> dict[str, dict[int, Any]]:
-    """{kind of linear: {block: its record}}; a kind is the tensor's name from the block's number on."""
+    """{kind of matrix: {block: its record}}; a kind is the tensor's name from the block's number on."""
     kinds: dict[str, dict[int, Any]] = {}
     for block in blocks:
         for name, linear in block["linears"].items():
@@ -242,13 +242,13 @@ def _by_kind(blocks: Sequence[Record]) -> dict[str, dict[int, Any]]:
 
 
 def _grid(kinds: Kinds, blocks: Sequence[Record], value: Callable[[Any], float]) -> tuple[list[str], list[list[float]]]:
-    """Names of the rows of a heat map, and their values block by block, NaN where a block has no such linear."""
+    """Names of the rows of a heat map, and their values block by block, NaN where a block has no such matrix."""
     places = [block["index"] for block in blocks]
     return list(kinds), [[value(line[at]) if at in line else math.nan for at in places] for line in kinds.values()]
 
 
 def _short(models: Sequence[Record]) -> dict[str, str]:
-    """{path: its last part}, or the path where models share that."""
+    """{path: its last part, or the whole path where models share the last part}."""
     ends = {model["path"]: PurePath(model["path"]).name for model in models}
     return {path: end if end and list(ends.values()).count(end) == 1 else path for path, end in ends.items()}
 

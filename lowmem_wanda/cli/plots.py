@@ -1,7 +1,8 @@
-"""Figures as SVG that stands in a page, by matplotlib, which is brought late; a line that says so without it.
+"""Figures as SVG within a page, drawn by matplotlib, which is imported late.
 
-Text stays text in the page's font, backgrounds are transparent and ink takes the page's colour, so that a figure reads
-in dark and light and on a phone.
+Where matplotlib is not installed, a line that says so takes a figure's place. Text stays text in the page's font,
+backgrounds are transparent and ink takes the page's colour, so that a figure can be read in dark and light and on a
+phone.
 """
 
 import io
@@ -15,10 +16,10 @@ from itertools import cycle
 from typing import Any
 
 INK = "#010203"  # stands for the page's own colour
-COLOURS = ("#4c8bf5", "#e8710a", "#1e9e5a", "#c93fb5", "#8f75e8", "#b0850f", "#0899a8", "#e0455e")  # 3:1 on both papers
-MARKERS = "osD^v*X"  # one less than there are colours, so that the pair repeats late
-WIDTH = 5.2  # inches, which a phone shows at about 5 in. of 72 px: a point is a pixel there
-LINE = 0.17  # inches, of a legend
+COLOURS = ("#4c8bf5", "#e8710a", "#1e9e5a", "#c93fb5", "#8f75e8", "#b0850f", "#0899a8", "#e0455e")  # 3:1 on dark, light
+MARKERS = "osD^v*X"  # one fewer than there are colours, so that a pair of both repeats late
+WIDTH = 5.2  # inches; a phone is about 5 inches of 72 px wide, so that a point is a pixel there
+LINE = 0.17  # inches that a line of a legend takes
 NONE = "<p>No plots: pip install matplotlib</p>"
 STYLE = {
     "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 10.0, "axes.titlesize": 9.0, "text.color": INK,
@@ -27,12 +28,15 @@ STYLE = {
     "text.parse_math": False, "axes.unicode_minus": False, "axes.axisbelow": True,
 }  # fmt: skip
 
-Draw = Callable[[Any], None]  # what puts axes into a figure
+Draw = Callable[[Any], None]  # puts axes into a figure
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {name: (x values, y values)}
 
 
 def heat(name: str, title: str, rows: Sequence[str], values: Sequence[Sequence[float]], share: bool = False) -> str:
-    """A heat map of `values` [row][block]; NaN stays empty. Shares are shown in percent, and if alike from 0 to 100."""
+    """A heat map of `values` [row][block]; NaN stays empty.
+
+    Values that are a `share` are shown in percent. Where all are alike, their scale is from 0 to 100.
+    """
     known = [value for line in values for value in line if math.isfinite(value)]
     if not known:
         return ""
@@ -42,7 +46,7 @@ def heat(name: str, title: str, rows: Sequence[str], values: Sequence[Sequence[f
     def draw(figure: Any) -> None:
         from matplotlib import colormaps, colors
 
-        # of viridis neither end, which are too near to either paper; a bar of 50 colours would become a bitmap
+        # viridis without its ends, which are too near to the backgrounds; a bar of 50 colours would become a bitmap
         shades = colors.ListedColormap([colormaps["viridis"](0.12 + 0.85 * step / 47) for step in range(48)])
         axes = figure.add_subplot()
         mesh = axes.pcolormesh([[factor * float(value) for value in line] for line in values], cmap=shades, **limits)
@@ -57,7 +61,10 @@ def heat(name: str, title: str, rows: Sequence[str], values: Sequence[Sequence[f
 
 
 def bands(name: str, title: str, panels: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> str:
-    """A panel for each name, three beside each other: (block, low, middle, high), logarithmic; 0 has no place there."""
+    """A panel for each name, three side by side, with a band of (block, low, middle, high).
+
+    The scale is logarithmic, so that points whose `low` is 0 are left out.
+    """
     panels = {label: [point for point in points if point[1] > 0] for label, points in panels.items()}
     panels = {label: points for label, points in panels.items() if points}
     if not panels:
@@ -88,7 +95,7 @@ def bands(name: str, title: str, panels: Mapping[str, Sequence[tuple[float, floa
 
 
 def lines(name: str, title: str, series: Series, x: str, y: str, level: tuple[str, float] | None = None) -> str:
-    """Lines by name, and a dashed one at a `level`; the axis of "block" is one of whole numbers from 1."""
+    """A line for each name, and a dashed one at a `level`. An `x` of "block" makes an axis of whole numbers from 1."""
     labels = [*series, level[0]] if level else list(series) if len(series) > 1 else []
 
     def draw(figure: Any) -> None:
@@ -109,7 +116,7 @@ def lines(name: str, title: str, series: Series, x: str, y: str, level: tuple[st
 
 
 def stacks(name: str, title: str, parts: Mapping[str, Sequence[float]], y: str) -> str:
-    """A bar for each block, in parts."""
+    """A bar for each block, stacked of its parts."""
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -127,7 +134,7 @@ def stacks(name: str, title: str, parts: Mapping[str, Sequence[float]], y: str) 
 
 
 def ranges(name: str, title: str, values: Mapping[str, tuple[float, float]], x: str, level: tuple[str, float]) -> str:
-    """A point with its error for each name beside a `level`; logarithmic where they are far from each other."""
+    """A point with its error for each name, and a line at a `level`; logarithmic where values are far apart."""
     names = [textwrap.fill(_label(label, 75), 26) for label in values]
     height = 0.08 + 0.17 * max(label.count("\n") + 1 for label in names)
 
@@ -150,7 +157,10 @@ def ranges(name: str, title: str, values: Mapping[str, tuple[float, float]], x: 
 
 
 def _figure(name: str, title: str, height: float, draw: Draw) -> str:
-    """A <figure> whose identifiers begin with `name`, the same for the same data; or what to install."""
+    """A <figure> whose identifiers begin with `name`, or a line that says what to install.
+
+    The identifiers are the same for the same data.
+    """
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -159,7 +169,7 @@ def _figure(name: str, title: str, height: float, draw: Draw) -> str:
         return NONE
     written = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*missing from")  # the browser has glyphs for what this font has not
+        warnings.filterwarnings("ignore", message=".*missing from")  # the browser has the glyphs that this font lacks
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)
@@ -174,7 +184,7 @@ def _figure(name: str, title: str, height: float, draw: Draw) -> str:
 
 
 def _inlined(tag: str, name: str) -> str:
-    """A tag as it stands in a page: identifiers begin with `name`, font and ink are the page's, numbers short."""
+    """A tag as it stands in a page: identifiers begin with `name`, font and ink are the page's, numbers are short."""
     for pattern, by in (
         (r'( id="| xlink:href="#|url\(#)', rf"\1{name}-"),
         (r" xmlns(:xlink)?=\"[^\"]*\"", ""),
@@ -192,7 +202,7 @@ def _inlined(tag: str, name: str) -> str:
 
 
 def _block_axis(axes: Any, depth: int, first: float = 1.0, most: int = 8) -> None:
-    """About `most` blocks to name under an axis, counted from 1, which stands at `first`."""
+    """Names about `most` blocks under an axis, counted from 1; block 1 stands at `first`."""
     step = next(size for size in (1, 2, 5, 10, 20, 25, 50, 100, 10**9) if depth <= size * most)
     named = range(1, depth + 1, step) if step < 5 else [1, *range(step, depth + 1, step)]
     axes.set_xticks([place - 1 + first for place in named], [str(place) for place in named])
@@ -200,7 +210,7 @@ def _block_axis(axes: Any, depth: int, first: float = 1.0, most: int = 8) -> Non
 
 
 def _plain_log(axis: Any, steps: Sequence[float], most: int = 6) -> None:
-    """At most so many marks, at these multiples of powers of ten, in plain numbers."""
+    """Puts at most `most` marks on a logarithmic axis, at `steps` times powers of ten, in plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=steps, numticks=most))
@@ -209,14 +219,14 @@ def _plain_log(axis: Any, steps: Sequence[float], most: int = 6) -> None:
 
 
 def _label(text: str, most: int = 56) -> str:
-    """One line, its end where it is long; matplotlib takes no label that begins with _."""
+    """A text on one line, only its end where it is long. matplotlib leaves out labels that begin with _."""
     line = " ".join(text.split())
     line = line if len(line) <= most else f"…{line[1 - most :]}"
     return f" {line}" if line.startswith("_") else line
 
 
 def _columns(labels: Sequence[str]) -> int:
-    """Of a legend, by its longest line: 5.3 points a letter, 50 for the rest of a column."""
+    """The number of columns of a legend, by its longest line: 5.3 points a letter, 50 for the rest of a column."""
     return max(1, min(len(labels), int(72 * WIDTH / (50 + 5.3 * max(len(_label(label)) for label in labels)))))
 
 

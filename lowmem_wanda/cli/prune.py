@@ -1,4 +1,4 @@
-"""The commands `prune` and `plan`: their flags, what they run, what they show."""
+"""The commands `prune` and `plan`: their flags, what they run and what they show."""
 
 import argparse
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ PRUNING = ("method", "pattern", "group", "text", "sequences", "length", "seed", 
 def add(commands: Any) -> None:
     prune = add_command(commands, "prune", "write a pruned copy of a checkpoint", run_prune)
     add_source(prune)
-    prune.add_argument("target", metavar="out_dir", help="new folder, or that of an interrupted run to continue")
+    prune.add_argument("target", metavar="out_dir", help="new folder, or the folder of an interrupted run to continue")
     plan = add_command(commands, "plan", "say what pruning would need, without reading weights", run_plan)
     add_source(plan)
     for command in (prune, plan):
@@ -34,22 +34,22 @@ def add(commands: Any) -> None:
 
 
 def add_pruning(command: argparse.ArgumentParser) -> None:
-    """What is pruned, and on what it is measured."""
+    """Adds the flags that say what is pruned, and what it is measured on."""
     add = command.add_argument
-    add("--pattern", default="2:4", help="N:M, N kept of each M inputs (2:4, 4:8), or a share to prune (0.5, 60%%) "
-        "(default: 2:4)")  # fmt: skip
+    add("--pattern", default="2:4", help="N:M to keep N of each M inputs (2:4, 4:8), or a share to prune (0.5, "
+        "60%%) (default: 2:4)")  # fmt: skip
     add("--method", default="wanda", choices=METHODS, help="how weights are scored (default: wanda)")
     add("--group", choices=("row", "matrix"),
         help="what is compared for a share (default: row for wanda, matrix for magnitude)")  # fmt: skip
-    add("--norms", metavar="FILE", help="an importance matrix of the dense model (.gguf, .dat), whose norms stand for "
-        "calibration and forward pass")  # fmt: skip
+    add("--norms", metavar="FILE", help="importance matrix of the dense model (.gguf, .dat), whose norms replace "
+        "calibration and forward passes")  # fmt: skip
     add("--imatrix", metavar="FILE", help="write the pruned model's importance matrix too, for llama.cpp (.gguf, .dat)")
     add("--zeros", default="exact", choices=("exact", "signed-tiny"), help="what pruned weights become: +0.0, or the "
-        "smallest number with a random sign, for IQ2 types of llama.cpp alone (default: exact)")  # fmt: skip
+        "smallest number with a random sign, only for IQ2 types of llama.cpp (default: exact)")  # fmt: skip
     add_calibration(command)
-    add("--statistics", default="block", choices=ORDERS, help="what matrices are measured on: the dense block with "
-        "pruned inputs (block, as the paper's code); dense inputs (dense); also the pruned matrices before them in the "
-        "block (sequential, the fewest computations) (default: block)")  # fmt: skip
+    add("--statistics", default="block", choices=ORDERS, help="what matrices are measured on: the dense block after "
+        "pruned blocks (block, as the paper's code); the dense model (dense); also the pruned matrices before them in "
+        "the block (sequential) (default: block)")  # fmt: skip
     add_selection(command)
 
 
@@ -86,7 +86,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def about(facts: Mapping[str, Any]) -> str:
-    """The lines before the work: what is pruned how, on what, with which text."""
+    """The lines before the work: what is pruned and how, on which device, with which text."""
     line = f"{facts['source']}: {facts['blocks']} blocks, {facts['method']} {facts['pattern']}, on {facts['device']}"
     if calibration := facts["calibration"]:
         shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"
@@ -110,7 +110,7 @@ def block_line(record: Mapping[str, Any], depth: int) -> str:
 
 
 def closing(report: Mapping[str, Any], target: str) -> Any:
-    """The table of what was pruned, its size, what it gives and what it does not."""
+    """The table that says what was pruned, its size, what it gives and what it does not give."""
     from rich.markup import escape
 
     summary, arguments = report["summary"], report["arguments"]
@@ -135,12 +135,12 @@ def closing(report: Mapping[str, Any], target: str) -> Any:
 
 
 def timing_text(seconds: float, timing: Mapping[str, Any]) -> str:
-    """All blocks' time, and how much of it was computing."""
+    """The time of all blocks, and the share of it that was computing."""
     return duration(seconds) + (f", computing in {timing['compute_busy']:.0%} of it" if timing["serial"] else "")
 
 
 def plan_table(plan: Any, facts: Mapping[str, Any]) -> Any:
-    """The table of what pruning would need."""
+    """The table that says what pruning would need."""
     from rich.markup import escape
 
     table = pairs(f"plan: {facts['source']}, {facts['method']} {facts['pattern']}")

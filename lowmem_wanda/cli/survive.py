@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     command = add_command(commands, "survive", text, run)
     add = command.add_argument
     add("path", metavar="out_dir", help="folder of a pruned checkpoint")
-    add("model", nargs="?", metavar="model.gguf", help="a GGUF that was made of it (default: a prediction)")
+    add("model", nargs="?", metavar="model.gguf", help="GGUF that was made of it (default: none, for a prediction)")
     add("--imatrix", metavar="FILE", help="importance matrix that weighs the errors of kept weights (.gguf, .dat)")
 
 
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def types_table(report: Mapping[str, Any]) -> Any:
-    """A row for each type of a GGUF: what is left of the pruned weights, and of the others."""
+    """A table with a row for each type of a GGUF: what is left of the pruned weights, and of the others."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""What commands share of the terminal: units, bars and tables. rich is imported when something is shown."""
+"""What commands share to write to the terminal: units, bars, tables. rich is imported when something is shown."""
 
 import argparse
 import json
@@ -46,19 +46,19 @@ def short_duration(seconds: float) -> str:
     )
 
 
-def measured(figures: Mapping[str, Any], name: str, form: str) -> str:
-    """A figure ± its standard error, as far as they are there."""
+def figure(figures: Mapping[str, Any], name: str, form: str) -> str:
+    """A figure ± its standard error, or the figure alone; "" where there is none."""
     values = [figures.get(key) for key in (name, f"{name}_stderr")]
     return " ± ".join(f"{value:{form}}" for value in values if isinstance(value, (int, float)))
 
 
 def printable(text: str) -> str:
-    """One line without control characters: names in a file may hold anything."""
+    """A text without control characters, for one line. Names in a file may hold anything."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def shown(arguments: argparse.Namespace, result: Any, *parts: Any) -> int:
-    """Prints a result, with --json as one object, else the lines and tables that show it; gives the exit code."""
+    """Prints a result as one JSON object with --json, else as lines and tables; gives the exit code."""
     from rich.console import Console
 
     if arguments.json:
@@ -72,7 +72,7 @@ def shown(arguments: argparse.Namespace, result: Any, *parts: Any) -> int:
 
 
 class Bar:
-    """A context with a progress bar on stderr, which appears when it begins, and lines above it."""
+    """A context with a progress bar on stderr, which appears with `begin`, and lines above it."""
 
     def __init__(self, title: str) -> None:
         self.title, self.total = title, 0
@@ -96,7 +96,7 @@ class Bar:
         self._progress.console.print(text, highlight=False, markup=False)
 
     def begin(self, total: int | None) -> None:
-        """Shows the bar, of so many blocks (None: not known)."""
+        """Shows the bar for `total` blocks (None: not known)."""
         self.total = total or 0
         if self._bar is None:
             self._bar = self._progress.add_task(self.title, total=total)
@@ -104,7 +104,7 @@ class Bar:
         self._progress.update(self._bar, total=total, completed=0, description=self.title)
 
     def show(self, record: Mapping[str, Any], line: str | None = None, title: str | None = None) -> None:
-        """Moves the bar on to a block's record."""
+        """Moves the bar on to the block of a record, and prints `line` above it."""
         if self._bar is None:
             self.begin(None)
         if line is not None:
@@ -125,7 +125,7 @@ def pairs(title: str) -> Any:
 
 
 def evaluations(report: Mapping[str, Any], first: str) -> Any:
-    """An empty table of models: a column for their names, and if a text was scored one for perplexity."""
+    """An empty table of models, with a column for their names, and one for perplexity if there is a text."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -142,19 +142,19 @@ def evaluations(report: Mapping[str, Any], first: str) -> Any:
 
 
 def add_distances(table: Any) -> None:
-    """Columns of the distance to a dense model."""
+    """Adds the columns of the distance to a dense model."""
     for title in ("x dense", "KL", "KL 99%", "top-1"):
         table.add_column(title, justify="right", no_wrap=True)
 
 
-def perplexity(figures: Mapping[str, Any]) -> list[str]:
-    """The cell of a model's perplexity, if it was measured."""
+def perplexity_cells(figures: Mapping[str, Any]) -> list[str]:
+    """The cell of a model's perplexity; no cell where it was not measured."""
     if "perplexity" not in figures:
         return []
-    return [measured(figures, "perplexity", ".3f" if figures["perplexity"] < 10 else ".2f")]
+    return [figure(figures, "perplexity", ".3f" if figures["perplexity"] < 10 else ".2f")]
 
 
-def distances(figures: Mapping[str, Any]) -> list[str]:
+def distance_cells(figures: Mapping[str, Any]) -> list[str]:
     """The cells of a model's distance to the dense one."""
     return [
         f"{figures['perplexity_ratio']:.2f}",
@@ -175,7 +175,7 @@ def damage_line(record: Mapping[str, Any], depth: int) -> str:
 
 
 def calibration_text(calibration: Mapping[str, Any]) -> str:
-    """What was measured on, in words."""
+    """What matrices were measured on, in words."""
     from rich.markup import escape
 
     if norms := calibration.get("norms"):
@@ -187,7 +187,7 @@ def calibration_text(calibration: Mapping[str, Any]) -> str:
 
 
 def add_peaks(table: Any, memory: Mapping[str, Any]) -> None:
-    """Rows of the peaks beside their predictions; none of a GPU where there is none."""
+    """Adds rows of the peaks beside their predictions; a row of the GPU only where one was used."""
     for where in ("host", "device") if memory["device_measured"] else ("host",):
         peak, predicted = memory[f"{where}_measured"], memory[f"{where}_predicted"]
         table.add_row(f"{where} memory", f"{size(peak)} at most ({size(predicted)} predicted)")

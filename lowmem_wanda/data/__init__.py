@@ -1,1 +1,1 @@
-"""This room turns text into token ids and holds the texts and the demo model that ship; it never imports torch."""
+"""This room turns text into token ids and holds the bundled texts and demo model; it never imports torch."""

@@ -1,8 +1,8 @@
-"""Calibration: files, the built-in text or a named data set become rows of token ids (sequences, length), int64.
+"""Calibration data: files, the built-in text or a named data set become token ids, int64 (sequences, length).
 
-Sampling follows the paper's code (`lib/data.py` of locuslab/wanda): a random document, a random sequence of it. A
-document shorter than the sequence is joined with those after it. The paper's code draws again instead, and hangs where
-every document is short (its issue 82).
+Sampling follows the paper's code (`lib/data.py` of locuslab/wanda): it draws a random document, then a random sequence
+of it. A document that is shorter than the sequence is joined with those after it. The paper's code draws again instead,
+and never ends if every document is short (its issue 82).
 """
 
 import hashlib
@@ -25,30 +25,30 @@ DATASETS = ("c4", "wikitext2")
 SEPARATOR = b"<|endoftext|>"
 LONGEST = 1 << 20  # bytes of a plain text that are tokenized at once; a longer document is split at a line
 
-Encode = Callable[[str], list[int]]
+Encode = Callable[[str], list[int]]  # a text -> its token ids
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids (sequences, length), int64, and the file names of the texts that they are from."""
+    """Token ids, int64 (sequences, length), and the file names of the texts that they come from."""
 
     tokens: np.ndarray
     sources: tuple[str, ...]
 
     @property
     def sha256(self) -> str:
-        """SHA-256 in hex of the ids."""
+        """The SHA-256 in hex of the token ids."""
         return hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes()).hexdigest()
 
 
 def calibrate(
     texts: Sequence[str], encode: Encode, *, sequences: int, length: int, vocabulary: int, seed: int = 0
 ) -> Calibration:
-    """At most `sequences` rows of at most `length` tokens, each id below `vocabulary`.
+    """Calibration data of at most `sequences` rows of at most `length` tokens, each id below `vocabulary`.
 
-    `texts` are files (plain text, .jsonl with a "text" field, .npy or .safetensors of token ids), "c4" or "wikitext2"
-    (downloaded); none means the built-in text, of which as many rows are taken as it holds. Two-dimensional ids are
-    used row by row as they stand. `encode` is called for texts only. Raises CalibrationError.
+    `texts` are files (plain text, .jsonl with a "text" field, .npy or .safetensors of token ids), or "c4" or
+    "wikitext2", which are downloaded. Without `texts` the built-in text is used, which may hold fewer rows.
+    Two-dimensional ids are used row by row as they are. `encode` is called for texts only. Raises CalibrationError.
     """
     if holds_ids(texts):
         tokens = _from_ids([Path(name) for name in texts], sequences, length, seed)
@@ -63,10 +63,15 @@ def calibrate(
 
 
 def require_ids(tokens: np.ndarray, vocabulary: int, name: str) -> None:
-    """Raises CalibrationError for an id that the model does not have."""
+    """Raises CalibrationError for a token id that is not in the model's vocabulary."""
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         wrong = tokens.min() if tokens.min() < 0 else tokens.max()
         raise CalibrationError(f"{name}: token id {wrong} is outside the model's vocabulary of {vocabulary}")
+
+
+def text_names(text: str | Path | Sequence[str | Path]) -> list[str]:
+    """The names of one or several texts."""
+    return [str(text)] if isinstance(text, (str, Path)) else [str(name) for name in text]
 
 
 def holds_ids(texts: Sequence[str]) -> bool:
@@ -80,12 +85,15 @@ def holds_ids(texts: Sequence[str]) -> bool:
 
 
 def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
-    """Rows of token ids (sequences, length), `batch` at a time."""
+    """A list of batches of token ids (sequences, length), each of `batch` rows; the last may have fewer."""
     return [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
 
 
 def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> np.ndarray:
-    """Sequences side by side of all built-in documents in one shuffled row: no token is used twice."""
+    """Token ids of the built-in text (sequences, length).
+
+    The documents are shuffled, joined and cut into sequences one after the other, so that no token is used twice.
+    """
     readers = [reader for path in sorted(BUILT_IN.glob("*.txt")) for reader in documents(path)]
     random.Random(seed).shuffle(readers)
     stream = np.array([token for reader in readers for token in encode(reader())], dtype=np.int64)
@@ -101,9 +109,9 @@ def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> np.ndar
 def _sampled(
     documents: Sequence[Callable[[], np.ndarray]], sequences: int, length: int, seed: int, name: str
 ) -> np.ndarray:
-    """Random sequences of random documents, which are given as readers of their token ids."""
+    """Random sequences of random documents (sequences, length). `documents` are functions that read token ids."""
 
-    @lru_cache(maxsize=32)  # a long document is drawn again and again
+    @lru_cache(maxsize=32)  # a long document may be drawn many times
     def ids(index: int) -> np.ndarray:
         return documents[index]()
 
@@ -123,12 +131,12 @@ def _sampled(
                 "smaller --length"
             )
         first = rng.randint(0, len(tokens) - length)
-        rows.append(np.array(tokens[first : first + length], dtype=np.int64))  # a copy: a view would keep the document
+        rows.append(np.array(tokens[first : first + length], dtype=np.int64))  # a view would keep the whole document
     return np.array(rows, dtype=np.int64)
 
 
 def _training(text: str) -> list[Callable[[], str]]:
-    """Readers of the documents of a file or a data set. WikiText-2 is one document, as in the paper's code."""
+    """Functions that each read a document of a file or data set. WikiText-2 is one document, as in the paper's code."""
     if text not in DATASETS:
         return documents(Path(text))
     rows = download(text, "train")
@@ -136,9 +144,9 @@ def _training(text: str) -> list[Callable[[], str]]:
 
 
 def documents(path: Path, strip: bool = True, longest: int | None = None) -> list[Callable[[], str]]:
-    """Readers of the documents of a text file, which itself is not held in memory. Raises CalibrationError.
+    """Functions that each read a document of a text file, which itself is not held in memory. Raises CalibrationError.
 
-    Documents of a plain text lose the space around them (`strip`), and are split where they have more than `longest`
+    Documents of a plain text lose the space around them with `strip`, and are split if they have more than `longest`
     bytes (default: LONGEST).
     """
     jsonl = path.suffix == ".jsonl"
@@ -158,6 +166,7 @@ def documents(path: Path, strip: bool = True, longest: int | None = None) -> lis
 
 
 def _spans(mapped: mmap.mmap, separator: bytes) -> Iterator[tuple[int, int]]:
+    """Yields the first byte of each part between separators, and the byte after its last."""
     start = 0
     while (stop := mapped.find(separator, start)) >= 0:
         yield start, stop
@@ -166,7 +175,7 @@ def _spans(mapped: mmap.mmap, separator: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _split(path: Path, start: int, stop: int, longest: int) -> Iterator[tuple[int, int]]:
-    """Yields pieces of about `longest` bytes that end with a line, or where there are no lines anywhere."""
+    """Yields the start and stop of pieces of at most `longest` bytes, which end with a line unless a line is longer."""
     with open(path, "rb") as file:
         while stop - start > longest:
             file.seek(start)
@@ -178,11 +187,12 @@ def _split(path: Path, start: int, stop: int, longest: int) -> Iterator[tuple[in
 
 
 def _read(path: Path, start: int, stop: int, jsonl: bool, strip: bool) -> str:
+    """The text of one document. Raises CalibrationError for a line of a .jsonl that does not hold a text."""
     with open(path, "rb") as file:
         file.seek(start)
         content = file.read(stop - start)
     if not jsonl:
-        # a piece may be cut within a character, so what is no UTF-8 becomes U+FFFD
+        # a piece may be cut within a character, so bytes that are not UTF-8 become U+FFFD
         text = content.decode("utf-8", errors="replace")
         return text.strip() if strip else text
     try:
@@ -190,12 +200,14 @@ def _read(path: Path, start: int, stop: int, jsonl: bool, strip: bool) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         line = None
     if not isinstance(line, str):
-        raise CalibrationError(f'{path}: the line at byte {start} is no JSON object with a "text"; give one per line')
-    return line.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates, which tokenizers refuse
+        raise CalibrationError(
+            f'{path}: the line at byte {start} is not a JSON object with a "text"; give one per line'
+        )
+    return line.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuse lone surrogates
 
 
 def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> np.ndarray:
-    """Rows of token ids as they stand; of one-dimensional ids, random sequences."""
+    """Token ids (sequences, length): the rows of two-dimensional ids, or random sequences of one-dimensional ids."""
     arrays = [load_ids(path) for path in paths]
     widths = {array.shape[1] for array in arrays if array.ndim == 2}
     if widths and (len(widths) > 1 or any(array.ndim == 1 for array in arrays)):
@@ -208,7 +220,10 @@ def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> np.n
 
 
 def load_ids(path: Path) -> np.ndarray:
-    """Token ids of one or two dimensions from .npy (never pickled) or the one tensor of a .safetensors."""
+    """Token ids in one or two dimensions, from a .npy (never pickled) or from a .safetensors with one tensor.
+
+    Raises CalibrationError.
+    """
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -224,7 +239,7 @@ def load_ids(path: Path) -> np.ndarray:
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}); give a file of token ids") from None
     except (ValueError, EOFError, SyntaxError, MemoryError, OverflowError, TokenError) as error:
-        raise CalibrationError(f"{path}: is no array of token ids ({error})") from None
+        raise CalibrationError(f"{path}: is not an array of token ids ({error})") from None
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size == 0:
         raise CalibrationError(
             f"{path}: holds {array.dtype} of shape {array.shape}; token ids are integers in one or two dimensions"
@@ -233,9 +248,12 @@ def load_ids(path: Path) -> np.ndarray:
 
 
 def download(name: str, split: str) -> list[Callable[[], str]]:
-    """Rows of C4 or WikiText-2, those of the paper's code, through `datasets`. Raises CalibrationError."""
+    """Functions that each read a row of C4 or WikiText-2, the same rows as in the paper's code.
+
+    They are downloaded with the package `datasets`. Raises CalibrationError.
+    """
     try:
-        import datasets  # the extra "datasets": nothing else here needs the network
+        import datasets  # of the extra "datasets"; nothing else here needs the network
     except ImportError:
         raise CalibrationError(
             f"--text {name} downloads through a package that is not installed: pip install datasets"

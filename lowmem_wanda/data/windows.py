@@ -1,11 +1,11 @@
-"""The text that a model is evaluated on becomes windows of token ids, some tokens of which are scored.
+"""The text that a model is evaluated on becomes windows of token ids. There are three conventions:
 
-windows     one after the other, all tokens but a window's first are scored (the paper's code, `lib/eval.py`)
-stride      overlapping ones; each scores the tokens that no window before it has scored
-llama.cpp   one after the other, each beginning with the tokenizer's first special token where it adds one;
-            the second half is scored (the `perplexity` tool)
+windows     Windows follow each other. All tokens but a window's first are evaluated (the paper's code, `lib/eval.py`).
+stride      Windows overlap. Each evaluates the tokens that no window before it has evaluated.
+llama.cpp   Windows follow each other. Each begins with the special token that the tokenizer puts before a text, if it
+            does. The second half of its tokens is evaluated (the `perplexity` tool).
 
-Tokens at the end of the text that fill no window are dropped.
+Tokens at the end of the text that do not fill a window are dropped.
 """
 
 import hashlib
@@ -21,13 +21,17 @@ from lowmem_wanda.data.calibration import Encode, documents, download, holds_ids
 from lowmem_wanda.errors import CalibrationError
 
 CONVENTIONS = ("windows", "llama.cpp")
-C4_DOCUMENTS, C4_WINDOWS = 1100, 256  # of C4's validation set, as the paper's code takes them
+C4_DOCUMENTS, C4_WINDOWS = 1100, 256  # what the paper's code takes of C4's validation set
 WHOLE = 8 << 20  # bytes of a document that are tokenized at once
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids (windows, length), int64; of each window the tokens from the index `first` (windows,) on are scored."""
+    """Windows of token ids, int64 (windows, length), and which of their tokens are evaluated.
+
+    In each window these are the tokens from index `first` on, int64 (windows,). `sources` are the file names of the
+    texts.
+    """
 
     tokens: np.ndarray
     first: np.ndarray
@@ -36,14 +40,14 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 in hex of the ids and of which are scored."""
+        """The SHA-256 in hex of the token ids and of `first`."""
         digest = hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes())
         digest.update(np.ascontiguousarray(self.first, dtype="<i8").tobytes())
         return digest.hexdigest()
 
     @property
-    def scored(self) -> int:
-        """The number of tokens that are scored."""
+    def evaluated(self) -> int:
+        """The number of tokens that are evaluated."""
         return int((self.tokens.shape[1] - self.first).sum())
 
 
@@ -59,13 +63,13 @@ def windows(
 ) -> Windows:
     """The first `most` windows (default: all) of `length` tokens, each id below `vocabulary`.
 
-    `texts` are those of `calibrate`, taken from their beginning; the documents of one text follow each other.
-    "wikitext2" and "c4" are the test and validation sets as the paper's code takes them. Rows of ids stay rows.
-    Raises CalibrationError.
+    `texts` are as in `calibrate`, but read from their beginning; the documents of one text follow each other.
+    "wikitext2" is the test set and "c4" the validation set, as the paper's code takes them. Rows of ids stay rows.
+    `stride` is the number of tokens from one window to the next if windows overlap. Raises CalibrationError.
     """
     name = " and ".join(texts)
     if stride is not None and (convention != "windows" or stride >= length):
-        raise CalibrationError(f"--stride {stride} must be below --length {length} and goes with its own convention")
+        raise CalibrationError(f"--stride {stride} must be below --length {length}, and --convention must be windows")
     tokens = _stream(texts, encode)
     step = stride or length
     if tokens.ndim == 2:
@@ -73,7 +77,7 @@ def windows(
             raise CalibrationError(f"{name}: holds rows of token ids, which --stride cannot overlap; give text")
         tokens = np.array(tokens[:most, :length])
     elif len(tokens) < length:
-        raise CalibrationError(f"{name}: {len(tokens)} tokens, which is no window of --length {length}")
+        raise CalibrationError(f"{name}: {len(tokens)} tokens, which do not fill a window of --length {length}")
     else:
         starts = np.arange(0, len(tokens) - length + 1, step)[: most or _paper_windows(texts)]
         tokens = tokens[starts[:, None] + np.arange(length)]
@@ -85,12 +89,12 @@ def windows(
         special = [] if holds_ids(texts) else _first_special(encode)
         tokens[:, : len(special)] = special
     if (tokens.shape[1] - first).sum() < 2:
-        raise CalibrationError(f"{name}: --length {length} leaves no tokens to score; give a larger one")
+        raise CalibrationError(f"{name}: --length {length} leaves no tokens to evaluate; give a larger one")
     return Windows(tokens, first, "stride" if stride else convention, tuple(Path(text).name for text in texts))
 
 
 def _stream(texts: Sequence[str], encode: Encode) -> np.ndarray:
-    """All token ids of the texts in one row, or rows of ids as they stand; int64."""
+    """All token ids of the texts, int64: in one row, or in the rows of two-dimensional ids."""
     if holds_ids(texts):
         arrays = [load_ids(Path(text)).astype(np.int64) for text in texts]
         if len({array.shape[1:] for array in arrays}) > 1:
@@ -111,10 +115,11 @@ def _stream(texts: Sequence[str], encode: Encode) -> np.ndarray:
 
 
 def _paper_windows(texts: Sequence[str]) -> int | None:
+    """The number of windows that the paper's code takes of C4; None (all windows) for other texts."""
     return C4_WINDOWS if list(texts) == ["c4"] else None
 
 
 def _first_special(encode: Encode) -> list[int]:
-    """The token that the tokenizer puts before every text, if there is one."""
+    """A list of the token that the tokenizer puts before every text; [] if it puts none."""
     alone, before = encode("")[:1], encode("a")[:1]
     return alone if alone == before else []

@@ -9,17 +9,18 @@ from typing import Any, TypedDict, overload
 from lowmem_wanda.checkpoint.directory import REPORT
 from lowmem_wanda.checkpoint.output import FORMAT, report_folder
 from lowmem_wanda.checkpoint.writer import write_json
+from lowmem_wanda.data.calibration import text_names
 from lowmem_wanda.data.windows import Windows
 from lowmem_wanda.data.windows import windows as cut_windows
 from lowmem_wanda.errors import LowmemError
-from lowmem_wanda.evaluation.perplexity import measure
+from lowmem_wanda.evaluation.perplexity import evaluate_model
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, open_model, versions
 from lowmem_wanda.streaming.walk import Notify, ignore
 
 
 class ModelReport(TypedDict, total=False):
-    """What one model is worth: figures with a text, distances with a dense model, `tasks` with tasks."""
+    """The figures of one model: those of a text, distances where a dense model is given, `tasks` where tasks are."""
 
     path: str
     perplexity: float
@@ -50,7 +51,7 @@ class ModelReport(TypedDict, total=False):
 
 
 class EvaluationReport(TypedDict, total=False):
-    """What several models are worth on the same text and tasks."""
+    """The figures of several models on the same text and tasks."""
 
     format: int
     kind: str
@@ -71,7 +72,7 @@ def evaluate(source: Sequence[str | Path], **settings: Any) -> list[ModelReport]
 def evaluate(  # type: ignore[misc]
     source: str | Path | Sequence[str | Path],
     *,
-    text: Sequence[str] = (),
+    text: str | Path | Sequence[str | Path] = (),
     against: str | Path | None = None,
     length: int = 2048,
     windows: int | None = None,
@@ -97,48 +98,51 @@ def evaluate(  # type: ignore[misc]
 ) -> ModelReport | list[ModelReport]:
     """What checkpoints are worth: perplexity, distance to the dense model, zero-shot accuracy, all by streaming.
 
-    All checkpoints are opened, and what would stop the work later is found, before the first one is measured.
+    All checkpoints are opened and checked before the first one is measured.
 
     Args:
         source: the folder of a Hugging Face safetensors checkpoint, pruned or not; or several folders, which are
             evaluated alike.
         text: files of text or token ids, or "wikitext2", "c4" (default: none; then give `tasks`).
-        against: the folder of the dense model (default: none). It adds the distance to it, and each block's error.
+        against: the folder of the dense model (default: none). With it, the distance to that model and each block's
+            error are measured, too.
         length: tokens of a window, capped by the model's positions (default: 2048).
-        windows: the number of windows, from the beginning (default: all).
+        windows: the number of windows, from the beginning of the text (default: all).
         stride: tokens from one window to the next, for overlapping windows (default: `length`).
-        convention: "windows" (default): all tokens of a window but its first are scored, as in the paper's code;
-            "llama.cpp": the second half of each window is, as in its perplexity tool.
+        convention: with "windows" (default) all tokens of a window but its first are evaluated, as in the paper's code;
+            with "llama.cpp" the second half of each window is, as in its perplexity tool.
         tasks: names of tasks of lm-evaluation-harness (default: none).
         include_path: a folder where the harness finds local task files (default: none).
-        limit: documents of each task (default: all).
-        report: a new folder that takes report.json, or one that holds a report of an evaluation (default: none).
+        limit: the number of documents of each task (default: all).
+        report: a folder for report.json, a new one or one with a report of an evaluation (default: none).
         device: "auto" (default), "cpu", "cuda", "cuda:N" or "mps".
-        dtype: to compute in: "auto" (default: float32 on a CPU, else as stored), "float32", "bfloat16", "float16".
-        batch: sequences computed at a time (default: what fits).
-        max_ram: host memory that the process may take in all, bytes or a text such as "8GB" (default: what is free).
-        max_vram: GPU memory that tensors may take, likewise (default: what is free).
-        slots: block buffers in host memory, 1 to 3 (default: 3 where they fit).
+        dtype: the dtype to compute in, "float32", "bfloat16", "float16" or "auto" (default: "auto", which is float32 on
+            a CPU and the stored dtype elsewhere).
+        batch: the number of sequences computed at a time (default: as many as fit).
+        max_ram: host memory that the process may take in all, in bytes or as "8GB" (default: what is free).
+        max_vram: GPU memory that tensors may take, in bytes or as "8GB" (default: what is free).
+        slots: the number of block buffers in host memory, 1 to 3 (default: 3 where they fit).
         read: how shards are read, "pread" (default) or "mmap".
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
         trust_remote_code: run Python code that a checkpoint brings (default: False).
-        on_start: called before each model's text, with what will be done.
-        on_block: called with each block's record when it is done.
-        on_model: called with each model's figures when they are there.
+        on_start: called before each model is measured on the text, with a record of what will be done.
+        on_block: called with the record of each block when the block is done.
+        on_model: called with the figures of each model when they are complete.
         on_report: called with the report of all models so far, just before it is written.
 
     Returns:
-        The figures of the model; of several models a list.
+        The figures of the model, or a list of them where several folders are given.
 
     Raises:
-        LowmemError: there is nothing to evaluate on, models cannot be compared, a budget cannot be kept, and any other
-            trouble that a user can mend, in one sentence.
+        LowmemError: there is nothing to evaluate on, models cannot be compared, a budget cannot be kept, or there is
+            other trouble that a user can mend. The message is one sentence.
 
     Example:
         >>> from lowmem_wanda import evaluate
         >>> evaluate("source", text=["my.txt"], length=64, windows=2, device="cpu")["tokens"]
         126
     """
+    text = text_names(text)
     if not text and not tasks:
         raise LowmemError("nothing to evaluate on: give --text FILE, --tasks NAME,... or both")
     folder = report_folder(report, "eval") if report else None
@@ -146,22 +150,22 @@ def evaluate(  # type: ignore[misc]
     place = {"device": device, "dtype": dtype, "batch": batch, "trust_remote_code": trust_remote_code,
              "max_ram": max_ram, "max_vram": max_vram, "slots": slots, "read": read}  # fmt: skip
     size = {"length": length, "windows": windows, "stride": stride, "convention": convention}
-    asked = {"tasks": list(tasks), "include_path": include_path, "limit": limit}
+    requests = {"tasks": list(tasks), "include_path": include_path, "limit": limit}
     machine = Machine.of(**place, states=states)  # type: ignore[arg-type]
     models, dense = _opened(sources, against, machine, length if text else None, bool(tasks))
-    settings = {"sources": sources, "text": list(text), "against": against and str(against), **size, **asked, **place}
+    settings = {"sources": sources, "text": text, "against": against and str(against), **size, **requests, **place}
     made: list[ModelReport] = []
     for path, model in zip(sources, models, strict=True):
         found: ModelReport = {"path": path}
-        scores = _zeroshot().run(model, **asked, on_block=on_block) if tasks else None
-        given = cut(model, text, length, windows, stride, convention) if text else None
-        if given is not None:
+        answers = _zeroshot().run(model, **requests, on_block=on_block) if tasks else None
+        text_windows = windows_for(model, text, length, windows, stride, convention) if text else None
+        if text_windows is not None:
             if dense is not None and dense.dtype != model.dtype:
                 dense = open_model(str(against), replace(machine, dtype=model.dtype_name))
-            on_start(_started(path, model, given))
-            found = measure(model, given, dense, on_block)  # type: ignore[assignment]
-        made.append({**found, "tasks": scores} if scores else found)
-        written = _report(given, made, settings)
+            on_start(_started(path, model, text_windows))
+            found = evaluate_model(model, text_windows, dense, on_block)  # type: ignore[assignment]
+        made.append({**found, "tasks": answers} if answers else found)
+        written = _report(text_windows, made, settings)
         on_report(written)  # type: ignore[arg-type]
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +177,7 @@ def evaluate(  # type: ignore[misc]
 def _opened(
     sources: Sequence[str], against: str | Path | None, machine: Machine, length: int | None, tasks: bool
 ) -> tuple[list[StreamedModel], StreamedModel | None]:
-    """The models and the dense one. Raises a LowmemError, before any work, for what would stop it later."""
+    """The models and the dense one. Raises LowmemError at once for anything that would stop the work later."""
     if tasks:
         _zeroshot()
     models = [open_model(source, machine) for source in sources]
@@ -184,7 +188,7 @@ def _opened(
     return models, dense
 
 
-def cut(
+def windows_for(
     model: StreamedModel,
     text: Sequence[str],
     length: int,
@@ -192,13 +196,13 @@ def cut(
     stride: int | None = None,
     convention: str = "windows",
 ) -> Windows:
-    """The windows of a text by the model's own tokenizer, of no more tokens than the model has positions."""
+    """The windows of a text by the model's own tokenizer, each of at most as many tokens as the model has positions."""
     fits = {"length": model.window(length), "vocabulary": model.skeleton.vocabulary}
     return cut_windows(text, model.encode, stride=stride, convention=convention, most=windows, **fits)
 
 
 def _zeroshot() -> Any:
-    """The module `zeroshot`. Raises LowmemError without lm-evaluation-harness."""
+    """The module `zeroshot`. Raises LowmemError where lm-evaluation-harness is not installed."""
     try:
         return import_module("lowmem_wanda.evaluation.zeroshot")
     except ImportError:
@@ -208,11 +212,11 @@ def _zeroshot() -> Any:
 def _started(path: str, model: StreamedModel, text: Windows) -> dict[str, Any]:
     count, length = text.tokens.shape
     return {"source": path, "blocks": model.depth, "device": str(model.device), "text": list(text.sources),
-            "windows": count, "length": length, "scored": text.scored}  # fmt: skip
+            "windows": count, "length": length, "evaluated": text.evaluated}  # fmt: skip
 
 
 def _report(text: Windows | None, models: Sequence[ModelReport], settings: Mapping[str, Any]) -> EvaluationReport:
-    """The report of the models so far; the dense model stands once in it, under "against"."""
+    """The report of the models so far. It has the dense model once, under "against"."""
     computed = {key: models[-1][key] for key in ("device", "dtype") if key in models[-1]}  # type: ignore[literal-required]
     without_dense = [{key: value for key, value in model.items() if key != "dense"} for model in models]
     return {
@@ -227,7 +231,7 @@ def _report(text: Windows | None, models: Sequence[ModelReport], settings: Mappi
 
 
 def describe_windows(text: Windows | None) -> dict[str, Any]:
-    """What a report says of the text that models were measured on; {} of none."""
+    """The part of a report about the text that models were measured on; {} without a text."""
     if text is None:
         return {}
     count, length = text.tokens.shape

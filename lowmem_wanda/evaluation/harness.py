@@ -1,7 +1,7 @@
-"""A model as lm-evaluation-harness sees it, streamed: all its requests go through the blocks together.
+"""A streamed model for lm-evaluation-harness: all of the harness's requests go through the blocks together.
 
-What the model is given and what of it is scored are those of the harness's own `hf` model (HFLM in its
-models/huggingface.py), request by request; only the order of the computing differs.
+For each request, the model is given the same tokens, and the same ones are evaluated, as with the harness's own `hf`
+model (HFLM in its models/huggingface.py). Only the order of the computing differs.
 """
 
 import logging
@@ -21,7 +21,7 @@ from lowmem_wanda.streaming.model import StreamedModel, open_model
 from lowmem_wanda.streaming.skeleton import load_tokenizer
 from lowmem_wanda.streaming.walk import Notify
 
-Request = tuple[Any, list[int], list[int]]  # what the harness knows it by, ids of the context and the continuation
+Request = tuple[Any, list[int], list[int]]  # its key in the harness, ids of its context, ids of its continuation
 
 LOGGER = logging.getLogger(__name__)
 GENERATES = (
@@ -32,13 +32,14 @@ GENERATES = (
 
 @register_model("lowmem")
 class Lowmem(TemplateLM):  # type: ignore[misc]
-    """The checkpoint in the folder `pretrained`, for the harness.
+    """The checkpoint in the folder `pretrained`, as a model for the harness.
 
-    A `model` that is open already may stand for it. `max_ram` and `max_vram` are as on our command line: 8 (GB), "8GB",
-    "500MB". `max_length` is the most tokens of an input (default: the model's own). `add_bos_token` and
-    `prefix_token_id` are HFLM's; `batch_size` and `max_batch_size` change nothing, as memory says what is computed at a
-    time. `sweeps`, `tokens` and `truncated` count passes over the model, padded tokens and requests that lost their
-    beginning. `on_block` is called with each block's record, with "sweep" and "sweeps" in it.
+    A `model` that is already open may take the checkpoint's place. `max_ram` and `max_vram` are as on our command line:
+    8 (GB), "8GB", "500MB". `max_length` is the most tokens of an input (default: the model's own limit).
+    `add_bos_token` and `prefix_token_id` are those of HFLM. `batch_size` and `max_batch_size` change nothing, because
+    memory decides how much is computed at a time. `sweeps`, `tokens` and `truncated` count passes over the model,
+    padded tokens, and requests that lost their beginning. `on_block` is called with each block's record, to which
+    "sweep" and "sweeps" are added.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if unknown:
-            raise ModelError(f"--model_args {min(unknown)}: lowmem has no such argument; see lowmem_wanda/zeroshot.py")
+            raise ModelError(
+                f"--model_args {min(unknown)}: lowmem has no such argument; see lowmem_wanda/evaluation/harness.py"
+            )
         ram, vram = (None if size is None else str(size) for size in (max_ram, max_vram))
         self.streamed = model or open_model(pretrained, Machine.of(device, dtype, batch, trust_remote_code, ram, vram))
         beginning = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
@@ -75,11 +78,12 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int | None:
+        """The id of the token that ends a text; None where the tokenizer has no such token."""
         return self.tokenizer.eos_token_id  # type: ignore[no-any-return]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context. Raises ModelError where the tokenizer has nothing for it."""
+        """The id to put before a text that has no context. Raises ModelError where the tokenizer has no such id."""
         token = self._prefix_or_none()
         if token is None:
             raise ModelError(
@@ -99,10 +103,11 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
+        """The tokenizer's name, for the harness's cache of requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as one text; without its system messages where the template has no place for them."""
+        """The conversation as one text, without its system messages where the template has no place for them."""
         settings = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         try:
             text = self.tokenizer.apply_chat_template(chat_history, tokenize=False, **settings)
@@ -112,7 +117,7 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
         return str(text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text, special tokens as the tokenizer adds them, but none where it begins with one already."""
+        """The ids of a text, with the tokenizer's special tokens; none are added if the text begins with one."""
         special = self._add_bos if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and self._beginning is not None and string.startswith(self._beginning):
             special = False
@@ -124,7 +129,7 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
         raise ModelError(f"generate_until: {GENERATES}")
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """log p of each whole text, in windows of `max_length` that score each token once."""
+        """log p of each whole text, from windows of at most `max_length` tokens that evaluate each token once."""
         windows, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
             pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
@@ -137,18 +142,18 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
         return sums
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
-        """Answers to all requests together. Raises ModelError for one that HFLM refuses as well."""
+        """The answers to all requests. Raises ModelError for a request that HFLM refuses as well."""
         if not requests:
             return []
         self._check(requests)
         questions = [(context, continuation) for _, context, continuation in requests]
         sweeps = group_inputs(self.streamed, collect(questions, self.max_length))
-        self.sweeps, self.tokens = self.sweeps + len(sweeps.parts), self.tokens + sum(sweeps.sizes)
+        self.sweeps, self.tokens = self.sweeps + len(sweeps.slices), self.tokens + sum(sweeps.sizes)
         answers: dict[int, Answer] = {}
         quiet = disable_tqdm or self._on_block is not None
-        with tqdm(total=len(sweeps.parts) * self.streamed.depth, desc="Streaming blocks", disable=quiet) as bar:
-            for number in range(len(sweeps.parts)):
-                answered = sweep(self.streamed, sweeps, number, self._telling(bar, number, len(sweeps.parts)))
+        with tqdm(total=len(sweeps.slices) * self.streamed.depth, desc="Streaming blocks", disable=quiet) as bar:
+            for number in range(len(sweeps.slices)):
+                answered = sweep(self.streamed, sweeps, number, self._telling(bar, number, len(sweeps.slices)))
                 for question, answer in answered.items():
                     if (name := requests[question][0]) is not None:  # with --use_cache, another run goes on from here
                         self.cache_hook.add_partial("loglikelihood", name, answer)
@@ -160,8 +165,8 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
         for name, context, continuation in requests:
             if not context or not 0 < len(continuation) <= most:
                 raise ModelError(
-                    f"request {name!r}: {len(context)} tokens of context and {len(continuation)} to be scored, which "
-                    f"must be at least 1 of both, and of the latter at most {most} (max_length)"
+                    f"request {name!r}: {len(context)} tokens of context and {len(continuation)} of continuation; give "
+                    f"at least 1 of both, and of the continuation at most {most} (max_length)"
                 )
         lost = sum(len(context) + len(continuation) > most + 1 for _, context, continuation in requests)
         self.truncated += lost
@@ -169,7 +174,7 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
             LOGGER.warning(f"{lost} of {len(requests)} requests are longer than {most} tokens and lose their beginning")
 
     def _telling(self, bar: Any, number: int, count: int) -> Notify:
-        """What passes on a block's record of one of the sweeps."""
+        """A Notify that passes on the block records of sweep `number` of `count`."""
 
         def tell(record: dict[str, Any]) -> None:
             bar.update()

@@ -1,4 +1,4 @@
-"""The likelihood of tokens by streaming: models walked block by block, then their heads on what is asked."""
+"""The likelihood of tokens by streaming: models are walked block by block, then their heads are applied."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,15 +16,15 @@ from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, advance, ignore, streamed
 
-TOKEN_BYTES = 64  # that are kept of a scored token: its softmax, its target, its divergence
+TOKEN_BYTES = 64  # that are kept for each target: its softmax, its id, its divergence
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids `tokens` (sequences, length), computed together.
+    """Token ids `tokens` (sequences, length) that are computed together, and the ids whose likelihood is wanted.
 
-    The ids that come after the positions `rows` of them, counted through all sequences, are scored: they are `targets`.
-    Both are (scored,); all are int64.
+    Those ids are the `targets`. `rows` are the positions just before them, counted through all sequences. Both are
+    (targets,); all three are int64.
     """
 
     tokens: np.ndarray
@@ -34,11 +34,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """What a model says of the scored tokens, in the order of the batches, and beside it a dense model.
+    """The likelihoods of all targets, in the order of the batches, under a model and under the dense one if given.
 
-    `losses` are -log p(target) in nats, float64, and `top` the most likely ids, both (scored,); `dense_losses` and
-    `dense_top` those of the dense model and `divergence` KL(dense || model) in nats, where there is one. `blocks` has a
-    record of each block, with the `relative_error` ||output - dense output|| / ||dense output||.
+    `losses` are -log p(target) in nats, float64, and `top` the most likely ids, both (targets,). `dense_losses` and
+    `dense_top` are those of the dense model, and `divergence` is KL(dense || model) in nats; without a dense model it
+    is empty. `blocks` has a record of each block, with the `relative_error` ||output - dense output|| / ||dense
+    output||.
     """
 
     losses: np.ndarray
@@ -58,7 +59,7 @@ def token_likelihoods(
     dense: StreamedModel | None = None,
     on_block: Notify = ignore,
 ) -> Likelihoods:
-    """The likelihoods of the batches' targets under a model, and under a `dense` one that is walked beside it.
+    """The likelihoods of the batches' targets under a model, and under a `dense` one that is walked side by side.
 
     Raises NumberError for logits that are NaN or infinite, ModelError where logits do not come from a linear.
     """
@@ -78,7 +79,7 @@ def token_likelihoods(
 
 
 def _walk(stream: Stream, on_block: Notify) -> list[dict[str, Any]]:
-    """Takes the models through all blocks; gives the records of the blocks. The dense model comes first."""
+    """Takes the models through all blocks, the dense one first; gives the records of the blocks."""
     device, last = stream.buffers.device, time.perf_counter()
     blocks: list[dict[str, Any]] = []
 
@@ -111,7 +112,10 @@ def _walk(stream: Stream, on_block: Notify) -> list[dict[str, Any]]:
 
 
 def _apply_heads(stream: Stream, batches: Sequence[Batch]) -> tuple[list["Softmax"], "Divergence | None"]:
-    """Logits by slices of the vocabulary: of all models at once, so that none has to be kept."""
+    """The softmaxes of all models, and their divergence where there are two.
+
+    Logits are made by slices of the vocabulary, for all models at once, so that none have to be kept.
+    """
     device, nbytes = stream.buffers.device, head_bytes(stream.buffers.nbytes)
     heads = [Head(decoder, nbytes) for decoder in stream.decoders]
     targets = torch.from_numpy(np.concatenate([batch.targets for batch in batches])).to(device)
@@ -122,7 +126,7 @@ def _apply_heads(stream: Stream, batches: Sequence[Batch]) -> tuple[list["Softma
         for piece in heads[0].slices():
             for head in heads[1:]:
                 head.load(piece)
-            for where, hidden in _scored(stream, batches, heads[0].tokens):
+            for where, hidden in _hidden_states(stream, batches, heads[0].tokens):
                 logits = [head.logits(states) for head, states in zip(heads, hidden, strict=True)]
                 added = [
                     softmax.add(where, made, targets[where], piece.start)
@@ -136,8 +140,8 @@ def _apply_heads(stream: Stream, batches: Sequence[Batch]) -> tuple[list["Softma
     return softmaxes, divergence
 
 
-def _scored(stream: Stream, batches: Sequence[Batch], count: int) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """Yields which tokens are scored, at most `count` at a time, and each model's hidden states (tokens, width)."""
+def _hidden_states(stream: Stream, batches: Sequence[Batch], count: int) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Yields a slice of at most `count` targets, and each model's hidden states (targets, width) just before them."""
     offset, device = 0, stream.buffers.device
     for number, batch in enumerate(batches):
         rows = torch.from_numpy(batch.rows)
@@ -177,8 +181,8 @@ class Softmax:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds float32 logits (tokens, slice) of the ids from `start` on for the tokens `where`.
 
-        The ids that follow them are `targets` (tokens,). Gives exp(logit - highest so far), float32, and the factor by
-        which earlier sums were scaled.
+        The ids that follow the tokens are `targets` (tokens,). Gives exp(logit - highest so far), float32, and the
+        factor by which earlier sums were scaled.
         """
         highest, ids = logits.max(dim=1)
         before = self.highest[where]
@@ -204,7 +208,7 @@ class Softmax:
 
 
 class Divergence:
-    """KL(p || q) of `count` tokens, where slices of the logits of p and q go through two `Softmax` as well."""
+    """KL(p || q) of `count` tokens from slices of the logits of p and q, which go through two `Softmax` as well."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.sums = torch.zeros_like(Softmax(count, device).sums)

@@ -19,14 +19,14 @@ from lowmem_wanda.streaming.resources import return_freed
 from lowmem_wanda.streaming.walk import Notify, ignore
 
 
-def measure(
+def evaluate_model(
     model: StreamedModel, text: Windows, dense: StreamedModel | None = None, on_block: Notify = ignore
 ) -> dict[str, Any]:
-    """The figures of a model on a text, and beside a dense one the distance to it.
+    """The figures of a model on a text, and its distance to the dense model if one is given.
 
-    These are `perplexity` and `perplexity_stderr` over `tokens`, scored in windows of `length`; with `dense` its own
-    under "dense", and those of `distance`; `blocks` with each one's `relative_error`; seconds, and bytes of memory.
-    Raises ModelError where the two models are not of one kind, BudgetError, NumberError.
+    These are `perplexity` and `perplexity_stderr` over `tokens`, in windows of `length`; `blocks`, seconds, and bytes
+    of memory. A dense model adds the figures of `distance`, its own under "dense", and the `relative_error` of each
+    block. Raises ModelError where the two models cannot be compared, BudgetError, NumberError.
     """
     if dense is not None:
         _require_alike(model, dense)
@@ -54,7 +54,7 @@ def measure(
 
 
 def batches(text: Windows, count: int) -> list[Batch]:
-    """The windows, `count` at a time, and which of their tokens are scored."""
+    """The windows, `count` to a batch, with those of their tokens that are evaluated as targets."""
     made, length = [], text.tokens.shape[1]
     for tokens, first in zip(in_batches(text.tokens, count), in_batches(text.first, count), strict=True):
         scored = np.arange(length) >= first[:, None]  # (sequences, length)
@@ -70,10 +70,10 @@ def perplexity(losses: np.ndarray) -> tuple[float, float]:
 
 
 def distance(losses: np.ndarray, dense: np.ndarray, divergence: np.ndarray, same: np.ndarray) -> dict[str, Any]:
-    """What llama.cpp's `--kl-divergence` reports.
+    """The distance of a model to the dense one, in the figures of llama.cpp's `--kl-divergence`.
 
-    `losses` are those of a model and `dense` those of the dense one, `divergence` is KL(dense || model), and `same`
-    says whether both find the same id most likely; each is (tokens,).
+    `losses` are those of the model and `dense` those of the dense one, `divergence` is KL(dense || model), and `same`
+    says whether both find the same id most likely. Each is (tokens,).
     """
     ratio, ratio_error = perplexity(losses - dense)
     kl, kl_error = _mean(divergence)
@@ -95,7 +95,7 @@ def distance(losses: np.ndarray, dense: np.ndarray, divergence: np.ndarray, same
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:
-    """The mean and its standard error."""
+    """The mean of values, and its standard error."""
     return float(values.mean()), float(values.std() / np.sqrt(max(1, len(values) - 1)))
 
 
@@ -106,7 +106,7 @@ def _figures(losses: np.ndarray, text: Windows) -> dict[str, Any]:
 
 
 def _require_alike(model: StreamedModel, dense: StreamedModel) -> None:
-    """Raises ModelError where a model's blocks and logits have no counterpart in the dense one's."""
+    """Raises ModelError where a model's blocks and logits cannot be compared with those of the dense one."""
     paths = model.checkpoint.path, dense.checkpoint.path
     if (model.device, model.dtype) != (dense.device, dense.dtype):
         raise ModelError(

@@ -1,6 +1,6 @@
 """Questions about what follows many short inputs, answered in as few walks through the model as memory allows.
 
-A walk reads the whole model, so all inputs go along, each of them once. Inputs of one length are computed together.
+A walk reads the whole model, so all inputs share it. Equal inputs are computed once, inputs of one length together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,56 +18,56 @@ from lowmem_wanda.streaming.walk import Notify, ignore
 
 LEAST = 16384  # tokens of a sweep: with fewer, reading the model takes longer than computing with it
 
-Answer = tuple[float, bool]  # log p of a continuation in nats, whether greedy decoding would give it
+Answer = tuple[float, bool]  # log p of a continuation in nats, and whether greedy decoding would give it
 
 
 @dataclass(frozen=True)
 class Input:
-    """Ids that the model is given, and what is asked of them: (number of the question, ids of its continuation).
+    """The ids that the model is given, and the questions about them, each (its number, ids of its continuation).
 
-    The last id of a continuation is not given, the ids before it are the last ones of `tokens`.
+    The last id of a continuation is not given. The ids before it are the last ones of `tokens`.
     """
 
     tokens: tuple[int, ...]
-    asked: list[tuple[int, list[int]]]
+    questions: list[tuple[int, list[int]]]
 
 
 @dataclass(frozen=True)
 class Sweeps:
-    """Inputs, the longest first, the lengths that they are padded to, and which `parts` of them make a sweep."""
+    """Inputs, the longest first, the `sizes` that they are padded to, and the `slices` that make a sweep each."""
 
     inputs: list[Input]
     sizes: list[int]
-    parts: list[slice]
+    slices: list[slice]
     placement: Placement
 
 
 def collect(questions: Sequence[tuple[list[int], list[int]]], most: int) -> list[Input]:
-    """The inputs of (context, continuation) pairs of ids, each of them once, the longest first.
+    """The distinct inputs of (context, continuation) pairs of ids, the longest first.
 
-    Of an input longer than `most` tokens the end is kept.
+    An input longer than `most` tokens loses its beginning.
     """
     found: dict[tuple[int, ...], Input] = {}
     for number, (context, continuation) in enumerate(questions):
         kept = (context + continuation)[-(most + 1) :]
         tokens = tuple(kept[:-1])  # the last id is never given
-        found.setdefault(tokens, Input(tokens, [])).asked.append((number, continuation))
+        found.setdefault(tokens, Input(tokens, [])).questions.append((number, continuation))
     return sorted(found.values(), key=lambda one: (-len(one.tokens), one.tokens))
 
 
 def group_inputs(model: StreamedModel, inputs: list[Input]) -> Sweeps:
-    """The sweeps in which the inputs go through a model, and their placement. Raises BudgetError."""
+    """The sweeps in which the inputs go through a model, and their placement. Raises BudgetError where none fits."""
     sizes = [padded(len(one.tokens), model.skeleton.positions) for one in inputs]
     most, placement = sweep_size(model, sizes[0], sum(sizes))
-    return Sweeps(inputs, sizes, list(cut(sizes, most)), placement)
+    return Sweeps(inputs, sizes, list(sweep_slices(sizes, most)), placement)
 
 
 def sweep(model: StreamedModel, sweeps: Sweeps, number: int, on_block: Notify = ignore) -> dict[int, Answer]:
     """The answers of one sweep, by the numbers of the questions.
 
-    Raises CalibrationError for an id that the model does not have, NumberError.
+    Raises CalibrationError for an id that the model does not have, NumberError for logits that are NaN or infinite.
     """
-    part = sweeps.parts[number]
+    part = sweeps.slices[number]
     batches = list(batched(sweeps.inputs[part], sweeps.sizes[part], sweeps.placement.batch * sweeps.sizes[0]))
     targets = np.concatenate([batch.targets for batch in batches])
     for ids in (targets, *(batch.tokens for batch in batches)):
@@ -75,7 +75,7 @@ def sweep(model: StreamedModel, sweeps: Sweeps, number: int, on_block: Notify = 
     found = token_likelihoods(model, batches, sweeps.placement, on_block=on_block)
     losses, hits = found.losses, found.top == targets
     answers, start = {}, 0
-    for question, continuation in (asked for one in sweeps.inputs[part] for asked in one.asked):
+    for question, continuation in (pair for one in sweeps.inputs[part] for pair in one.questions):
         end = start + len(continuation)
         answers[question] = (-float(losses[start:end].sum()), bool(hits[start:end].all()))
         start = end
@@ -83,7 +83,7 @@ def sweep(model: StreamedModel, sweeps: Sweeps, number: int, on_block: Notify = 
 
 
 def padded(length: int, positions: int | None) -> int:
-    """The length that an input is padded to, of which there are few.
+    """The length that an input is padded to, so that few lengths occur.
 
     It is at most a sixteenth longer (up to 256, the next multiple of 16), and not beyond the model's positions.
     """
@@ -93,10 +93,10 @@ def padded(length: int, positions: int | None) -> int:
 
 
 def sweep_size(model: StreamedModel, longest: int, total: int) -> tuple[int, Placement]:
-    """How many of `total` tokens, in inputs of at most `longest`, go through the model in one sweep, and where.
+    """The number of tokens that go through the model in one sweep, and the sweep's placement.
 
-    All of them, or half as many until their hidden states need not lie in a file, but not below `LEAST`. Raises
-    BudgetError.
+    There are `total` tokens, in inputs of at most `longest`. They go all at once, or else half as many, and so on,
+    until hidden states do not have to lie in a file, but at least `LEAST`. Raises BudgetError where `LEAST` do not fit.
     """
     tokens = total
     while True:
@@ -111,8 +111,8 @@ def sweep_size(model: StreamedModel, longest: int, total: int) -> tuple[int, Pla
         tokens = max(LEAST, -(-tokens // 2))
 
 
-def cut(sizes: Sequence[int], most: int) -> Iterator[slice]:
-    """Yields consecutive pieces, each of at most `most` tokens, or of one input."""
+def sweep_slices(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Yields consecutive slices of the inputs, each of at most `most` tokens or of one input."""
     start = total = 0
     for index, size in enumerate(sizes):
         if total + size > most and index > start:
@@ -123,7 +123,10 @@ def cut(sizes: Sequence[int], most: int) -> Iterator[slice]:
 
 
 def batched(inputs: Sequence[Input], sizes: Sequence[int], tokens: int) -> Iterator[Batch]:
-    """Yields inputs of one padded size together, as many as make `tokens`; padding changes nothing before it."""
+    """Yields batches of inputs of one padded size, as many inputs as make at most `tokens` tokens, or one.
+
+    Padding comes last and changes nothing before it.
+    """
     for size, group in groupby(zip(sizes, inputs, strict=True), key=lambda pair: pair[0]):
         same = [one for _, one in group]
         count = max(1, tokens // size)
@@ -137,7 +140,7 @@ def _batch(inputs: Sequence[Input], size: int) -> Batch:
     for index, one in enumerate(inputs):
         end = index * size + len(one.tokens)
         tokens[index, : len(one.tokens)] = one.tokens
-        for _, continuation in one.asked:
+        for _, continuation in one.questions:
             rows.append(np.arange(end - len(continuation), end))
             targets.append(np.array(continuation, dtype=np.int64))
     return Batch(tokens, np.concatenate(rows), np.concatenate(targets))

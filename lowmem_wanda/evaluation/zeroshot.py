@@ -1,6 +1,6 @@
-"""Zero-shot tasks of lm-evaluation-harness on a streamed model; and the harness's own command line with such models.
+"""Zero-shot tasks of lm-evaluation-harness on a streamed model, and the harness's own command line with such models.
 
-The harness finds no models of others by itself (0.4.13 has no entry points for them), so its command line is
+The harness does not find models of other packages by itself (0.4.13 has no entry points for them). Its command line is
 
     python -m lowmem_wanda.evaluation.zeroshot run --model lowmem --model_args pretrained=DIR --tasks boolq
 """
@@ -21,7 +21,7 @@ from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.skeleton import first_line
 from lowmem_wanda.streaming.walk import Notify
 
-BOOTSTRAP = 1000  # samples for a standard error that has no formula (2 % off); the harness's 100,000 take minutes
+BOOTSTRAP = 1000  # samples for a standard error without a formula, good to 2 %; the harness's 100,000 take minutes
 
 
 def run(
@@ -33,10 +33,11 @@ def run(
     num_fewshot: int | None = None,
     on_block: Notify | None = None,
 ) -> dict[str, dict[str, float]]:
-    """{task or group: {metric: value, and where there is one its "_stderr"}} of an opened model.
+    """{task or group: {metric: value}} of an opened model; a standard error is the metric with the suffix "_stderr".
 
-    `tasks` are names, patterns or YAML files of tasks, also of those in `include_path`; of each the first `limit`
-    documents are asked. `on_block` is called with each block's record (see `Lowmem`). Raises LowmemError.
+    `tasks` are names, patterns or YAML files of tasks, which may be those in `include_path`. The first `limit`
+    documents of each are asked (default: all). `on_block` is called with each block's record (see `Lowmem`). Raises
+    LowmemError.
     """
     lowmem = Lowmem(str(model.checkpoint.path), model=model, on_block=on_block)
     return answers(lowmem, tasks, include_path=include_path, limit=limit, num_fewshot=num_fewshot)
@@ -45,7 +46,7 @@ def run(
 def answers(
     lowmem: Lowmem, tasks: Sequence[str], *, include_path: str | None, limit: int | None, num_fewshot: int | None
 ) -> dict[str, dict[str, float]]:
-    """What `run` gives, of a model that the harness sees already and that counts its sweeps."""
+    """What `run` gives, for a `Lowmem` that is made already; it counts its sweeps."""
     with _quiet():
         manager, loaded = load_tasks(tasks, include_path)
         results = lm_eval.simple_evaluate(
@@ -61,7 +62,7 @@ def answers(
 
 
 def load_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[Any, list[Any]]:
-    """The harness's task manager, and the tasks and groups with their data sets.
+    """The harness's task manager, and the tasks and groups that are named, with their data sets.
 
     Raises CalibrationError for a task that is unknown or whose data is not available, ModelError for one that generates
     text.
@@ -83,15 +84,15 @@ def load_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[Any, lis
         loaded += [groups[name]] if name in groups else found["tasks"].values()
     try:
         manager.load(loaded)
-    except ValueError as error:  # a task by itself and in a group
+    except ValueError as error:  # a task is named by itself and in a group
         raise CalibrationError(f"--tasks: {first_line(error)}; name it once") from None
     return manager, loaded
 
 
 def _find(tasks: Sequence[str], include_path: str | None) -> tuple[Any, list[str]]:
-    """The task manager that knows all tasks, and the tasks' names."""
+    """A task manager that knows all of the tasks, and the names of the tasks."""
     if include_path is not None and not Path(include_path).is_dir():
-        raise CalibrationError(f"--include-path {include_path} is no folder")
+        raise CalibrationError(f"--include-path {include_path} is not a folder")
     for defaults in (False, True):  # it takes 15 s to read the harness's own 14,000 tasks
         manager = TaskManager(include_path=include_path, include_defaults=defaults)
         found = {task: [task] if _is_file(task) else manager.match_tasks([task]) for task in tasks}
@@ -111,7 +112,7 @@ def _is_file(task: str) -> bool:
 
 
 def _metrics(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yields metrics by plain names: "acc" for "acc,none", where a filter of the harness follows the comma."""
+    """Yields metrics by plain names, such as "acc" for "acc,none"; after the comma stands a filter of the harness."""
     for key, value in found.items():
         name, comma, rule = key.partition(",")
         if comma and isinstance(value, (int, float)):
@@ -120,7 +121,7 @@ def _metrics(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the harness's log away, and sends what it prints to stderr."""
+    """Hides the harness's log except for errors, and sends what the harness prints to stderr."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""This room leads on to llama.cpp; it is the only one that knows GGUF."""
+"""This room holds what concerns llama.cpp; it is the only room that knows GGUF."""

@@ -1,4 +1,4 @@
-"""The importance matrix of a model as it is walked, and of a checkpoint as it stands: nothing pruned, only sums."""
+"""Collects an importance matrix: sums over a block's inputs while a model is walked, and `imatrix` for a checkpoint."""
 
 import hashlib
 import shutil
@@ -14,7 +14,7 @@ import torch
 from lowmem_wanda.checkpoint.output import FORMAT
 from lowmem_wanda.checkpoint.reader import Tensor, read_header
 from lowmem_wanda.checkpoint.writer import require_new, write_shard
-from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches
+from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches, text_names
 from lowmem_wanda.errors import CheckpointError, NumberError
 from lowmem_wanda.llamacpp.imatrix import About, Entry, require_matrix_target, write
 from lowmem_wanda.llamacpp.names import gguf_names, package
@@ -30,7 +30,7 @@ SUMS, COUNTS = ".sums", ".counts"
 
 
 class ImatrixReport(TypedDict):
-    """What an importance matrix is of, and what it took. Times are in seconds, memory in bytes."""
+    """What an importance matrix was computed on, and what that took. Times are in seconds, memory is in bytes."""
 
     format: int
     kind: str
@@ -51,7 +51,7 @@ def imatrix(
     source: str | Path,
     target: str | Path,
     *,
-    text: Sequence[str] = (),
+    text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
     seed: int = 0,
@@ -67,35 +67,36 @@ def imatrix(
     on_start: Notify = ignore,
     on_block: Notify = ignore,
 ) -> ImatrixReport:
-    """Writes the importance matrix of a checkpoint, which llama.cpp's quantization asks for.
+    """Writes the importance matrix of a checkpoint, which llama.cpp uses to quantize the model.
 
-    It has, for the weight of every matrix in every block, the sum over all tokens of each input channel's square.
+    It holds, for every matrix in every block, the sum over all tokens of each input channel's square.
 
     Args:
         source: the folder of a Hugging Face safetensors checkpoint.
-        target: a new file, .gguf, or .dat for the older format.
-        text: what is measured on: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
-        sequences: how many sequences (default: 128).
-        length: tokens of each, capped by the model's positions (default: 2048).
-        seed: of the sample (default: 0).
+        target: a new file whose name ends in .gguf, or in .dat for the older format.
+        text: the calibration text: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
+        sequences: the number of calibration sequences (default: 128).
+        length: tokens of each sequence, at most the model's positions (default: 2048).
+        seed: the seed of the calibration sample (default: 0).
         device: "auto" (default), "cpu", "cuda", "cuda:N" or "mps".
-        dtype: to compute in: "auto" (default: float32 on a CPU, else as stored), "float32", "bfloat16", "float16".
-        batch: sequences computed at a time (default: what fits).
+        dtype: the dtype to compute in: "auto" (default: float32 on a CPU, else as stored), "float32", "bfloat16" or
+            "float16".
+        batch: sequences that are computed at a time (default: as many as fit).
         max_ram: host memory that the process may take in all, bytes or a text such as "8GB" (default: what is free).
-        max_vram: GPU memory that tensors may take, likewise (default: what is free).
-        slots: block buffers in host memory, 1 to 3 (default: 3 where they fit).
+        max_vram: GPU memory that tensors may take, bytes or a text such as "8GB" (default: what is free).
+        slots: block buffers in host memory, 1 to 3 (default: 3 if they fit).
         read: how shards are read, "pread" (default) or "mmap".
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
-        trust_remote_code: run Python code that the checkpoint brings (default: False).
-        on_start: called once, before the work, with what will be done.
-        on_block: called with each block's record when it is done.
+        trust_remote_code: whether Python code that the checkpoint brings may run (default: False).
+        on_start: a function that is called once, before the work, with what will be done.
+        on_block: a function that is called with each block's record when the block is done.
 
     Returns:
-        What was done.
+        An `ImatrixReport`: what the matrix was computed on, and the time and memory that this took.
 
     Raises:
         ModelError: llama.cpp has no names for the model's tensors, or the model cannot be walked.
-        LowmemError: any other trouble that a user can mend, in one sentence.
+        LowmemError: any other error that a user can fix; the message says how.
 
     Example:
         >>> from lowmem_wanda import imatrix
@@ -110,13 +111,13 @@ def imatrix(
     )
     model = open_model(source, machine)
     size = {"sequences": sequences, "length": model.window(length), "seed": seed}
-    calibration = calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, **size)
+    calibration = calibrate(text_names(text), model.encode, vocabulary=model.skeleton.vocabulary, **size)
     on_start({"source": str(source), "blocks": model.depth, "device": str(model.device)})
     return collect(model, calibration, Path(target), on_block)
 
 
 def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block: Notify = ignore) -> ImatrixReport:
-    """Writes the importance matrix of an opened model on a calibration to `path`; gives what was done."""
+    """Writes the importance matrix of an opened model, computed on a calibration, to `path`; returns the report."""
     require_matrix_target(path, "out_file", model.checkpoint.path)
     require_new(path)
     weights = [matrix.name for block in model.skeleton.matrices for matrix in block]
@@ -161,7 +162,7 @@ def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block
 def save_imatrix(
     path: Path, model: StreamedModel, calibration: Calibration, names: Mapping[str, str], store: "Store"
 ) -> None:
-    """Writes all entries of a store, one block's in memory at a time."""
+    """Writes all entries of a store to `path`, with the entries of one block in memory at a time."""
     blocks = model.skeleton.matrices
     shapes = {names[matrix.name]: (1, matrix.shape[1]) for block in blocks for matrix in block}
 
@@ -175,9 +176,10 @@ def save_imatrix(
 
 
 class InputSums:
-    """Sums of squares of the inputs of all matrices in a block, of every run within `listening` but not `pausing`.
+    """The sums of squares of the inputs of all matrices in a block.
 
-    Matrices of the same inputs share a sum. One that is not `on` records nothing.
+    Every run of the block within `listening` is added, unless it is also within `pausing`. Matrices that share their
+    inputs share a sum. Without `on` nothing is summed up.
     """
 
     def __init__(self, block: Block, on: bool = True) -> None:
@@ -187,11 +189,13 @@ class InputSums:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        """Watches the block and adds the inputs of every run to the sums."""
         with watched(self.block, self.sums, self._arrived):
             yield
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
+        """Leaves the runs within it out of the sums."""
         self.paused = True
         try:
             yield
@@ -199,7 +203,7 @@ class InputSums:
             self.paused = False
 
     def entries(self) -> dict[str, Entry]:
-        """{matrix: entry}. Raises NumberError for NaN or infinity."""
+        """{matrix: entry} of the block. Raises NumberError if a sum is NaN or infinite."""
         made = {}
         for matrix in self.block.matrices:
             known = self.sums[matrix.inputs]
@@ -215,9 +219,9 @@ class InputSums:
 
 
 class Store:
-    """Entries of blocks that are done, a file for each in a hidden directory of the job.
+    """The entries of finished blocks, one file for each, in a hidden directory of the output.
 
-    Entries of another `key`, as of another calibration, count as none.
+    Entries that were stored under another `key`, such as another calibration, count as missing.
     """
 
     def __init__(self, folder: Path, key: str = "") -> None:
@@ -225,11 +229,11 @@ class Store:
         self._mark = hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def has(self, index: int) -> bool:
-        """Whether a block's entries are there."""
+        """Whether the entries of a block are stored."""
         return self._file(index).exists()
 
     def put(self, index: int, entries: Mapping[str, Entry]) -> None:
-        """Keeps {matrix: entry} of a block."""
+        """Stores the entries of a block, {matrix: entry}."""
         arrays = {name + SUMS: entry.sums.astype("<f8") for name, entry in entries.items()}
         counts = {name + COUNTS: entry.counts.astype("<i8") for name, entry in entries.items()}
         kinds = dict.fromkeys(arrays, "F64") | dict.fromkeys(counts, "I64")
@@ -242,7 +246,7 @@ class Store:
         write_shard(file, tensors)
 
     def get(self, index: int, names: Collection[str]) -> dict[str, Entry]:
-        """What was kept of some matrices of a block. Raises CheckpointError, and removes what is damaged."""
+        """{matrix: entry} for the matrices `names` of a block. Raises CheckpointError and removes a damaged file."""
         try:
             found = read_header(self._file(index))
             return {name: Entry(_array(found[name + SUMS]), _array(found[name + COUNTS])) for name in names}
@@ -265,7 +269,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 @contextmanager
 def _emptied(folder: Path) -> Iterator[Path]:
-    """Gives a folder for sums, without what a killed run left in it."""
+    """An empty folder for sums, which is removed in the end. Whatever a killed run left in it is removed first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:

@@ -1,7 +1,7 @@
-"""llama.cpp's importance matrix: for each weight, the sum over tokens of each input channel's square.
+"""Reads and writes llama.cpp's importance matrix: for each weight, each input channel's square summed over tokens.
 
-Two formats (llama.cpp, tools/imatrix): GGUF, with `<weight>.in_sum2` and `<weight>.counts` in float32, and the older
-.dat, which ik_llama.cpp reads, with means times a number of chunks. Weights are named as in a GGUF.
+There are two formats (llama.cpp, tools/imatrix). A GGUF holds `<weight>.in_sum2` and `<weight>.counts` in float32. The
+older .dat, which ik_llama.cpp reads, holds means times a number of chunks. Weights have the names of a GGUF.
 """
 
 import os
@@ -26,10 +26,10 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a weight's inputs.
+    """What an importance matrix holds of one weight.
 
-    `sums` of squares are (experts, inputs), float32 or float64, over `counts` tokens (experts,), int64. A weight that
-    is not a stack of experts has one expert.
+    `sums` are the sums of its inputs' squares, float32 or float64 (experts, inputs); `counts` are the tokens in these
+    sums, int64 (experts,). A weight that is not a stack of experts has one expert.
     """
 
     sums: np.ndarray
@@ -37,14 +37,14 @@ class Entry:
 
     @property
     def means(self) -> np.ndarray:
-        """Mean squares (experts, inputs); 1 for an expert that saw no token, as llama.cpp has it."""
+        """The mean squares (experts, inputs); 1 for an expert that saw no token, as in llama.cpp."""
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), 1.0)
 
 
 @dataclass(frozen=True)
 class About:
-    """What an importance matrix was computed on: `chunks` sequences of `length` tokens of the texts `datasets`."""
+    """What an importance matrix was computed on: `chunks` sequences of `length` tokens from the texts `datasets`."""
 
     datasets: tuple[str, ...]
     chunks: int
@@ -55,10 +55,10 @@ Shapes = Mapping[str, tuple[int, int]]  # GGUF name of a weight -> (experts, inp
 
 
 def require_matrix_target(path: str | Path, what: str, source: Path, made: Path | None = None) -> None:
-    """Raises OutputError where no importance matrix can be written to `path`, which messages call `what`.
+    """Raises OutputError if an importance matrix cannot be written to `path`.
 
-    Its name must say a format, and it must not lie in the source. Its directory must be there, or the one that will be
-    `made`.
+    Its name must end in .gguf or .dat, and it must not lie in the source. Its directory must exist, or be the directory
+    `made`, which will be made later. `what` is the flag or argument that messages name.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -72,9 +72,9 @@ def require_matrix_target(path: str | Path, what: str, source: Path, made: Path 
 
 
 def write(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]], about: About) -> None:
-    """Writes the entries, one at a time in the order of `shapes`, in the format of the path's suffix.
+    """Writes the entries, one at a time in the order of `shapes`, in the format that the path's suffix names.
 
-    A file of the same bytes is left as it is. Raises OutputError for another file in its place.
+    If `path` is a file of the same bytes, it is left as it is. Raises OutputError if it is any other file.
     """
     with named_partial(path) as partial:
         if path.suffix == ".dat":
@@ -84,9 +84,9 @@ def write(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]], abou
 
 
 def read(path: str | Path) -> tuple[dict[str, Entry], About]:
-    """{GGUF name of a weight: entry} of either format, and what it was computed on.
+    """{GGUF name of a weight: entry} of a file of either format, and what it was computed on.
 
-    Sums of a GGUF stay in the file until they are used. Raises CheckpointError for a file of neither format.
+    The sums of a GGUF stay in the file until they are used. Raises CheckpointError for a file of neither format.
     """
     path = Path(path)
     with opened(path) as file:
@@ -96,7 +96,7 @@ def read(path: str | Path) -> tuple[dict[str, Entry], About]:
     try:
         return _read_legacy(path)
     except (struct.error, UnicodeDecodeError, ValueError):
-        raise CheckpointError(f"{path}: is no importance matrix, neither a whole .gguf nor a whole .dat") from None
+        raise CheckpointError(f"{path}: is not an importance matrix, neither a whole .gguf nor a whole .dat") from None
 
 
 def _write_gguf(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]], about: About) -> None:
@@ -104,7 +104,7 @@ def _write_gguf(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]]
 
     class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
         def add_architecture(self) -> None:
-            """An importance matrix has none."""
+            """Writes nothing, because an importance matrix does not have an architecture."""
 
     with closing(Writer(path, "")) as writer:
         writer.add_type("imatrix")
@@ -127,7 +127,7 @@ def _write_legacy(path: Path, count: int, entries: Iterable[tuple[str, Entry]], 
     with open(path, "wb") as file:
         file.write(struct.pack("<i", count))
         for name, entry in entries:
-            calls = -(-int(entry.counts.max()) // about.length)  # of a chunk; rounded up, never 0
+            calls = -(-int(entry.counts.max()) // about.length)  # chunks that the weight saw, rounded up and never 0
             text, values = name.encode(), (entry.means * calls).astype("<f4")
             file.write(struct.pack(f"<i{len(text)}sii", len(text), text, calls, values.size))
             file.write(values.tobytes())
@@ -150,18 +150,21 @@ def _read_gguf(path: Path) -> tuple[dict[str, Entry], About]:
             raise CheckpointError(f"{path}: {name} has no {COUNTS} that go with its {SUMS}; get the file again")
         entries[name] = Entry(sums.reshape(counts.size, -1), np.rint(counts.reshape(-1)).astype(np.int64))
     if not entries:
-        raise CheckpointError(f"{path}: holds no {SUMS} tensors, so it is no importance matrix")
+        raise CheckpointError(f"{path}: holds no {SUMS} tensors, so it is not an importance matrix")
     found = {key: reader.get_field(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size")}
     try:
         values = {key: field.contents() for key, field in found.items() if field}
         texts = tuple(map(_shown, values.get("datasets") or ()))
         return entries, About(texts, int(values.get("chunk_count", 0)), int(values.get("chunk_size", 0)))
     except (ValueError, TypeError, OverflowError):
-        raise CheckpointError(f"{path}: says of what it was computed in another form; get the file again") from None
+        raise CheckpointError(f"{path}: says in an unknown form what it was computed on; get the file again") from None
 
 
 def _read_legacy(path: Path) -> tuple[dict[str, Entry], About]:
-    """Sums are means times `ncall`, counts `ncall`. Raises struct.error or ValueError for another kind of file."""
+    """{GGUF name: entry} of a .dat, and what it was computed on; sums are means times `ncall`, counts are `ncall`.
+
+    Raises struct.error or ValueError for another kind of file.
+    """
     with opened(path) as file:
         left = os.fstat(file.fileno()).st_size
 
@@ -182,10 +185,10 @@ def _read_legacy(path: Path) -> tuple[dict[str, Entry], About]:
             entries[name] = Entry(np.frombuffer(taken(4 * size), "<f4")[None], np.array([max(calls, 1)]))
         if not entries:
             raise ValueError("no entries")
-        chunks = number() if left else 0  # it and the text's name; older files end here
+        chunks = number() if left else 0  # the text's name follows; older files have neither
         return entries, About((_shown(taken(number()).decode("utf-8", "replace")),) if left else (), chunks, 0)
 
 
 def _shown(text: Any) -> str:
-    """A name without control characters, since a file may hold anything."""
+    """A name from a file with its control characters replaced, because a file may hold anything."""
     return "".join(sign if sign.isprintable() else "?" for sign in str(text))

@@ -1,8 +1,8 @@
-"""What llama.cpp calls a weight: the names of GGUF tensors, from the table in the `gguf` package; and GGUF files.
+"""The names of GGUF tensors, by which llama.cpp calls a model's weights, and a reader of GGUF files.
 
-The table is kept by llama.cpp's own converter, architecture by architecture. No family is named here: the
-architecture is any whose table knows all of a model's linears, and where tables differ (two of the RWKV kind
-take Llama's attention for theirs) the name that most of them give.
+The names are those of llama.cpp's own converter: the `gguf` package has a table for each architecture. No model family
+is named here. A model has the names of those architectures whose tables know all its matrices; where these tables
+differ (two of the RWKV kind take Llama's attention for theirs), it has the names that most of them give.
 """
 
 import re
@@ -19,7 +19,7 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 def package(what: str) -> Any:
-    """The gguf package. Raises LowmemError, saying how to install it for `what`."""
+    """The gguf package, which `what` needs. Raises LowmemError, which says how to install it."""
     try:
         import gguf
     except ImportError:
@@ -30,10 +30,10 @@ def package(what: str) -> Any:
 
 
 def gguf_names(tensors: Sequence[str], what: str) -> dict[str, str]:
-    """{file tensor: GGUF tensor}, both with ".weight", for the weights of all linears in all blocks.
+    """{file tensor: GGUF tensor}, both with ".weight", for all matrices in all blocks.
 
-    Raises ModelError, naming a tensor that `what` is asked for, where no architecture's table knows them all or
-    two of them would share a name.
+    Raises ModelError if no architecture's table knows them all, or if two of them would have the same name. The message
+    names a tensor and says that `what` is not available.
     """
     kinds = tuple(dict.fromkeys(_kind(name) for name in tensors))
     found = _most_common(kinds, what)
@@ -54,18 +54,21 @@ def gguf_names(tensors: Sequence[str], what: str) -> dict[str, str]:
 def _block(name: str) -> str:
     """The number of the block in a tensor's name. Raises ModelError."""
     if not (match := NUMBER.search(name)):
-        raise ModelError(f"tensor {name}: its name has no number of a block")
+        raise ModelError(
+            f"tensor {name}: its name has no block number, so llama.cpp has no name for it; everything but its "
+            "importance matrix works"
+        )
     return match[0]
 
 
 def _kind(name: str) -> str:
-    """The name in the first block, without ".weight"."""
+    """The name that a tensor has in the first block, without ".weight"."""
     _block(name)
     return NUMBER.sub("0", name, count=1).removesuffix(".weight")
 
 
 def _most_common(kinds: Iterable[str], what: str) -> dict[str, str] | None:
-    """{kind: GGUF name in block 0}, as most of the architectures have it that know all kinds."""
+    """{kind: GGUF name in block 0}, the names that most architectures give; None if no architecture knows all kinds."""
     kinds = tuple(kinds)
     votes: Counter[tuple[str, ...]] = Counter()
     for table in _tables(package(what)):
@@ -76,20 +79,20 @@ def _most_common(kinds: Iterable[str], what: str) -> dict[str, str] | None:
 
 @lru_cache
 def _tables(gguf: Any) -> list[Any]:
-    """The name maps of one block of every architecture."""
+    """The name maps of all architectures, each for a model of one block."""
     return [gguf.get_tensor_name_map(kind, 1) for kind in gguf.MODEL_ARCH]
 
 
 def open_gguf(path: Path) -> Any:
-    """A memory-mapped reader of a GGUF file. Raises CheckpointError where the file is not a whole GGUF."""
+    """A memory-mapped reader of a GGUF file. Raises CheckpointError if the file is not a whole GGUF."""
     gguf = package("reading a GGUF file")
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
-            """What lies in the file; GGUFReader itself goes on for as many items as a header says."""
+            """The items at an offset. Raises ValueError if the file is too short, which GGUFReader does not check."""
             found = super()._get(offset, dtype, count, *rest, **named)
             if len(found) < count:
-                raise ValueError("it ends before its header says")
+                raise ValueError("it is shorter than its header says")
             return found
 
     try:
@@ -97,4 +100,4 @@ def open_gguf(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no whole GGUF file ({str(error)[:100]}); get it again") from None
+        raise CheckpointError(f"{path}: is not a whole GGUF file ({str(error)[:100]}); get it again") from None

@@ -1,4 +1,4 @@
-"""Norms of the dense model's inputs from a published importance matrix, with which pruning needs no forward pass."""
+"""Norms of the dense model's inputs, taken from a published importance matrix; pruning then needs no forward pass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from lowmem_wanda.sparsity.statistics import SquaredNorm
 
 @dataclass(frozen=True)
 class Norms:
-    """The `entries` of the matrices to prune, by name, and `about`, what they were computed on."""
+    """The norms of the inputs of all matrices to prune, from an importance matrix.
+
+    `entries` are by the matrices' tensor names, `about` says what they were computed on. `sha256` is that of the file.
+    """
 
     path: str
     sha256: str
@@ -28,16 +31,16 @@ class Norms:
         return f"{self.path}{measured} of {', '.join(about.datasets) or 'unknown text'}"
 
     def inputs(self, name: str, device: torch.device) -> SquaredNorm:
-        """The statistic of a matrix's inputs, as if it had been measured."""
+        """The statistic of a matrix's inputs, as if it had been measured on the device."""
         entry = self.entries[name]
         return SquaredNorm.known(entry.sums[0], int(entry.counts[0]), device)
 
 
 def load_norms(path: str, names: Mapping[str, str], columns: Mapping[str, int]) -> Norms:
-    """The entries of matrices of so many `columns`, {matrix: inputs}, whose GGUF names are `names`.
+    """The norms for matrices, {tensor: inputs} in `columns`, whose GGUF names are in `names`.
 
-    Raises CalibrationError, naming the entry, for one that is missing, of another size, measured on nothing, or without
-    sums of squares.
+    Raises CalibrationError, which names the entry, if an entry is missing, has another size, was measured on no token,
+    or does not hold sums of squares.
     """
     found, about = read(path)
     entries = {}
@@ -57,7 +60,7 @@ def load_norms(path: str, names: Mapping[str, str], columns: Mapping[str, int]) 
             raise CalibrationError(f"{path}: entry {names[tensor]} was measured on no token: get another one")
         if not (np.isfinite(entry.sums).all() and (entry.sums >= 0).all()):
             raise CalibrationError(
-                f"{path}: entry {names[tensor]} holds numbers that are no sums of squares: get another file"
+                f"{path}: entry {names[tensor]} holds numbers that are not sums of squares: get another file"
             )
         entries[tensor] = entry
     return Norms(path, sha256_of(Path(path)), about, entries)

@@ -1,8 +1,8 @@
-"""What quantization of a GGUF makes of pruned weights: a rule for every type, and advice.
+"""How each quantization type of a GGUF treats pruned weights: a rule for every type, figures, and advice.
 
-The rules were measured with llama.cpp's own quantization (benchmarks/quants.py; MXFP4 with the gguf package's, NVFP4
-follows from its grid). A type keeps every zero if its grid has a zero in the same place in every block. An offset moves
-zeros, and a codebook may have none.
+The rules were measured with llama.cpp's own quantization (benchmarks/quants.py). MXFP4 was measured with the gguf
+package's quantization, and the rule of NVFP4 follows from its grid. A type keeps every zero if its grid has a zero in
+the same place in every block. An offset moves zeros, and a codebook may lack a zero.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ import numpy as np
 
 KEEPS, OFFSET, CODEBOOK = "keeps", "offset", "codebook"
 RUINED = ("IQ2_S", "IQ2_XS", "IQ2_XXS")  # codebooks that make all or most zeros positive
-WEIGHED = ("IQ3_S", "IQ3_XXS")  # and those where an importance matrix keeps them small
+WEIGHED = ("IQ3_S", "IQ3_XXS")  # codebooks in which an importance matrix keeps what becomes of zeros small
 
 
 @dataclass(frozen=True)
 class Type:
-    """A type of a GGUF: `bits` per weight, scales included, and its `grid`, which is KEEPS, OFFSET or CODEBOOK."""
+    """A type of a GGUF: its `bits` per weight, scales included, and its `grid`, which is KEEPS, OFFSET or CODEBOOK."""
 
     bits: float
     grid: str
@@ -45,9 +45,9 @@ SIGNED = "convert with --outtype bf16 or f32, and quantize that."
 
 
 def advice(types: Sequence[Mapping[str, Any]] = (), tiny: bool = False) -> list[str]:
-    """What to do, and before that what concerns the `types` of a GGUF.
+    """Sentences that say how to quantize a pruned model; those about the `types` of a given GGUF come first.
 
-    `tiny` says that pruned weights were given the smallest magnitude and random signs.
+    `tiny` says that pruned weights have the smallest normal magnitude and random signs instead of being zero.
     """
     first = []
     for one in types:
@@ -66,21 +66,22 @@ def advice(types: Sequence[Mapping[str, Any]] = (), tiny: bool = False) -> list[
 
 @dataclass
 class Survival:
-    """Sums over the weights of one or many tensors."""
+    """Sums over the weights of one or more tensors, from which the figures of a quantization are computed."""
 
-    pruned: int = 0  # weights that the checkpoint has pruned
-    zero: int = 0  # of these, those that are exactly zero in the GGUF
-    signed: int = 0  # of these, those that have the sign that they have in the checkpoint
-    kept: int = 0  # weights that the checkpoint has kept
-    leaked: float = 0.0  # squares of what the pruned weights became
-    kept_squares: float = 0.0  # squares of the kept weights
-    squares: float = 0.0  # the same, weighted by the importance matrix
-    errors: float = 0.0  # squares of the errors of kept weights, weighted likewise
+    pruned: int = 0  # number of weights that are pruned in the checkpoint
+    zero: int = 0  # number of pruned weights that are exactly zero in the GGUF
+    signed: int = 0  # number of pruned weights that have the same sign in the GGUF as in the checkpoint
+    kept: int = 0  # number of weights that are kept in the checkpoint
+    leaked: float = 0.0  # sum of the squares that pruned weights have in the GGUF
+    kept_squares: float = 0.0  # sum of the squares of kept weights
+    squares: float = 0.0  # sum of the squares of kept weights, weighted by the importance matrix
+    errors: float = 0.0  # sum of the squares of kept weights' errors, weighted by the importance matrix
 
     def add(self, weight: np.ndarray, gone: np.ndarray, stored: np.ndarray, importance: np.ndarray) -> None:
-        """Adds rows of the checkpoint (rows, columns), which of their weights are `gone`, and the rows dequantized.
+        """Adds some rows of the checkpoint, `weight`, and the same rows dequantized, `stored`, both (rows, columns).
 
-        `importance` is what errors in each column weigh (columns,), or (1,) where they all weigh alike.
+        `gone` is the mask of the pruned weights. `importance` is the factor of errors in each column, (columns,), or
+        (1,) if all columns have the same.
         """
         left = ~gone
         self.pruned += int(gone.sum())
@@ -95,13 +96,16 @@ class Survival:
         self.errors += float((errors.sum(axis=0, dtype=np.float64) * importance).sum())
 
     def merge(self, other: "Survival") -> None:
+        """Adds the sums of another."""
         for name in (field.name for field in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def figures(self) -> dict[str, Any]:
-        """The shares of pruned weights that are `zero` and that have their `signs`, and two root mean squares.
+        """The figures: how many weights are `pruned`, which share of these is `zero`, and which keeps its `signs`.
 
-        `leak` is the size of the pruned weights beside that of the kept ones, `error` that of the kept ones' errors.
+        `leak` is the root mean square of the pruned weights in the GGUF, divided by that of the kept weights. `error`
+        is the root mean square of the kept weights' errors, divided by that of the kept weights; the importance matrix
+        weighs both.
         """
         leak = (self.leaked / max(1, self.pruned)) / max(self.kept_squares / max(1, self.kept), 1e-300)
         return {

@@ -1,7 +1,7 @@
-"""What quantization leaves of a pruned checkpoint: in a GGUF that was made of it, or as it is predicted.
+"""What quantization leaves of a pruned checkpoint: measured in a GGUF that was made of it, or predicted.
 
-This needs numpy and the gguf package, neither torch nor transformers. The tensors of a GGUF are dequantized some rows
-at a time out of a memory mapping.
+This needs numpy and the gguf package, but neither torch nor transformers. The tensors of a GGUF are dequantized from a
+memory mapping, some rows at a time.
 """
 
 import re
@@ -19,17 +19,18 @@ from lowmem_wanda.llamacpp.imatrix import read as read_imatrix
 from lowmem_wanda.llamacpp.names import gguf_names, open_gguf, package
 from lowmem_wanda.llamacpp.quant_types import KEEPS, TYPES, Survival, advice
 
-Importance = Callable[[str], np.ndarray]  # name of a matrix -> what errors in its columns weigh, (columns,) or (1,)
+Importance = Callable[[str], np.ndarray]  # name of a matrix -> factor of errors in its columns, (columns,) or (1,)
 CHUNK = 1 << 18  # weights that are dequantized at a time
-SAMPLE = 1 << 20  # weights of all matrices together that a prediction quantizes
-SEEN, COLUMNS = 64, 512  # rows and columns that tell in which order rows are stored
-ALIKE = 0.5  # cosine of a row and its quantized self, at least; of two different rows it is about 0.05
+SAMPLE = 1 << 20  # weights that a prediction quantizes, in all matrices together
+SEEN, COLUMNS = 64, 512  # rows and columns that are compared to find the order in which rows are stored
+ALIKE = 0.5  # a row and its quantized self have at least this cosine; two different rows have about 0.05
 
 
 class SurvivalReport(TypedDict, total=False):
-    """What quantization leaves of a pruned checkpoint, type by type; `tensors` are there of a given GGUF alone."""
+    """What quantization leaves of a pruned checkpoint, type by type. Only a given GGUF has a `model` and `tensors`."""
 
     format: int
+    kind: str
     path: str
     imatrix: str | None
     types: list[dict[str, Any]]
@@ -43,15 +44,15 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
 
     Args:
         path: the folder of a pruned checkpoint.
-        model: a GGUF that was made of it, which is compared tensor by tensor; default: a prediction on some rows, for
-            every type that the gguf package can quantize to.
+        model: a GGUF that was made of the checkpoint, which is compared tensor by tensor (default: a prediction from
+            some rows, for every type that the gguf package can quantize to).
         imatrix: an importance matrix (.gguf, .dat) that weighs the errors of kept weights (default: all weigh alike).
 
     Returns:
-        Shares and errors, type by type, and advice.
+        A `SurvivalReport`: shares and errors, type by type, and advice.
 
     Raises:
-        CheckpointError: a file cannot be read, or is of another checkpoint.
+        CheckpointError: a file cannot be read or belongs to another checkpoint, or the checkpoint is not pruned.
         LowmemError: the gguf package is not installed.
 
     Example:
@@ -64,9 +65,14 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
     names = gguf_names(list(matrices), "survive")
     importance = _importance(imatrix, matrices, names)
     tiny = any(matrix.promise.tiny for matrix in matrices.values())
-    report: SurvivalReport = {"format": FORMAT, "path": str(path), "imatrix": str(imatrix) if imatrix else None}
+    report: SurvivalReport = {
+        "format": FORMAT,
+        "kind": "survive",
+        "path": str(path),
+        "imatrix": str(imatrix) if imatrix else None,
+    }
     if model is None:
-        report |= {"types": predict(matrices, importance), "advice": advice(tiny=tiny)}
+        report |= {"types": predict_types(matrices, importance), "advice": advice(tiny=tiny)}
     else:
         tensors = list(_compared(matrices, names, importance, Path(model)))
         types = _by_type(tensors)
@@ -79,7 +85,7 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
 def _importance(
     imatrix: str | Path | None, matrices: Mapping[str, PrunedMatrix], names: Mapping[str, str]
 ) -> Importance:
-    """What errors in a matrix's columns weigh. Raises CheckpointError for the importance matrix of another model."""
+    """{matrix: factors of errors}, as a function. Raises CheckpointError for another model's importance matrix."""
     if imatrix is None:
         return lambda name: np.ones(1)
     known = read_imatrix(imatrix)[0]
@@ -93,19 +99,20 @@ def _importance(
 
 
 def outlook(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The prediction for a checkpoint that was just pruned; without the gguf package the rules alone."""
+    """The prediction for a checkpoint that was just pruned; without the gguf package, only the rules of the types."""
     matrices = pruned_matrices(checkpoint, report)
     try:
-        types = predict(matrices, lambda name: np.ones(1))
+        types = predict_types(matrices, lambda name: np.ones(1))
     except LowmemError:
         types = [{"type": kind, "bits": known.bits, "grid": known.grid} for kind, known in TYPES.items()]
     return {"types": types, "advice": advice(tiny=any(matrix.promise.tiny for matrix in matrices.values()))}
 
 
-def predict(matrices: Mapping[str, PrunedMatrix], importance: Importance) -> list[dict[str, Any]]:
-    """For each type of a GGUF what is left of some rows of all matrices.
+def predict_types(matrices: Mapping[str, PrunedMatrix], importance: Importance) -> list[dict[str, Any]]:
+    """A record for each type of a GGUF: what it leaves of some rows of all matrices.
 
-    A type that the gguf package cannot quantize to, or whose blocks divide the inputs of no matrix, has its rule alone.
+    The record holds only the rule if the gguf package cannot quantize to the type, or if the type's blocks do not
+    divide the inputs of any matrix.
     """
     gguf, share = package("a prediction"), SAMPLE // max(1, len(matrices))
     known = {kind.name: kind for kind in gguf.GGMLQuantizationType}
@@ -117,7 +124,7 @@ def predict(matrices: Mapping[str, PrunedMatrix], importance: Importance) -> lis
         weight = matrix.reader()((rows - count) // 2, (rows - count) // 2 + count)
         for kind in kinds:
             if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
-                with np.errstate(all="ignore"):  # of blocks that are all zeros, or nearly
+                with np.errstate(all="ignore"):  # for blocks that are all zeros, or nearly
                     stored = gguf.dequantize(gguf.quantize(weight, kind), kind).reshape(weight.shape)
                 sums[kind.name].add(weight, matrix.gone(weight), stored, importance(name))
                 fitting[kind.name] += 1
@@ -130,7 +137,7 @@ def predict(matrices: Mapping[str, PrunedMatrix], importance: Importance) -> lis
 
 
 def _can_quantize(gguf: Any, kind: Any) -> bool:
-    """Whether the package can quantize to a type, and not only from it."""
+    """Whether the gguf package can quantize to a type; some types it can only read."""
     try:
         gguf.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][0]), np.float32), kind)
     except NotImplementedError:
@@ -141,7 +148,7 @@ def _can_quantize(gguf: Any, kind: Any) -> bool:
 def _compared(
     matrices: Mapping[str, PrunedMatrix], names: Mapping[str, str], importance: Importance, model: Path
 ) -> Iterator[dict[str, Any]]:
-    """A record for each matrix. Raises CheckpointError for one that the GGUF does not hold as it is here."""
+    """Yields a record for each matrix. Raises CheckpointError if the GGUF does not hold a matrix in its shape."""
     stored = {tensor.name: tensor for path in _parts(model) for tensor in open_gguf(path).tensors}
     for name, matrix in matrices.items():
         tensor = stored.get(names[name])
@@ -151,7 +158,7 @@ def _compared(
                 f"{model}: {names[name]} should be {list(matrix.shape)}, it has {shape}: give the GGUF that was made "
                 "of this very checkpoint"
             )
-        yield {"name": name, "tensor": tensor.name, **_examine(matrix, tensor, importance(name), model)}
+        yield {"name": name, "tensor": tensor.name, **_survival_of(matrix, tensor, importance(name), model)}
 
 
 def _parts(model: Path) -> list[Path]:
@@ -162,8 +169,11 @@ def _parts(model: Path) -> list[Path]:
     return [model.with_name(f"{match[1]}-{part + 1:05d}-of-{match[2]}.gguf") for part in range(int(match[2]))]
 
 
-def _examine(matrix: PrunedMatrix, tensor: Any, importance: np.ndarray, model: Path) -> dict[str, Any]:
-    """What is left of one tensor, all of it."""
+def _survival_of(matrix: PrunedMatrix, tensor: Any, importance: np.ndarray, model: Path) -> dict[str, Any]:
+    """A record of what is left of one matrix, in all its rows.
+
+    Raises CheckpointError if the GGUF was not made of this checkpoint, or if its type cannot be read.
+    """
     rows, columns = matrix.shape
     read, survival = matrix.reader(), Survival()
     order = _order(matrix, read, tensor, model)
@@ -191,7 +201,7 @@ def _examine(matrix: PrunedMatrix, tensor: Any, importance: np.ndarray, model: P
 
 
 def _dequantized(tensor: Any, rows: Any) -> np.ndarray:
-    """Some rows of a GGUF's tensor, float32 (rows, columns). Raises CheckpointError for a type that is not known."""
+    """Some rows of a GGUF's tensor, float32 (rows, columns). Raises CheckpointError if its type cannot be read."""
     data = np.ascontiguousarray(tensor.data[rows])
     try:
         values: np.ndarray = package("survive").dequantize(data, tensor.tensor_type)
@@ -203,11 +213,11 @@ def _dequantized(tensor: Any, rows: Any) -> np.ndarray:
 
 
 def _order(matrix: PrunedMatrix, read: Rows, tensor: Any, model: Path) -> np.ndarray | None:
-    """Which row of the GGUF each row of the checkpoint is; None where it is the same row.
+    """For each row of the checkpoint its row in the GGUF; None if all rows are in the same order.
 
-    The converter reorders rows of some families, as Llama's q and k for its rotary embedding. The order is found from
-    the values, by the cosines of rows; rows of which nothing was kept take what is left. Raises CheckpointError where
-    the rows are not those of the checkpoint.
+    The converter reorders the rows of some families, such as Llama's q and k for its rotary embedding. The order is
+    found from the values, by the cosines of rows. Rows of which no weight was kept take the places that are left.
+    Raises CheckpointError if the rows are not those of the checkpoint.
     """
     rows, columns = matrix.shape
     some = np.unique(np.linspace(0, rows - 1, SEEN).astype(int))
@@ -229,16 +239,17 @@ def _order(matrix: PrunedMatrix, read: Rows, tensor: Any, model: Path) -> np.nda
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The cosine of each row of one and the same row of the other."""
+    """The cosine of each row of `one` with the same row of `other`."""
     return (_unit(one) * _unit(other)).sum(axis=1)  # type: ignore[no-any-return]
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
+    """The rows, each divided by its norm."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)  # type: ignore[no-any-return]
 
 
 def _by_type(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures of the tensors, summed up by type in the order of TYPES; their sums are taken out of them."""
+    """The figures of the tensors by type, in the order of TYPES. The sums are removed from the tensors' records."""
     sums: dict[str, Survival] = {}
     for tensor in tensors:
         sums.setdefault(tensor["type"], Survival()).merge(tensor.pop("survival"))

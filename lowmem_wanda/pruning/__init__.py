@@ -1,3 +1,3 @@
 """This room makes a checkpoint sparse: the job, the walk, the report; it knows no parser, no terminal and no HTML."""
 
-ORDERS = ("block", "dense", "sequential")  # of `passes`, for those who do not need torch
+ORDERS = ("block", "dense", "sequential")  # the orders of `passes`, which needs torch

@@ -17,16 +17,16 @@ from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock
 from lowmem_wanda.streaming.walk import MicroBatches, advance
 
-SAMPLE = 1 << 16  # weights whose scores a report looks at
+SAMPLE = 1 << 16  # weights of a matrix whose scores are sampled for the report
 PERCENT = (1, 10, 50, 90, 99)
 
 
 def prune_block(
     job: PruneJob, block: Block, states: MicroBatches, placement: Placement, moves_on: bool, sums: InputSums
 ) -> dict[str, Any]:
-    """Prunes the job's matrices of a block and, if it `moves_on`, moves the hidden states on while `sums` listens.
+    """Prunes the job's matrices of a block in place; gives the record of the block.
 
-    Gives the record of what came of it.
+    If it `moves_on`, the hidden states are replaced by the block's output while `sums` listens.
     """
     names = {matrix.name for matrix in job.selected[block.index]}
     matrices = [matrix for matrix in block.matrices if matrix.name in names]
@@ -48,7 +48,7 @@ def prune_block(
 
 
 def move_on(block: Block, states: MicroBatches, sums: InputSums) -> dict[str, float]:
-    """Moves the hidden states on while `sums` listens; gives the seconds."""
+    """Replaces the hidden states by the block's output while `sums` listens; gives the seconds by part."""
     clock = Clock(block.device)
     with clock.part("onward"), sums.listening():
         advance(block, states)
@@ -56,7 +56,7 @@ def move_on(block: Block, states: MicroBatches, sums: InputSums) -> dict[str, fl
 
 
 def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: Any, chunk: int) -> dict[str, Any]:
-    """Prunes a weight (rows, columns) in place and gives the record of it.
+    """Prunes a matrix's weight (rows, columns) in place; gives the record of the matrix.
 
     Raises NumberError for scores that are not numbers, ModelError where the pattern does not hold afterwards.
     """
@@ -102,10 +102,10 @@ class Sample:
         self.scores = score(self.rows)
 
     def spread(self, pruned: torch.Tensor) -> dict[str, Any]:
-        """How the scores are spread, and how much of them the pruned weight (rows, columns) has lost.
+        """The `quantiles` of the scores by percent, and the share of their squares that pruning `lost`.
 
-        `quantiles` are by percent. `lost` is the share of the squared scores: for Wanda's score what the output loses
-        of its squares where inputs are uncorrelated.
+        `pruned` is the weight (rows, columns) afterwards. For Wanda's score `lost` is the share of its squares that the
+        output loses where inputs are uncorrelated.
         """
         squares = self.scores.double() if self.scores.is_cpu else self.scores
         squares = squares.square()

@@ -14,11 +14,11 @@ from lowmem_wanda.checkpoint.directory import JOB, REPORT, fingerprint
 from lowmem_wanda.checkpoint.output import FORMAT, finished, report_folder, require_outside, require_target
 from lowmem_wanda.checkpoint.reader import read_json
 from lowmem_wanda.checkpoint.writer import write_json
-from lowmem_wanda.data.calibration import Calibration, calibrate
+from lowmem_wanda.data.calibration import Calibration, calibrate, text_names
 from lowmem_wanda.data.windows import Windows
 from lowmem_wanda.errors import LowmemError, OutputError
-from lowmem_wanda.evaluation.evaluate import cut, describe_windows
-from lowmem_wanda.evaluation.perplexity import measure
+from lowmem_wanda.evaluation.evaluate import describe_windows, windows_for
+from lowmem_wanda.evaluation.perplexity import evaluate_model
 from lowmem_wanda.pruning.job import label, prepare
 from lowmem_wanda.pruning.prune import run
 from lowmem_wanda.pruning.variants import Variant, titles_of, variant_of, variants_of
@@ -36,7 +36,7 @@ FIGURES = (
 
 
 class ComparisonReport(TypedDict):
-    """What several prunings cost. A row has a variant, its figures, seconds and bytes; `spread` is over seeds."""
+    """What several prunings cost. A row is a variant with its figures, seconds and bytes; `spread` is over seeds."""
 
     format: int
     kind: str
@@ -57,18 +57,18 @@ def compare(
     source: str | Path,
     target: str | Path,
     *,
-    text: Sequence[str],
+    text: str | Path | Sequence[str | Path],
     methods: Sequence[str] = NAMES,
     patterns: Sequence[str] = ("50%", "4:8", "2:4"),
     groups: Sequence[str | None] = (None,),
     statistics: Sequence[str] = ("block",),
     sequences: Sequence[int] = (128,),
     seeds: Sequence[int] = (0,),
-    calibration: Sequence[str] = (),
+    calibration: str | Path | Sequence[str | Path] = (),
     length: int = 2048,
     windows: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Path | Sequence[str | Path] = (),
+    exclude: str | Path | Sequence[str | Path] = (),
     keep: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -84,30 +84,31 @@ def compare(
     """Prunes a checkpoint in several ways, evaluates each against the dense model, and gives one table.
 
     Each pruning is made in a folder of the target, evaluated on `text` and removed again. report.json is written after
-    every row; rows that are there from the same settings are not made again.
+    every row. Rows that it already has from the same settings are not made again.
 
     Args:
         source: the folder of a Hugging Face safetensors checkpoint.
         target: a new folder for report.json, or one with a comparison to continue.
-        text: what is evaluated on: files of text or token ids, or "wikitext2", "c4".
+        text: the text to evaluate on: files of text or token ids, or "wikitext2", "c4".
         methods: names of methods (default: all).
         patterns: patterns as `prune` takes them (default: "50%", "4:8", "2:4").
-        groups: "row" and "matrix"; None (default) is each method's own.
-        statistics: of "block" (default), "dense", "sequential".
+        groups: what is compared for a share, "row", "matrix", or None for the method's own (default: None).
+        statistics: what matrices are measured on, "block", "dense" or "sequential" (default: "block").
         sequences: numbers of calibration sequences (default: 128).
-        seeds: of the calibration samples (default: 0).
-        calibration: what is measured on, as `text` of `prune` (default: the built-in text).
+        seeds: seeds of the calibration samples (default: 0).
+        calibration: the calibration, as `text` of `prune` (default: the built-in text).
         length: tokens of a sequence and of a window, capped by the model's positions (default: 2048).
-        windows: the number of windows that are evaluated, from the beginning (default: all).
+        windows: the number of windows to evaluate on, from the beginning of the text (default: all).
         include: globs of the names of tensors to prune (default: all).
         exclude: globs of the names of tensors to leave dense (default: none).
         keep: keep the pruned checkpoints (default: False).
         device: "auto" (default), "cpu", "cuda", "cuda:N" or "mps".
-        dtype: to compute in: "auto" (default: float32 on a CPU, else as stored), "float32", "bfloat16", "float16".
-        batch: sequences computed at a time (default: what fits).
-        max_ram: host memory that the process may take in all, bytes or a text such as "8GB" (default: what is free).
-        max_vram: GPU memory that tensors may take, likewise (default: what is free).
-        slots: block buffers in host memory, 1 to 3 (default: 3 where they fit).
+        dtype: the dtype to compute in, "float32", "bfloat16", "float16" or "auto" (default: "auto", which is float32 on
+            a CPU and the stored dtype elsewhere).
+        batch: the number of sequences computed at a time (default: as many as fit).
+        max_ram: host memory that the process may take in all, in bytes or as "8GB" (default: what is free).
+        max_vram: GPU memory that tensors may take, in bytes or as "8GB" (default: what is free).
+        slots: the number of block buffers in host memory, 1 to 3 (default: 3 where they fit).
         read: how shards are read, "pread" (default) or "mmap".
         trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
         on_block: called with each block's record, which names the `variant`.
@@ -117,7 +118,7 @@ def compare(
         The report, as it stands in report.json.
 
     Raises:
-        PatternError: a word is none of its kind.
+        PatternError: a method, a pattern, a group or an order is unknown, or a number of sequences is below 1.
         OutputError: the target holds something else, or rows of other settings.
         LowmemError: any other trouble that a user can mend, in one sentence.
 
@@ -128,6 +129,7 @@ def compare(
         >>> [row["name"] for row in report["rows"]]
         ['magnitude 2:4']
     """
+    text, calibration, include, exclude = map(text_names, (text, calibration, include, exclude))
     if not text:
         raise LowmemError("nothing to evaluate on: give --text FILE")
     require_outside(target, source)
@@ -136,10 +138,10 @@ def compare(
              "max_ram": max_ram, "max_vram": max_vram, "slots": slots, "read": read}  # fmt: skip
     machine = Machine.of(**place)  # type: ignore[arg-type]
     dense = open_model(source, machine)
-    evaluated = cut(dense, text, length=length, windows=windows)
+    evaluated = windows_for(dense, text, length=length, windows=windows)
     folder = report_folder(target, "compare")
-    names = {"include": list(include), "exclude": list(exclude), "calibration": list(calibration)}
-    arguments = {"source": str(source), "target": str(target), "text": list(text), "methods": list(methods),
+    names = {"include": include, "exclude": exclude, "calibration": calibration}
+    arguments = {"source": str(source), "target": str(target), "text": text, "methods": list(methods),
                  "patterns": list(patterns), "groups": list(groups), "statistics": list(statistics),
                  "sequences": list(sequences), "seeds": list(seeds), **names, "length": length, "windows": windows,
                  "keep": keep, **place}  # fmt: skip
@@ -149,7 +151,7 @@ def compare(
 
 
 class _Table:
-    """The rows of a comparison, which are made one after the other."""
+    """The table of a comparison, whose rows are made one after the other."""
 
     def __init__(
         self, dense: StreamedModel, machine: Machine, text: Windows, folder: Path, arguments: dict[str, Any],
@@ -161,7 +163,7 @@ class _Table:
         self.rows = read_rows(folder, settings)
 
     def fill(self, chosen: Sequence[Variant]) -> ComparisonReport:
-        """Makes the rows that are not there yet; gives the report."""
+        """Makes the rows that are missing; gives the report."""
         samples = samples_of(self.dense, chosen, self.settings["calibration"], self.settings["length"])
         chosen = tuple(dict.fromkeys(_as_sampled(variant, samples) for variant in chosen))
         samples |= {(len(sample.tokens), seed): sample for (_, seed), sample in samples.items()}
@@ -186,7 +188,7 @@ class _Table:
         return report
 
     def _row(self, variant: Variant, name: str, sample: Calibration | None, folder: Path) -> dict[str, Any]:
-        """One pruning and what it costs."""
+        """The figures of a row: one pruning and what it costs."""
         selection = {key: self.settings[key] for key in ("include", "exclude")}
         require_target(folder, self.dense.checkpoint.path)
         job = prepare(self.dense, calibration=sample, **selection, **variant.keywords)
@@ -195,7 +197,7 @@ class _Table:
             self.on_block({"variant": name, **record})
 
         made = run(job, folder, told)
-        result = measure(open_model(folder, self.machine), self.text, self.dense, told)
+        result = evaluate_model(open_model(folder, self.machine), self.text, self.dense, told)
         return {
             **{key: result[key] for key in FIGURES},
             "dense": result["dense"],
@@ -228,7 +230,7 @@ class _Table:
 
 
 def read_rows(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a comparison that was begun in a folder. Raises OutputError where its settings are others."""
+    """The rows of a comparison that was begun in a folder. Raises OutputError where its settings differ."""
     if not (folder / REPORT).exists():
         return []
     report = read_json(folder / REPORT)
@@ -244,7 +246,7 @@ def read_rows(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]
 
 
 def samples_of(dense: StreamedModel, chosen: Sequence[Variant], texts: Sequence[str], length: int) -> Samples:
-    """{(sequences, seed): calibration}. Each seed's text is read once, and fewer sequences are the first of more."""
+    """{(sequences, seed): calibration}. Each seed is sampled once; fewer sequences are the first of that sample."""
     needed = {(variant.sequences, variant.seed) for variant in chosen if variant.sequences and variant.seed is not None}
     most: dict[int, int] = {}
     for count, seed in needed:
@@ -255,7 +257,7 @@ def samples_of(dense: StreamedModel, chosen: Sequence[Variant], texts: Sequence[
 
 
 def _as_sampled(variant: Variant, samples: Samples) -> Variant:
-    """The variant with as many sequences as the text gave: a short one holds fewer than were asked for."""
+    """The variant with as many sequences as the text gave. A short text gives fewer than were asked for."""
     sample = samples.get((variant.sequences, variant.seed))
     return replace(variant, sequences=len(sample.tokens)) if sample else variant
 

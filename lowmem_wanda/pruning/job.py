@@ -11,7 +11,7 @@ import torch
 
 from lowmem_wanda.checkpoint.directory import fingerprint, small_files
 from lowmem_wanda.checkpoint.writer import sha256_of
-from lowmem_wanda.data.calibration import Calibration, calibrate
+from lowmem_wanda.data.calibration import Calibration, calibrate, text_names
 from lowmem_wanda.errors import CalibrationError, PatternError
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.llamacpp.norms import Norms, load_norms
@@ -36,9 +36,9 @@ LABELS = {"norms_sha256": "--norms sha256", "threads": "threads (OMP_NUM_THREADS
 class PruneJob:
     """One pruning, ready to start: what is pruned, how, and what its matrices are measured on.
 
-    `selected` are the matrices to prune, block by block. `statistics` is one of ORDERS. `norms` stand for what would be
-    measured. `imatrix` is the file that takes an importance matrix, and `names` what its weights are called there.
-    `zeros` is "exact", or "signed-tiny" for what is put in the place of zeros.
+    `selected` are the matrices to prune, block by block. `statistics` is one of ORDERS. `norms`, if given, replace the
+    measuring. `imatrix` is the file that the importance matrix is written to, and `names` are llama.cpp's names of the
+    matrices. `zeros` is "exact", or "signed-tiny" for the smallest numbers with random signs in place of zeros.
     """
 
     model: StreamedModel
@@ -62,22 +62,22 @@ class PruneJob:
 
     @property
     def moved_on_dense(self) -> bool:
-        """Whether a block moves the hidden states on before it is pruned."""
+        """Whether the dense block moves the hidden states on, before it is pruned."""
         return self.statistics == "dense" and self.measures
 
     @property
     def batch(self) -> int | None:
-        """The number of sequences at a time that was asked for, and no more than there are; None: what fits."""
+        """The number of sequences at a time that was asked for, at most all of them; None: as many as fit."""
         return self.model.batch and min(self.model.batch, self.workload.sequences or 1)
 
     @cached_property
     def files(self) -> list[Path]:
-        """The small files that go along, config.json among them."""
+        """The small files that are copied, config.json among them."""
         return small_files(self.model.checkpoint.path, code=self.model.trust_remote_code)
 
     @cached_property
     def workload(self) -> Workload:
-        """What goes through the model, and what that holds."""
+        """What goes through the model, and the memory that this takes."""
         sequences, length = self.calibration.tokens.shape if self.calibration else (0, 0)
         matrices = [matrix for block in self.selected for matrix in block]
         sizes = {
@@ -91,20 +91,20 @@ class PruneJob:
             length,
             statistics=max(sums),
             workspace=max(self.method.workspace(*matrix.shape, sizes[matrix.tensor]) for matrix in matrices),
-            scored=CPU_CHUNK if self.model.device.type == "cpu" else DEVICE_CHUNK,
+            chunk=CPU_CHUNK if self.model.device.type == "cpu" else DEVICE_CHUNK,
             score_bytes=SCORE_BYTES,
             holds_micro_batches=self.statistics == "sequential" and self.measures,
         )
 
     @property
     def recorded_on(self) -> str:
-        """What an importance matrix depends on beside the shards and the batch."""
+        """All that an importance matrix depends on, beside the shards and the batch, in one text."""
         text, shape = (self.calibration.sha256, self.calibration.tokens.shape) if self.calibration else ("", (0, 0))
         device = describe_device(self.model.device)
         return f"{text} {shape} {self.model.dtype_name} {self.moved_on_dense} {device}"
 
     def arguments(self, batch: int) -> dict[str, Any]:
-        """All that can change a bit of the result, as it stands in job.json; `batch` sequences at a time."""
+        """All that can change a bit of the result, as it stands in job.json, for `batch` sequences at a time."""
         source, running_on = self.model.checkpoint, versions()
         return {
             "source_fingerprint": fingerprint(source),
@@ -125,7 +125,7 @@ class PruneJob:
         }
 
     def _measured_on(self, batch: int) -> dict[str, Any]:
-        """The part of `arguments` that counts where something is measured."""
+        """The part of `arguments` that can change the result only where matrices are measured."""
         if self.calibration is None or not self.measures:
             return {"text": []}
         return {
@@ -141,7 +141,7 @@ class PruneJob:
 
 
 def label(name: str) -> str:
-    """What a message calls an argument of a job: its flag, where there is one."""
+    """The name of a job's argument in messages: its flag, where it has one."""
     return LABELS.get(name) or (f"--{name.replace('_', '-')}" if name in FLAGS else name.replace("_", " "))
 
 
@@ -151,33 +151,34 @@ def prepare(
     method: str | Method = "wanda",
     pattern: str = "2:4",
     group: str | None = None,
-    text: Sequence[str] = (),
+    text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
     seed: int = 0,
     statistics: str = "block",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Path | Sequence[str | Path] = (),
+    exclude: str | Path | Sequence[str | Path] = (),
     norms: str | Path | None = None,
     imatrix: str | Path | None = None,
     zeros: str = "exact",
     calibration: Calibration | None = None,
     machine: Machine = ANY,
 ) -> PruneJob:
-    """The job of pruning a checkpoint, or a model that is open, once all that can be checked before it is.
+    """The job of pruning a checkpoint or an open model, after all that can be checked beforehand has been checked.
 
-    A `calibration` that is there already stands for `text`, `sequences` and `length`. All others are the parameters of
+    A `calibration` that is made already replaces `text`, `sequences` and `length`. All other parameters are those of
     `prune`. Raises a LowmemError that says what is wrong.
     """
+    text, include, exclude = map(text_names, (text, include, exclude))
     chosen = find_method(method)
-    kind = _choose_pattern(pattern, group, chosen)
+    compared = _choose_pattern(pattern, group, chosen)
     _require_known(statistics, zeros, sequences, length)
     if norms:
         _require_use_of_norms(norms, chosen, statistics, text if not imatrix else ())
     if statistics == "sequential" and chosen.statistic:
         require_greenlet()
     model = source if isinstance(source, StreamedModel) else open_model(source, machine)
-    selected = _choose_matrices(model, kind, include, exclude)
+    selected = _choose_matrices(model, compared, include, exclude)
     matrices = [matrix for block in selected for matrix in block]
     if zeros != "exact":
         _require_no_doubles(model, matrices)
@@ -192,7 +193,7 @@ def prepare(
     return PruneJob(
         model=model,
         method=chosen,
-        pattern=kind,
+        pattern=compared,
         selected=selected,
         calibration=calibration,
         statistics=statistics,
@@ -207,13 +208,14 @@ def prepare(
 
 
 def _choose_pattern(text: str, group: str | None, method: Method) -> Pattern:
-    """The pattern of a text; a sparsity is compared in the group that was asked for, or else in the method's own."""
-    kind = parse(text, group or "row")
-    return replace(kind, group=method.group) if group is None and isinstance(kind, Unstructured) else kind
+    """The pattern that a text names. A share is compared per `group`, or per the method's own group if that is None."""
+    pattern = parse(text, group or "row")
+    own = group is None and isinstance(pattern, Unstructured)
+    return replace(pattern, group=method.group) if own else pattern
 
 
 def _choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:
-    """What llama.cpp calls the matrices, where that is needed."""
+    """llama.cpp's names of the matrices; {} where there are neither norms nor an importance matrix."""
     weights = [matrix.name for block in model.skeleton.matrices for matrix in block]
     return gguf_names(weights, "--norms" if norms else "--imatrix") if norms or imatrix else {}
 
@@ -221,7 +223,10 @@ def _choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str |
 def _choose_matrices(
     model: StreamedModel, pattern: Pattern, include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[tuple[Matrix, ...], ...]:
-    """The matrices to prune, block by block. Raises PatternError for a glob or a pattern that fits none."""
+    """The matrices to prune, block by block.
+
+    Raises PatternError for a glob that matches no matrix, or a matrix that the pattern does not fit.
+    """
     blocks = model.skeleton.matrices
     names = {matrix.name for block in blocks for matrix in block}
 
@@ -246,7 +251,7 @@ def _choose_matrices(
 
 
 def _require_known(statistics: str, zeros: str, sequences: int, length: int) -> None:
-    """Raises PatternError or CalibrationError for a word or a number that is none of its kind."""
+    """Raises PatternError for an unknown word, CalibrationError for a number below 1."""
     for flag, word, known in (("--statistics", statistics, ORDERS), ("--zeros", zeros, ZEROS)):
         if word not in known:
             raise PatternError(f"{flag} {word}: give one of {', '.join(known)}")
@@ -256,7 +261,7 @@ def _require_known(statistics: str, zeros: str, sequences: int, length: int) -> 
 
 
 def _require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:
-    """Raises CalibrationError for what norms that are known leave no use for, or cannot replace."""
+    """Raises CalibrationError for flags that --norms makes useless, and for a method that measures more than norms."""
     useless = {
         f"--method {method}": method.statistic is None,
         f"--statistics {statistics}": statistics != "block",
@@ -270,7 +275,7 @@ def _require_use_of_norms(norms: str | Path, method: Method, statistics: str, te
 
 
 def _require_no_doubles(model: StreamedModel, matrices: Iterable[Matrix]) -> None:
-    """Raises PatternError for a matrix whose smallest number no GGUF holds."""
+    """Raises PatternError for a float64 matrix, whose smallest number a GGUF cannot hold."""
     for matrix in matrices:
         if model.checkpoint.tensors[matrix.tensor].dtype == "F64":
             raise PatternError(

@@ -1,11 +1,12 @@
 """What a block's matrices are measured on, when they are pruned, and when the hidden states move on.
 
-block        the dense block runs up to its last matrix; all are pruned; the pruned block moves the hidden states on
-             (the order of the paper's code): 1.7 passes
-dense        the dense block measures and moves on at once, then all are pruned: 1 pass, and no error is carried on
-sequential   each matrix is measured on what the already pruned ones before it put out (GPTQ's "true sequential"): 1
-pass
-             where micro-batches are held while they wait for a matrix, more where they are replayed
+block        The dense block runs up to its last matrix, and all matrices are pruned. Then the pruned block moves the
+             hidden states on. This is the order of the paper's code and takes 1.7 passes.
+dense        All matrices are measured while the dense block moves the hidden states on. Then they are pruned. This
+             takes 1 pass, and no error is carried on.
+sequential   Each matrix is measured on the outputs of the matrices before it, which are pruned already (GPTQ's "true
+             sequential"). This takes 1 pass where micro-batches are held while they wait for a matrix, and more where
+             they are replayed.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -28,12 +29,13 @@ Prune = Callable[[Matrix, Any], None]  # a matrix, the statistic of its inputs
 
 
 class Passes:
-    """One block and the micro-batches that pass it: `run` calls `prune` once for every one of `matrices`.
+    """One block and the micro-batches that pass through it. `run` calls `prune` once for each of `matrices`.
 
-    Matrices of the same inputs share a statistic (4 for the 7 matrices of a Llama block). No pass goes beyond the last
-    inputs that are measured, unless the hidden states are to move on. `sums` listens to what moves them: the pruned
-    block, or in the dense order the dense one. After `run`, `count` is what was computed in matrices, in units of one
-    pass of all sequences through the whole block, and `clock` has the time of the parts measure, prune and onward.
+    Matrices of the same inputs share a statistic (4 for the 7 matrices of a Llama block). A pass ends at the last
+    inputs that are measured, unless the hidden states move on. `sums` listens to the block that moves them on: the
+    pruned block, or in the dense order the dense one. After `run`, `count` is the computing in matrices, in units of
+    one pass of all sequences through the whole block, and `clock` has the seconds of the parts measure, prune and
+    onward.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Passes:
         """Measures and prunes in one of the orders and, if it `moves_on`, replaces the hidden states by the output.
 
         In the sequential order at most `held` micro-batches wait with their activations; the others are run again from
-        the block's start. How many changes time and memory, and no bit of the result.
+        the block's start. Their number changes time and memory, but not a bit of the result.
         """
         with self._counting():
             if order == "sequential" and self.groups:
@@ -73,7 +75,7 @@ class Passes:
                         advance(self.block, self.states)
 
     def _measure(self, through: bool) -> None:
-        """Measures everything on the dense block, then prunes; `through` keeps the outputs."""
+        """Measures all inputs on the dense block, then prunes. If `through`, the outputs replace the hidden states."""
         last = next(reversed(self.groups))
 
         def arrived(module: str, inputs: torch.Tensor) -> None:
@@ -82,14 +84,17 @@ class Passes:
                 raise Stop
 
         with watched(self.block, self.groups, arrived), self.clock.part("measure"):
-            for part in self.states:
-                self._forward(part)
+            for micro_batch in self.states:
+                self._forward(micro_batch)
         for module in self.groups:
             self._prune(module)
 
     def _sequential(self, moves_on: bool, held: int) -> None:
-        """Each micro-batch goes to the next inputs that are not measured yet and waits there in a greenlet, or is
-        replayed."""
+        """Measures the inputs one after the other, and prunes their matrices before the next are measured.
+
+        A micro-batch runs to the next inputs that are not measured yet. It waits there in a greenlet, or it is replayed
+        from the block's start.
+        """
         greenlet = require_greenlet()
         hub, closed = greenlet.getcurrent(), set()
 
@@ -101,27 +106,27 @@ class Passes:
                 raise Stop
             hub.switch()
 
-        waiting = [greenlet.greenlet(partial(self._forward, part)) for part in self.states[:held]]
+        waiting = [greenlet.greenlet(partial(self._forward, micro_batch)) for micro_batch in self.states[:held]]
         with self.sums.listening(), watched(self.block, self.groups, arrived):
             for module in self.groups:
                 with self.clock.part("measure"):
                     for flow in waiting:
                         flow.switch()
                     with self.sums.pausing():
-                        for part in self.states[held:]:
-                            self._forward(part)
+                        for micro_batch in self.states[held:]:
+                            self._forward(micro_batch)
                 self._prune(module)
                 closed.add(module)
             with self.clock.part("onward"):
                 for flow in waiting:
                     flow.switch() if moves_on else flow.throw(greenlet.GreenletExit)
-                for part in self.states[held:] if moves_on else ():
-                    self._forward(part)
+                for micro_batch in self.states[held:] if moves_on else ():
+                    self._forward(micro_batch)
 
-    def _forward(self, part: torch.Tensor) -> None:
-        """One micro-batch through the block, in place, or as far as its inputs are needed."""
+    def _forward(self, micro_batch: torch.Tensor) -> None:
+        """Runs one micro-batch through the block, in place, or as far as inputs are measured."""
         try:
-            forward_in_place(self.block, part)
+            forward_in_place(self.block, micro_batch)
         except Stop:
             pass
 
@@ -132,11 +137,11 @@ class Passes:
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        """Counts the weights that tokens meet in matrices."""
+        """Counts the computing in matrices within the context, in passes of all sequences through the block."""
         sizes: dict[str, int] = {}
         for matrix in self.block.matrices:
             sizes[matrix.module] = sizes.get(matrix.module, 0) + matrix.weights
-        one = sum(sizes.values()) * sum(len(part) * part.shape[1] for part in self.states)
+        one = sum(sizes.values()) * sum(len(micro_batch) * micro_batch.shape[1] for micro_batch in self.states)
 
         def after(size: int, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
             self.count += size * (inputs[0].numel() // inputs[0].shape[-1]) / one

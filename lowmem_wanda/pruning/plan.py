@@ -40,13 +40,13 @@ def plan(
     norms: str | Path | None = None,
     imatrix: str | Path | None = None,
     zeros: str = "exact",
-    text: Sequence[str] = (),
+    text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
     seed: int = 0,
     statistics: str = "block",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Path | Sequence[str | Path] = (),
+    exclude: str | Path | Sequence[str | Path] = (),
     device: str = "auto",
     dtype: str = "auto",
     batch: int | None = None,
@@ -59,7 +59,7 @@ def plan(
     trust_remote_code: bool = False,
     on_start: Notify = ignore,
 ) -> Plan:
-    """What `prune` of the same parameters will need: memory, disk and operations. No weight is read.
+    """What `prune` with the same parameters will need: memory, disk and operations. No weight is read.
 
     Args:
         source: the folder of a Hugging Face safetensors checkpoint. All other parameters are those of `prune`.
@@ -69,7 +69,7 @@ def plan(
 
     Raises:
         BudgetError: no placement keeps `max_ram` and `max_vram`; the message says what would fit.
-        LowmemError: as `prune`.
+        LowmemError: any other trouble for which `prune` would raise one.
 
     Example:
         >>> from lowmem_wanda import plan
@@ -89,7 +89,7 @@ def plan(
 
 
 def predict(job: PruneJob, batch: int | None = None) -> Plan:
-    """The plan of a job, of which `batch` sequences are computed at a time if that is settled already.
+    """The plan of a job. `batch` is the number of sequences at a time, if a resumed job has settled it.
 
     Raises BudgetError where no placement keeps --max-ram and --max-vram.
     """
@@ -117,7 +117,7 @@ def predict(job: PruneJob, batch: int | None = None) -> Plan:
 def _flops(job: PruneJob, sequences: int, length: int) -> int:
     """The operations of all matrices and of attention's two products.
 
-    They are computed once, or in the block order once more up to the last matrix.
+    A block is computed once. In the block order it is computed once more, up to its last matrix.
     """
     total = 0
     twice = job.statistics == "block" and job.measures

@@ -12,11 +12,11 @@ from lowmem_wanda.checkpoint.directory import REPORT, Checkpoint
 from lowmem_wanda.checkpoint.output import (
     Output,
     begun,
+    exclusive,
     finished,
     require_disk,
     require_target,
     shard_names,
-    working,
 )
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
 from lowmem_wanda.checkpoint.writer import require_new, sha256_of, write_json, write_shard
@@ -48,13 +48,13 @@ def prune(
     norms: str | Path | None = None,
     imatrix: str | Path | None = None,
     zeros: str = "exact",
-    text: Sequence[str] = (),
+    text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
     seed: int = 0,
     statistics: str = "block",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Path | Sequence[str | Path] = (),
+    exclude: str | Path | Sequence[str | Path] = (),
     device: str = "auto",
     dtype: str = "auto",
     batch: int | None = None,
@@ -71,38 +71,38 @@ def prune(
 ) -> PruneReport:
     """Writes a pruned copy of a checkpoint, one decoder block in memory at a time.
 
-    The same call after a kill goes on where the job stopped, and gives the bytes of an uninterrupted run. Until the
-    last file is written the target loads as nothing.
+    After a kill, the same call goes on where the job stopped, and gives the bytes of an uninterrupted run. Until the
+    last file is written, the target cannot be loaded as a checkpoint.
 
     Args:
         source: the folder of a Hugging Face safetensors checkpoint.
-        target: a new folder, or that of an interrupted run of the same job.
-        pattern: "N:M", N kept of each M inputs, or a share to prune such as "50%" or "0.5" (default: "2:4").
+        target: a new folder, or the folder of an interrupted run of the same job.
+        pattern: "N:M" to keep N of each M inputs, or a share to prune such as "50%" or "0.5" (default: "2:4").
         method: "wanda" (default), "magnitude", or a `Method` of your own.
         group: what is compared for a share, "row" or "matrix" (default: the method's own).
-        norms: an importance matrix of the dense model (.gguf, .dat), whose norms stand for a calibration (default:
-            none).
-        imatrix: a new file that takes the pruned model's importance matrix (default: none).
+        norms: an importance matrix of the dense model (.gguf, .dat), whose norms replace a calibration (default: none).
+        imatrix: a new file that the pruned model's importance matrix is written to (default: none).
         zeros: what pruned weights become: "exact" (default) for +0.0, or "signed-tiny" for the smallest normal number
             with a random sign.
-        text: what is measured on: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
+        text: the calibration: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
         sequences: the number of calibration sequences (default: 128).
-        length: tokens of each, capped by the model's positions (default: 2048).
-        seed: of the calibration sample and of signs (default: 0).
+        length: the tokens of each sequence, capped by the model's positions (default: 2048).
+        seed: the seed of the calibration sample and of random signs (default: 0).
         statistics: what matrices are measured on: "block" (default), "dense" or "sequential".
         include: globs of the names of tensors to prune (default: all).
         exclude: globs of the names of tensors to leave dense (default: none).
         device: "auto" (default), "cpu", "cuda", "cuda:N" or "mps".
-        dtype: to compute in: "auto" (default: float32 on a CPU, else as stored), "float32", "bfloat16", "float16".
-        batch: sequences computed at a time (default: what fits).
-        max_ram: host memory that the process may take in all, bytes or a text such as "8GB" (default: what is free).
-        max_vram: GPU memory that tensors may take, likewise (default: what is free).
-        slots: block buffers in host memory, 1 to 3 (default: 3 where they fit).
+        dtype: the dtype to compute in, "float32", "bfloat16", "float16" or "auto" (default: "auto", which is float32 on
+            a CPU and the stored dtype elsewhere).
+        batch: the number of sequences computed at a time (default: as many as fit).
+        max_ram: host memory that the process may take in all, in bytes or as "8GB" (default: what is free).
+        max_vram: GPU memory that tensors may take, in bytes or as "8GB" (default: what is free).
+        slots: the number of block buffers in host memory, 1 to 3 (default: 3 where they fit).
         read: how shards are read, "pread" (default) or "mmap".
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
-        held: micro-batches that may wait for a matrix in the sequential order (default: what fits).
+        held: the number of micro-batches that may wait for a matrix in the sequential order (default: as many as fit).
         trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
-        on_start: called once before the work, with what will be done.
+        on_start: called once before the work, with a record of what will be done.
         on_block: called with each block's record when its shard is written, by the thread that writes.
         on_report: called with the report, just before it is written.
 
@@ -114,7 +114,7 @@ def prune(
         BudgetError: no placement keeps `max_ram` and `max_vram`; the message says what would fit.
         OutputError: the target cannot be written, or holds another job.
         NumberError: a weight or a statistic is NaN or infinite.
-        LowmemError: any other trouble that a user can mend, in one sentence. What is written stays.
+        LowmemError: any other trouble that a user can mend, in one sentence. Finished files stay.
 
     Example:
         >>> from lowmem_wanda import Method, SquaredNorm, prune
@@ -139,22 +139,22 @@ def prune(
 
 
 def run(job: PruneJob, target: Path, on_block: Notify = ignore, on_report: Notify = ignore) -> PruneReport:
-    """Prunes into `target`, taking up what is done there already, and gives the report.
+    """Prunes into `target`, which may hold a part of the job already; gives the report.
 
-    The target is one that `require_target` lets pass. Shards come first, then the small files, the index, the
+    `require_target` must have passed the target. Shards are written first, then the small files, the index, the
     importance matrix, the report, and config.json last.
     """
     before = begun(target).get("batch") if job.batch is None else job.batch
     before = before if isinstance(before, int) else None
     if finished(target):
-        with working(target):
+        with exclusive(target):
             return _verified(job, Output(target, job.arguments(before or 0), label))
     if job.imatrix and not begun(target):
         require_new(job.imatrix)
     plan = predict(job, before)
     if not target.exists():
         require_disk(target, plan.disk)
-    with working(target):
+    with exclusive(target):
         output = Output(target, job.arguments(plan.layout.batch), label)
         output.begin(plan.disk, shard_names(job.model.depth))
         walk = _Walk(job, output, plan.layout, on_block)
@@ -168,40 +168,44 @@ def run(job: PruneJob, target: Path, on_block: Notify = ignore, on_report: Notif
 
 
 class _Walk:
-    """One way through the blocks: those that are done are replayed from the output, the others are pruned."""
+    """One walk through the blocks: finished ones are replayed from the output directory, the others are pruned."""
 
     def __init__(self, job: PruneJob, output: Output, placement: Placement, on_block: Notify) -> None:
         self.job, self.output, self.placement, self.on_block = job, output, placement, on_block
-        self.rest, *self.shards = shard_names(job.model.depth)
+        self.shared, *self.shards = shard_names(job.model.depth)
         self.unfinished = [index for index, shard in enumerate(self.shards) if shard not in output.finished]
         self.store = Store(output.path, f"{job.recorded_on} batch {placement.batch}")
         unrecorded = [index for index in range(job.model.depth) if job.imatrix and not self.store.has(index)]
         if job.imatrix and unrecorded:
             require_new(job.imatrix)
-        # hidden states pass all blocks up to the last one that needs them; without them finished blocks are not seen
+        # hidden states pass all blocks up to the last one that needs them; without them finished blocks are left out
         self.walked = list(range(max([*self.unfinished, *unrecorded], default=-1) + 1))
         if job.calibration is None:
             self.walked = self.unfinished
         self.batches = in_batches(job.calibration.tokens, placement.batch) if job.calibration else []
         self.spent: dict[str, float] = {}
-        self.last = time.perf_counter()  # when the last shard was done
+        self.last = time.perf_counter()  # when the last shard was written
 
     def through(self, stream: Stream) -> None:
-        """Makes all shards that are not there yet."""
+        """Writes all shards that are missing."""
         self.spent = stream.spent
-        if self.rest not in self.output.finished:
-            stream.submit(self.write_rest)
+        if self.shared not in self.output.finished:
+            stream.submit(self.write_shared)
         if self.walked:
             stream.walk(self.step, indices=self.walked, source=self.source)
 
     def source(self, index: int) -> list[Tensor]:
-        """Where a block is read: a finished one as it stands in the output, if that is what moved the states on."""
+        """The tensors that a block is read from.
+
+        A finished block is read from its shard, except in the dense order, where the source's block moved the hidden
+        states on.
+        """
         if index in self.unfinished or self.job.moved_on_dense:
             return self.job.model.block_tensors(index)
         return list(read_header(self.output.path / self.shards[index]).values())
 
     def step(self, block: Block, states: MicroBatches) -> Write | None:
-        """Prunes a block, or replays one that is done, and moves the hidden states on; gives what writes the shard."""
+        """Prunes a block or replays a finished one, and moves the hidden states on; gives what writes the shard."""
         is_open = block.index in self.unfinished
         is_last = block.index == self.walked[-1]
         has_hidden_states = bool(states)
@@ -216,16 +220,16 @@ class _Walk:
         add_seconds(self.spent, record["parts"])
         return partial(self.write_block, record) if is_open else None
 
-    def write_rest(self) -> None:
-        """The first shard: everything outside the blocks, copied through."""
+    def write_shared(self) -> None:
+        """Writes the first shard, a copy of everything outside the blocks."""
         model = self.job.model
         inside = {tensor.name for index in range(model.depth) for tensor in model.block_tensors(index)}
-        rest = [tensor for tensor in model.checkpoint.tensors.values() if tensor.name not in inside]
+        outside = [tensor for tensor in model.checkpoint.tensors.values() if tensor.name not in inside]
         start = time.perf_counter()
-        shard = write_shard(self.output.path / self.rest, [(tensor, None) for tensor in rest])
+        shard = write_shard(self.output.path / self.shared, [(tensor, None) for tensor in outside])
         add_seconds(self.spent, {"copy": time.perf_counter() - start})
-        names = [tensor.name for tensor in rest]
-        self.output.add(self.rest, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": names})
+        names = [tensor.name for tensor in outside]
+        self.output.add(self.shared, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": names})
 
     def write_block(self, record: dict[str, Any], slot: Slot) -> None:
         """Writes a block's shard; runs in the writing thread."""
@@ -244,7 +248,7 @@ class _Walk:
 
 
 def _publish(job: PruneJob, output: Output, report: PruneReport, store: Store, on_report: Notify) -> None:
-    """Writes all that makes shards a checkpoint; config.json comes last."""
+    """Writes all files that make shards a checkpoint; config.json comes last."""
     source = job.model.checkpoint
     output.publish_files(source, job.files)
     if job.imatrix and job.calibration:
@@ -264,7 +268,7 @@ def _end(output: Output) -> None:
 
 
 def _verified(job: PruneJob, output: Output) -> PruneReport:
-    """The report of a finished job, once its files are found to be what it says. Raises OutputError."""
+    """The report of a finished job, after its files are compared with it. Raises OutputError where they differ."""
     report = output.verified(job.model.checkpoint, job.files)
     made = report.get("imatrix") or {}
     same = made.get("recorded_on") == job.recorded_on and job.imatrix and job.imatrix.exists()

@@ -1,4 +1,4 @@
-"""The facts of a pruning, typed, as they stand in report.json: what was asked, what was done, what it cost."""
+"""The facts of a pruning, typed, as they stand in report.json: what was asked for, what was done, what it cost."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +17,7 @@ GIVES = (
     "it loads and converts wherever the source does."
 )
 GIVES_TINY = (
-    "A checkpoint of the same names, shapes and size in which the pruned weights are no zeros, but the smallest "
+    "A checkpoint of the same names, shapes and size in which the pruned weights are not zeros, but the smallest "
     "numbers of their dtype with random signs, for IQ2 types of llama.cpp alone."
 )
 MOVED = " The kept weights were updated, so they are not the source's."
@@ -28,14 +28,14 @@ GIVES_NOT = (
 
 
 class ScoreRecord(TypedDict):
-    """Scores of some rows of a matrix: their `quantiles` by percent, the share of their squares that was `lost`."""
+    """The scores of some rows of a matrix: `quantiles` by percent, and the share of their squares that was `lost`."""
 
     quantiles: dict[str, float]
     lost: float
 
 
 class LinearRecord(TypedDict, total=False):
-    """What was done to one matrix. `filled` weights have the magnitude `tiny` in the place of zeros."""
+    """What was done to one matrix. `filled` weights have the magnitude `tiny` instead of zero."""
 
     shape: list[int]
     transposed: bool
@@ -64,7 +64,7 @@ class BlockRecord(TypedDict, total=False):
 
 
 class Summary(TypedDict):
-    """Sums over all matrices and blocks, and what they amount to."""
+    """Sums over all matrices and blocks, and what the pruned checkpoint `gives` and `gives_not`, in words."""
 
     parameters: int
     linears: int
@@ -104,7 +104,7 @@ class PruneReport(TypedDict, total=False):
 
 
 def started(job: PruneJob) -> dict[str, Any]:
-    """What will be done, for those who are told before the work begins."""
+    """A record of what will be done, for `on_start`."""
     calibration = job.calibration and {
         "text": list(job.calibration.sources),
         "sequences": job.calibration.tokens.shape[0],
@@ -184,7 +184,7 @@ def summarize(job: PruneJob, plan: "Plan", shards: Mapping[str, dict[str, Any]],
 
 
 def _imatrix(job: PruneJob, plan: "Plan") -> dict[str, Any] | None:
-    """Where the importance matrix is, of which model, and on what it was computed."""
+    """Where the importance matrix is, which model it is of, and what it was computed on; None without one."""
     if job.imatrix is None or job.calibration is None:
         return None
     return {

@@ -1,4 +1,4 @@
-"""Ways of pruning that a comparison makes, without those that would be the same, and their titles."""
+"""The variants of pruning that a comparison makes, each of them once, and their titles."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,9 +14,9 @@ from lowmem_wanda.sparsity.patterns import Unstructured, parse
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of pruning; None stands for what does not matter to it.
+    """One way of pruning. A field that does not matter to it is None.
 
-    N:M has groups of its own, and a method without calibration has no sequences.
+    N:M has groups of its own, and a method without calibration has no order, no sequences and no seed.
     """
 
     method: str
@@ -40,28 +40,28 @@ def variants_of(
     sequences: Sequence[int] = (128,),
     seeds: Sequence[int] = (0,),
 ) -> tuple[Variant, ...]:
-    """All variants that differ. Raises PatternError for a word that is none of its kind."""
-    for flag, given, known in (
+    """All distinct variants. Raises PatternError for an unknown word, and for a number of sequences below 1."""
+    for flag, words, known in (
         ("--methods", methods, METHODS),
         ("--groups", groups, (None, "row", "matrix")),
         ("--statistics", orders, ORDERS),
     ):
-        for word in given:
+        for word in words:
             if word not in known:
-                raise PatternError(f"{flag} {word}: is none; there are {', '.join(filter(None, known))}")
+                raise PatternError(f"{flag} {word}: give one of {', '.join(filter(None, known))}")
     if min(sequences) < 1:
         raise PatternError(f"--sequences {min(sequences)}: give whole numbers above 0")
     made = []
     for pattern, method, group, order, count, seed in product(patterns, methods, groups, orders, sequences, seeds):
-        kind, rule = parse(pattern), find_method(method)
-        compared = (group or rule.group) if isinstance(kind, Unstructured) else None
-        measured = (order, count, seed) if rule.statistic else (None, None, None)
-        made.append(Variant(method, str(kind), compared, *measured))
+        parsed, chosen = parse(pattern), find_method(method)
+        compared = (group or chosen.group) if isinstance(parsed, Unstructured) else None
+        measured = (order, count, seed) if chosen.statistic else (None, None, None)
+        made.append(Variant(method, str(parsed), compared, *measured))
     return tuple(dict.fromkeys(made))
 
 
 def titles_of(chosen: Sequence[Variant]) -> dict[Variant, str]:
-    """A title for each: its method, its pattern, and whatever else those of the same method and pattern differ in."""
+    """A title for each: its method, its pattern, and what else sets variants of that method and pattern apart."""
     words = {"group": "per {}", "statistics": "{}", "sequences": "{} sequences", "seed": "seed {}"}
 
     def name(variant: Variant) -> str:
@@ -74,5 +74,5 @@ def titles_of(chosen: Sequence[Variant]) -> dict[Variant, str]:
 
 
 def variant_of(row: Mapping[str, Any]) -> Variant:
-    """The variant that a row of a report is of."""
+    """The variant of a row of a report."""
     return Variant(**{field.name: row[field.name] for field in fields(Variant)})

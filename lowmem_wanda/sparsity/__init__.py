@@ -1,3 +1,3 @@
-"""This room is the mathematics of pruning: tensors in, tensors out; it knows no file, no model and no device."""
+"""This room is the mathematics of pruning, from tensors to tensors; it knows neither files nor models nor devices."""
 
-METHODS = ("wanda", "magnitude")  # the names of `methods.METHODS`, for those who do not need torch
+METHODS = ("wanda", "magnitude")  # the names in `methods.METHODS`, for code that must not import torch

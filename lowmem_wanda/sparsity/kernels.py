@@ -1,11 +1,12 @@
-"""The lowest scores zeroed in one pass over a matrix on a GPU, in Triton: the bits are those of `masks.py`.
+"""Zeroes the lowest scores of a matrix on a GPU in one pass, in Triton; the bits are the same as those of `masks.py`.
 
-A matrix is read once and written once, where the eager route takes dozens of passes and waits for the device at each
-chunk of rows. Import this late, for not every torch has Triton, and ask `agrees` first: compilers have bugs too.
+A matrix is read once and written once. The eager route takes dozens of passes and waits for the device at each chunk of
+rows. Import this module late, because not every torch has Triton. Ask `agrees` first, because compilers have bugs too.
 
-Scores are compared as the bits of float32 without the sign, which as integers sort as the floats do. The only
-operation on floats is a product: nothing can fuse, and it is `mul.rn.f32`, never `mul.rn.ftz.f32`: denormals stay
-(read in the PTX of Triton 3.6 and 3.9; their ftz options are of libdevice, and AMD's is off unless asked for).
+Scores are compared as the bits of float32 without the sign; read as integers, these sort as the floats do. The only
+operation on floats is a product, so nothing can be fused. It compiles to `mul.rn.f32`, never to `mul.rn.ftz.f32`, so
+denormals stay. This was read in the PTX of Triton 3.6 and 3.9; their ftz options concern libdevice, and AMD's is off
+unless asked for.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
@@ -21,18 +22,18 @@ import triton.language as tl
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 FLOAT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 GROUPS = (2, 4, 8, 16)
-LONGEST = 1 << 16  # columns of a row, which one program holds; registers spill above 1 << 15
+LONGEST = 1 << 16  # columns; one program holds a whole row, and registers spill above 1 << 15
 INFINITE, HIGHEST = tl.constexpr(0x7F800000), tl.constexpr(0x7FFFFFFF)  # float32 bits of infinity, and of the last NaN
 
-# What Triton raises where it cannot compile or load a kernel: errors of its own (CompilationError, PTXASError,
-# OutOfResources); RuntimeError of its passes, its driver, a missing C compiler; CalledProcessError of that compiler;
-# AssertionError for no libcuda; OSError for no ldconfig or no cache directory; ImportError of a launcher.
+# What Triton raises when it cannot compile or load a kernel: its own errors (CompilationError, PTXASError,
+# OutOfResources); RuntimeError from its passes, its driver or a missing C compiler; CalledProcessError from that
+# compiler; AssertionError without libcuda; OSError without ldconfig or a cache directory; ImportError from a launcher.
 UNUSABLE = (triton.TritonError, RuntimeError, CalledProcessError, AssertionError, OSError, ImportError)
 
 
 @triton.jit
 def scores_of(bits, norms, column, inside, dtype: tl.constexpr):
-    """int32 as large as `bits`: |weight| * norm in float32, the sign taken off last (rounding knows no sign)."""
+    """The scores |weight| * norm as float32 bits, int32 in the shape of `bits`; rounding is the same for both signs."""
     if dtype == tl.bfloat16:
         weight = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)  # the interpreter's cast loses denormals
     else:
@@ -47,7 +48,7 @@ def prune_groups(
     weight, norms, finite, columns, row_stride, column_stride, count,
     dtype: tl.constexpr, OF: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """LANES groups of a row as (OF, LANES): the groups lie along the threads, so each has its own in its registers."""
+    """Prunes LANES groups of a row, held as (OF, LANES), so that each thread has whole groups in its registers."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) * LANES + tl.arange(0, LANES)
     place = tl.arange(0, OF)
     column = group[None, :] * OF + place[:, None]  # (OF, LANES)
@@ -58,7 +59,7 @@ def prune_groups(
     tl.store(finite, 0, mask=tl.max(tl.max(score, axis=0), axis=0) >= INFINITE)
     mine, other = score[:, None, :], score[None, :, :]
     first = tl.where(place[None, :, None] < place[:, None, None], other <= mine, other < mine)  # (OF, OF, LANES)
-    rank = tl.sum(first.to(tl.int32), axis=1)  # (OF, LANES): how many of the group go before
+    rank = tl.sum(first.to(tl.int32), axis=1)  # (OF, LANES): how many of the group are lower
     tl.store(at, tl.where(rank < count, 0, bits), mask=inside)
 
 
@@ -66,7 +67,10 @@ def prune_groups(
 def prune_row(
     weight, norms, finite, columns, row_stride, column_stride, count, dtype: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A row of up to BLOCK columns; `kth`, its count-th score, is the highest value with fewer than count below it."""
+    """Prunes a row of at most BLOCK columns.
+
+    `kth` becomes its count-th lowest score: the highest value that has fewer than `count` scores below it.
+    """
     column = tl.arange(0, BLOCK)
     inside = column < columns
     at = weight + tl.program_id(0).to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
@@ -85,21 +89,23 @@ def prune_row(
 
 
 def lowest_of_groups_(weight: torch.Tensor, norms: torch.Tensor | None, of: int, count: int) -> torch.Tensor:
-    """Zeroes, in place, the `count` lowest |weight| * norm of each `of` consecutive columns, ties to the lowest column.
+    """Zeroes in place the `count` lowest scores |weight| * norm of each `of` consecutive columns.
 
-    `weight` (rows, columns) is bfloat16, float16 or float32, of any strides; `norms` (columns) float32, none negative,
-    or None for ones; `of` one of GROUPS that divides the columns. Gives back a bool () on the device, for which the
-    host has not waited: whether all scores were finite. Where not, the weights are of no use.
+    Of equal scores, the one in the lowest column is pruned first. `weight` (rows, columns) is bfloat16, float16 or
+    float32, with any strides. `norms` is float32 (columns,), at least 0, or None for ones. `of` is one of GROUPS and
+    divides the columns. Returns whether all scores were finite, as a bool () on the device; the host has not waited for
+    it. If they were not, the weights are not usable.
     """
-    lanes = max(128, 1024 // of)  # one group a thread at least
+    lanes = max(128, 1024 // of)  # at least one group for each thread
     grid = (weight.shape[0], triton.cdiv(weight.shape[1] // of, lanes))
     return launch(prune_groups[grid], weight, norms, count, OF=of, LANES=lanes, num_warps=4)
 
 
 def lowest_of_rows_(weight: torch.Tensor, norms: torch.Tensor | None, count: int) -> torch.Tensor:
-    """Zeroes, in place, exactly the `count` lowest |weight| * norm of each row, ties to the lowest column.
+    """Zeroes in place exactly the `count` lowest scores |weight| * norm of each row.
 
-    All as in `lowest_of_groups_`, and of LONGEST columns at most. A transposed weight is right, but read slowly.
+    Ties, arguments and result are as in `lowest_of_groups_`; there are at most LONGEST columns. A transposed weight is
+    pruned correctly, but read slowly.
     """
     block = triton.next_power_of_2(weight.shape[1])
     return launch(
@@ -108,7 +114,7 @@ def lowest_of_rows_(weight: torch.Tensor, norms: torch.Tensor | None, count: int
 
 
 def launch(kernel: Any, weight: torch.Tensor, norms: torch.Tensor | None, count: int, **shape: int) -> torch.Tensor:
-    """Runs a kernel on the weight's device and gives back the bool () that it clears at a score that is not finite."""
+    """Runs a kernel on the weight's device; returns a bool () there, which is False if a score was not finite."""
     finite = torch.ones((), dtype=torch.bool, device=weight.device)
     norms = None if norms is None else norms.contiguous()
     bits = weight.view(BITS[weight.dtype])
@@ -122,14 +128,14 @@ def launch(kernel: Any, weight: torch.Tensor, norms: torch.Tensor | None, count:
 
 @functools.cache
 def available(device: str = "cuda") -> bool:
-    """Whether Triton runs on such a device: on a GPU, or on any in its interpreter (TRITON_INTERPRET=1)."""
+    """Whether Triton runs on a device of this kind: a GPU, or with its interpreter any (TRITON_INTERPRET=1)."""
     return (device == "cuda" and torch.cuda.is_available()) or not isinstance(prune_row, triton.runtime.JITFunction)
 
 
 def prune_(weight: torch.Tensor, norms: torch.Tensor | None, size: int, count: int) -> torch.Tensor:
-    """Zeroes, in place, the `count` lowest of each `size` consecutive columns: small groups, or whole rows.
+    """Zeroes in place the `count` lowest scores of each `size` consecutive columns: small groups, or whole rows.
 
-    Gives back a bool () on the device: whether all scores were finite.
+    Returns whether all scores were finite, as a bool () on the device.
     """
     if size in GROUPS:
         return lowest_of_groups_(weight, norms, size, count)
@@ -137,10 +143,11 @@ def prune_(weight: torch.Tensor, norms: torch.Tensor | None, size: int, count: i
 
 
 def agrees(weight: torch.Tensor, norms: torch.Tensor | None, size: int, count: int) -> bool:
-    """Whether `prune_` takes such a weight and groups, and its kernel is right on this machine.
+    """Whether `prune_` takes this kind of weight and groups, and its kernel is right on this machine.
 
-    A kernel is right if it prunes a sample of the same width, dtype and layout to the bits of a stable sort, and sees a
-    NaN. Each kind is tried once a process; a kernel that cannot be compiled or loaded (UNUSABLE) is not right.
+    A kernel is right if it prunes a sample of the same width, dtype and order in memory to the bits of a stable sort,
+    and notices a NaN. Each kind is tried once per process. A kernel that cannot be compiled or loaded (UNUSABLE) is not
+    right.
     """
     columns = weight.shape[1]
     fits = columns % size == 0 if size in GROUPS else size == columns <= LONGEST
@@ -153,12 +160,12 @@ def agrees(weight: torch.Tensor, norms: torch.Tensor | None, size: int, count: i
 def tried(
     device: torch.device, dtype: torch.dtype, columns: int, dense: bool, scaled: bool, size: int, count: int
 ) -> bool:
-    """What `agrees` says of a kind of weight: `dense` rows, or transposed; `scaled` by norms, or not."""
+    """Whether the kernel is right for one kind of weight: with `dense` rows or transposed, `scaled` by norms or not."""
     random = torch.Generator().manual_seed(0)
     sample = torch.randn(16, columns, generator=random)
     sample[4:8] = sample[4:8].mul(2).round()  # ties, 0.0 and -0.0
     sample[8:12] *= torch.finfo(dtype).tiny  # denormals
-    sample[12:] = sample[12:].sign()  # one score
+    sample[12:] = sample[12:].sign()  # equal magnitudes
     expected = sample.to(device, dtype)
     weight = expected.clone() if dense else expected.t().contiguous().t()
     norms = torch.rand(columns, generator=random).mul(4).ceil().div(3).to(device) if scaled else None

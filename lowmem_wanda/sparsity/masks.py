@@ -1,4 +1,4 @@
-"""Patterns applied to weights in place, and what weights hold afterwards."""
+"""Applies a pattern to weights in place, and counts what the weights hold afterwards."""
 
 import zlib
 from functools import lru_cache
@@ -11,14 +11,15 @@ from lowmem_wanda.errors import NumberError
 from lowmem_wanda.sparsity.patterns import Pattern
 from lowmem_wanda.sparsity.selection import Scaled, Score, row_chunks, suitable_chunk
 
-SIGNED_CHUNK = 1 << 18  # weights that get signs at a time, the same everywhere: the signs depend on it
+SIGNED_CHUNK = 1 << 18  # weights that get random signs at a time; the signs depend on it, so it is the same everywhere
 
 
 def prune_lowest(weight: torch.Tensor, score: Score, pattern: Pattern, chunk: int = 0) -> None:
-    """Zeros the lowest scores of `weight` (rows, columns) in place, `chunk` weights at a time.
+    """Zeroes the weights of the lowest scores in a `weight` (rows, columns), in place.
 
-    A `chunk` of 0 is what suits the device. Zeros are +0.0 and the kept weights keep their bits: weights are multiplied
-    as integers, since a product of floats leaves -0.0. Raises NumberError for a score that is NaN or infinite.
+    Pruned weights become +0.0 and kept weights keep their bits: the weights are multiplied as integers, because a
+    product of floats leaves -0.0. About `chunk` weights are pruned at a time (0: a number that suits the device).
+    Raises NumberError for a score that is NaN or infinite.
     """
     finite = _in_one_pass(weight, score, pattern)
     if finite is None:
@@ -28,7 +29,7 @@ def prune_lowest(weight: torch.Tensor, score: Score, pattern: Pattern, chunk: in
 
 
 def _in_one_pass(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.Tensor | None:
-    """Whether all scores are finite (), once a Triton kernel has pruned the weight; None where no kernel can."""
+    """Prunes with a Triton kernel and returns whether all scores are finite, bool (); None if no kernel can do it."""
     group = pattern.groups(weight.shape[1])
     if group is None or not isinstance(score, Scaled) or not weight.is_cuda or not (kernels := triton_kernels()):
         return None
@@ -39,7 +40,7 @@ def _in_one_pass(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.
 
 @lru_cache
 def triton_kernels() -> Any:
-    """The module `kernels`, or None where this machine has no Triton."""
+    """The module `kernels`, or None if Triton is not installed."""
     try:
         from lowmem_wanda.sparsity import kernels
     except ImportError:
@@ -48,7 +49,7 @@ def triton_kernels() -> Any:
 
 
 def _in_chunks(weight: torch.Tensor, score: Score, pattern: Pattern, chunk: int) -> torch.Tensor:
-    """Prunes some rows at a time; gives whether all scores are finite ()."""
+    """Prunes some rows at a time and returns whether all scores are finite, bool ()."""
     rows, columns = weight.shape
     bits = weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
     highest = torch.zeros((), device=weight.device)
@@ -59,16 +60,16 @@ def _in_chunks(weight: torch.Tensor, score: Score, pattern: Pattern, chunk: int)
         return scores
 
     for part, pruned in pattern.masks(noted, rows, columns, chunk or suitable_chunk(weight)):
-        if weight.is_cpu:  # numpy, which has no threads to wait for
+        if weight.is_cpu:  # numpy has no threads that wait for each other
             kept = bits[part].numpy()
             np.multiply(kept, np.logical_not(pruned.numpy()), out=kept)
         else:
             bits[part].mul_(pruned.logical_not_())
-    return torch.isfinite(highest)  # NaN and infinity are carried on to the maximum
+    return torch.isfinite(highest)  # a NaN or an infinity is carried into the maximum
 
 
 def survey(weight: torch.Tensor, pattern: Pattern, chunk: int = 0) -> tuple[int, bool]:
-    """The number of zeros in a weight (rows, columns), and whether they hold the pattern."""
+    """The number of zeros in a weight (rows, columns), and whether these zeros hold the pattern."""
     rows, columns = weight.shape
     group = pattern.groups(columns)
     zeros = torch.zeros((), dtype=torch.int64, device=weight.device)
@@ -81,10 +82,10 @@ def survey(weight: torch.Tensor, pattern: Pattern, chunk: int = 0) -> tuple[int,
 
 
 def sign_zeros(weight: torch.Tensor, seed: int, name: str) -> tuple[int, float]:
-    """Gives the zeros of a weight (rows, columns) its smallest normal magnitude and random signs, in place.
+    """Replaces the zeros of a weight (rows, columns), in place, by its dtype's smallest normal number of random sign.
 
     Returns how many weights have that magnitude afterwards, and the magnitude. This is for codebooks without a zero,
-    which give all zeros one sign. The signs depend on the seed and the name alone.
+    which give the same sign to all zeros. The signs depend on the seed and the name alone.
     """
     tiny, filled = float(torch.finfo(weight.dtype).smallest_normal), 0
     rng = np.random.default_rng([seed % (1 << 32), zlib.crc32(name.encode())])

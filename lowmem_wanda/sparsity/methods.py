@@ -1,7 +1,7 @@
-"""Pruning methods: what scores a weight, what that needs to know of the inputs, and what becomes of the kept weights.
+"""Pruning methods: how weights are scored, which statistic of the inputs that needs, and how kept weights are updated.
 
-A weight is (outputs, inputs) in its stored dtype. To add a method, write its score, add a `Method` to METHODS here and
-its name to METHODS in `sparsity/__init__.py`.
+A weight is (outputs, inputs) in its stored dtype. To add a method, write its score, add a `Method` to METHODS here, and
+add its name to METHODS in `sparsity/__init__.py`.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from lowmem_wanda.sparsity.statistics import SquaredNorm
 
 
 class Statistic(Protocol):
-    """What is remembered of a matrix's inputs while the calibration sequences pass it."""
+    """A summary of a matrix's inputs, to which the inputs of all calibration sequences are added."""
 
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
@@ -27,7 +27,7 @@ class Statistic(Protocol):
 
     @classmethod
     def nbytes(cls, columns: int) -> int:
-        """The bytes that the statistic of so many input channels takes."""
+        """The bytes that the statistic of `columns` input channels takes."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,19 @@ class Method:
     """A way of pruning one matrix.
 
     Args:
-        score: f(weight, inputs) -> scores. `weight` is (rows, columns) in its stored dtype, `inputs` the `statistic` of
-            what the matrix was fed. The scores are float32 (rows, columns), finite and at least 0; the lowest are
-            pruned. A score that is made for some rows at a time (`by_rows`) gives a `Scaled` instead.
-        statistic: the class that sums up the inputs, such as `SquaredNorm`; None: nothing is measured and `inputs` is
-            None.
-        update: f(weight, dense, inputs), called after the mask is applied; it moves the kept weights of `weight` in
-            place, where `dense` is a copy of the weight before. None (default): kept weights keep their bits.
-        group: what is compared for a sparsity unless the user says otherwise: "row" (default) or "matrix".
-        name: how reports and job.json call the method; default: the name of the score function.
-        by_rows: whether the score needs no memory of the size of the matrix (default: False).
+        score: f(weight, inputs) -> scores. `weight` is (rows, columns) in its stored dtype, `inputs` is the `statistic`
+            of the matrix's inputs. The scores are float32 (rows, columns), finite and at least 0; the lowest are
+            pruned. A score that is made for some rows at a time (`by_rows`) returns a `Scaled` instead.
+        statistic: the class that sums up the inputs, such as `SquaredNorm`. With None nothing is measured, and `inputs`
+            is None.
+        update: f(weight, dense, inputs), which is called after the mask is applied. It changes the kept weights of
+            `weight` in place; `dense` is a copy of the weight before the mask. With None (default) kept weights keep
+            their bits.
+        group: the weights that a sparsity compares unless the user says otherwise: those of a "row" (default) or of the
+            whole "matrix".
+        name: the name of the method in reports and job.json (default: the name of the score function).
+        by_rows: whether the score is made for some rows at a time, so that it needs no memory of the matrix's size
+            (default: False).
 
     Example:
         >>> from lowmem_wanda import Method, SquaredNorm
@@ -71,9 +74,9 @@ class Method:
 
     @property
     def code(self) -> str | None:
-        """SHA-256 in hex of the compiled score and update; None for the methods that ship, which have a version.
+        """The SHA-256 in hex of the compiled score and update; None for a method of this package, which has a version.
 
-        A job is not continued with other code. Values that a function takes from outside do not count.
+        A job is not resumed with other code. Values that a function takes from outside do not change the checksum.
         """
         if str(self) in METHODS and METHODS[str(self)] is self:
             return None
@@ -82,7 +85,7 @@ class Method:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def scores(self, weight: torch.Tensor, inputs: Any) -> Score:
-        """What makes the scores of some rows of a weight. Raises NumberError for scores that cannot be compared."""
+        """A function that gives the scores of some rows. Raises NumberError for scores that cannot be compared."""
         made = self.score(weight, inputs)
         if not isinstance(made, torch.Tensor):
             return made
@@ -95,20 +98,21 @@ class Method:
         return lambda rows: scores[rows]
 
     def workspace(self, rows: int, columns: int, itemsize: int) -> int:
-        """The bytes that pruning a (rows, columns) matrix takes beside what is made for some rows at a time.
+        """The bytes that pruning a (rows, columns) matrix takes in addition to what is made for some rows at a time.
 
-        A score of the whole matrix is counted as three float32 of its size: |weight| in float32, a product, a mask.
+        A score of the whole matrix counts as three float32 tensors of its size: |weight|, a product and a mask. An
+        update adds a copy of the weight, whose items have `itemsize` bytes.
         """
         return rows * columns * (12 * (not self.by_rows) + itemsize * (not self.keeps_bits))
 
 
 def wanda(weight: torch.Tensor, inputs: SquaredNorm) -> Scaled:
-    """|W_ij| * ||X_j||_2 in float32 (arXiv 2306.11695, eq. 1)."""
+    """The scores |W_ij| * ||X_j||_2 in float32 (arXiv 2306.11695, eq. 1)."""
     return Scaled(weight, inputs.norms())
 
 
 def magnitude(weight: torch.Tensor, inputs: None) -> Scaled:
-    """|W_ij| in float32; no inputs are needed."""
+    """The scores |W_ij| in float32. No inputs are needed."""
     return Scaled(weight)
 
 
@@ -119,15 +123,15 @@ METHODS = {
 
 
 def find_method(method: str | Method) -> Method:
-    """The method of a name, or the method itself. Raises PatternError for a name that no method has."""
+    """The method with a name, or the method itself. Raises PatternError for a name that no method has."""
     if isinstance(method, Method):
         return method
     if method not in METHODS:
-        raise PatternError(f"--method {method}: there is no such method; there are {', '.join(NAMES)}")
+        raise PatternError(f"--method {method}: there is no such method; give one of {', '.join(NAMES)}")
     return METHODS[method]
 
 
 def _constants(code: Any) -> str:
-    """The constants of compiled code, those of functions within it too, without the addresses of objects."""
+    """The constants of compiled code and of the functions within it, as text without the addresses of objects."""
     inner = [(one.co_code.hex(), one.co_names, _constants(one)) for one in code.co_consts if hasattr(one, "co_code")]
     return repr(([one for one in code.co_consts if not hasattr(one, "co_code")], inner))

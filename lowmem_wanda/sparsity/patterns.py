@@ -1,7 +1,7 @@
-"""Sparsity patterns: they turn scores (rows, columns) into the mask of what is pruned.
+"""Sparsity patterns, which turn scores (rows, columns) into the mask of the weights to prune.
 
-"2:4" is NVIDIA's convention: 2 weights *kept* of each 4 consecutive ones along the input dimension.
-The paper's code (arXiv 2306.11695, `prune_n:prune_m`) counts the zeros; for 1:4 the two differ.
+"2:4" follows NVIDIA's convention: of each 4 consecutive weights along the input dimension 2 are *kept*. The paper's
+code (arXiv 2306.11695, `prune_n:prune_m`) counts the zeros instead; for 1:4 the two differ.
 """
 
 import re
@@ -26,9 +26,10 @@ class Group:
 class Unstructured:
     """A share of the weights is pruned: the lowest scores of each row, or of the whole matrix.
 
-    `group` "row" prunes exactly `int(columns * sparsity)` weights of each output row, ties to the lowest column.
-    `group` "matrix" prunes every score up to the one at index `int(numel * sparsity)` of the sorted matrix, that one
-    included. This is the rule of the paper's `prune_magnitude`: one weight more than the share, and all its ties.
+    With `group` "row" exactly `int(columns * sparsity)` weights of each output row are pruned; of equal scores, the one
+    in the lowest column is pruned first. With `group` "matrix" all scores are pruned up to and including the one at
+    index `int(numel * sparsity)` of the sorted matrix. This is the rule of the paper's `prune_magnitude`: it prunes one
+    weight more than the share, and all its ties.
     """
 
     sparsity: float
@@ -39,18 +40,18 @@ class Unstructured:
 
     @property
     def compared_per(self) -> str:
-        """Within what scores are compared, for people."""
+        """The set of weights whose scores are compared with each other, in words."""
         return self.group
 
     def require_shape(self, name: str, rows: int, columns: int) -> None:
-        """Raises PatternError if nothing of a (rows, columns) matrix would be pruned."""
+        """Raises PatternError if no weight of a (rows, columns) matrix would be pruned."""
         if int(columns * self.sparsity) == 0:
             raise PatternError(
                 f"tensor {name} has {columns} inputs, of which {self} is less than one weight: use a larger sparsity"
             )
 
     def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yields (rows, bool mask of what is pruned), about `chunk` weights of whole rows at a time."""
+        """Yields (slice of rows, bool mask of the weights to prune in them), about `chunk` weights at a time."""
         if self.group == "row":
             for part in row_chunks(rows, columns, chunk):
                 yield part, lowest_of_rows(score(part), int(columns * self.sparsity))
@@ -61,21 +62,21 @@ class Unstructured:
                 yield part, score(part) <= threshold
 
     def groups(self, columns: int) -> Group | None:
-        """The groups that are compared within a row of so many columns; None if the whole matrix is compared."""
+        """The groups that are compared within a row of `columns` weights; None if the whole matrix is compared."""
         return Group(columns, int(columns * self.sparsity)) if self.group == "row" else None
 
     def zeros_per_group(self, mask: torch.Tensor) -> torch.Tensor:
-        """The number of zeros in each group of a bool mask (rows, columns) of zeros: here in each row."""
+        """The number of zeros in each group of a bool mask (rows, columns) of zeros; here a group is a row."""
         return mask.sum(dim=1)
 
     def zeros_in_all(self, weights: int) -> int:
-        """The number of zeros that a matrix of so many weights has at least."""
+        """The least number of zeros in a matrix of `weights` weights; 0 if each row is counted on its own."""
         return int(weights * self.sparsity) + 1 if self.group == "matrix" else 0
 
 
 @dataclass(frozen=True)
 class NM:
-    """`kept` of each `of` consecutive weights along the inputs are kept; of equal scores the first is pruned."""
+    """Of each `of` consecutive weights along the inputs, `kept` are kept. Of equal scores the first is pruned."""
 
     kept: int
     of: int
@@ -86,7 +87,7 @@ class NM:
 
     @property
     def compared_per(self) -> str:
-        """Within what scores are compared, for people."""
+        """The set of weights whose scores are compared with each other, in words."""
         return f"group of {self.of}"
 
     def require_shape(self, name: str, rows: int, columns: int) -> None:
@@ -98,24 +99,24 @@ class NM:
             )
 
     def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yields (rows, bool mask of what is pruned), about `chunk` weights of whole rows at a time."""
+        """Yields (slice of rows, bool mask of the weights to prune in them), about `chunk` weights at a time."""
         for part in row_chunks(rows, columns, chunk):
             yield part, lowest_of_groups(score(part), self.of, self.of - self.kept)
 
     def groups(self, columns: int) -> Group:
-        """The groups that are compared within a row."""
+        """The groups that are compared within a row of `columns` weights."""
         return Group(self.of, self.of - self.kept)
 
     def zeros_per_group(self, mask: torch.Tensor) -> torch.Tensor:
         """The number of zeros in each group of a bool mask (rows, columns) of zeros, uint8 (groups,)."""
         groups = mask.reshape(-1, self.of).view(torch.uint8)  # (groups, of)
         counts = groups[:, 0].clone()
-        for place in range(1, self.of):  # a sum over so few costs 4 times as much
+        for place in range(1, self.of):  # `sum` over so few values takes 4 times as long
             counts += groups[:, place]
         return counts
 
     def zeros_in_all(self, weights: int) -> int:
-        """The number of zeros that a matrix of so many weights has at least."""
+        """The least number of zeros in a matrix of `weights` weights."""
         return weights // self.of * (self.of - self.kept)
 
 
@@ -123,7 +124,7 @@ Pattern = Unstructured | NM
 
 
 def parse(text: str, group: str = "row") -> Pattern:
-    """The pattern of "2:4", "4:8" (kept:of), "0.5" or "60%" (sparsity). Raises PatternError."""
+    """The pattern that a text such as "2:4" (kept:of), "0.5" or "60%" (sparsity) means. Raises PatternError."""
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         kept, of = int(match[1]), int(match[2])
         if not 0 < kept < of:

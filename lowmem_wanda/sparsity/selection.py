@@ -1,4 +1,7 @@
-"""Scores, and which of them are the lowest: of rows, of groups, of all; exact counts, ties to the lowest column."""
+"""Selects the lowest scores of rows, of groups or of a whole matrix.
+
+Counts within rows and groups are exact: of equal scores, the one in the lowest column is selected first.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,30 +11,32 @@ import torch
 
 Score = Callable[[slice], torch.Tensor]  # some rows of a matrix -> their scores, float32 (rows, columns), at least 0
 
-# Scores are made for so many weights at a time. On a CPU that is just less than what torch shares among its threads:
-# waiting for each other at every small operation took them 10 times as long as the work where another program kept a
-# core busy. On a GPU it is 80 MB, because few large launches are faster than many small ones.
+# The number of weights that are scored at a time. On a CPU it is just too small for torch to share the work among its
+# threads: when another program kept a core busy, the threads waited for each other at every small operation, 10 times
+# as long as the work took. On a GPU it takes 80 MB, because few large launches are faster than many small ones.
 CPU_CHUNK, DEVICE_CHUNK = (1 << 15) - 1, 1 << 22
-SCORE_BYTES = 20  # of workspace for each weight that is scored at a time
+SCORE_BYTES = 20  # bytes of workspace for each weight that is scored at a time
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """The scores |weight| * norms of a weight (rows, columns), float32, made for some rows at a time.
+    """The scores |weight| * norms of a weight (rows, columns) in float32, made for some rows at a time.
 
-    `norms` are float32 (columns,); without them the scores are |weight|. A GPU masks this kind of score in one pass.
+    `norms` are float32 (columns,); without them the scores are |weight|. A GPU prunes by scores of this kind in one
+    pass.
     """
 
     weight: torch.Tensor
     norms: torch.Tensor | None = None
 
     def __call__(self, rows: slice) -> torch.Tensor:
+        """The scores of some rows, float32 (rows, columns)."""
         score = self.weight[rows].float().abs()
         return score if self.norms is None else score.mul_(self.norms)
 
 
 def lowest_of_rows(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask of exactly the `count` lowest of each row of (rows, columns), ties to the lowest column."""
+    """The mask of exactly the `count` lowest scores of each row, bool (rows, columns)."""
     if score.is_cpu:
         return torch.from_numpy(_lowest_of_host_rows(score.numpy(), count))
     kth = (
@@ -49,7 +54,10 @@ def lowest_of_rows(score: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _lowest_of_host_rows(score: np.ndarray, count: int) -> np.ndarray:
-    """The mask of (rows, columns) by a partition, not a sort: 3.6-8 ns per weight against 84-106 (one thread, AVX2)."""
+    """The mask of `lowest_of_rows`, by a partition instead of a sort.
+
+    It takes 3.6-8 ns per weight, a sort 84-106 (one thread, AVX2).
+    """
     kth = np.partition(score, count - 1, axis=1)[:, count - 1 : count]
     lowest: np.ndarray = score <= kth
     for row in np.flatnonzero(np.count_nonzero(lowest, axis=1) > count):
@@ -59,9 +67,10 @@ def _lowest_of_host_rows(score: np.ndarray, count: int) -> np.ndarray:
 
 
 def lowest_of_groups(score: torch.Tensor, of: int, count: int) -> torch.Tensor:
-    """Mask of the `count` lowest of each `of` consecutive columns, ties to the lowest column.
+    """The mask of exactly the `count` lowest scores of each `of` consecutive columns, bool (rows, columns).
 
-    A weight's rank is the number of its group that go before it. Pairs grow with the square of the group.
+    A weight's rank is the number of weights of its group that come before it. All pairs of a group are compared, and
+    their number grows with the square of the group, so groups above 16 are treated as rows.
     """
     if of > 16:
         return lowest_of_rows(score.reshape(-1, of), count).reshape(score.shape)
@@ -78,14 +87,15 @@ def lowest_of_groups(score: torch.Tensor, of: int, count: int) -> torch.Tensor:
 
 
 def _lowest_of_host_groups(groups: np.ndarray, count: int) -> np.ndarray:
-    """The mask of (groups, of) by ranks, each place's scores one after the other in memory.
+    """The mask of the `count` lowest of each group, bool (groups, of), by ranks.
 
-    1.1 ns per weight for 2:4, one thread, AVX-512; the same operations on strided places 8, a top-k 15-19.
+    The scores of each place in the groups are copied next to each other in memory. This takes 1.1 ns per weight for 2:4
+    (one thread, AVX-512); the same operations on strided places take 8 ns, a top-k 15-19 ns.
     """
     of = groups.shape[1]
     places = np.ascontiguousarray(groups.T)  # (of, groups)
     ranks = np.empty(places.shape, np.int8)
-    ranks[:] = np.arange(of)[::-1, None]  # as if all that come later went before
+    ranks[:] = np.arange(of)[::-1, None]  # as if all later places came before
     goes_first = np.empty(places.shape, np.bool_)
     for apart in range(1, of):
         earlier, later = slice(None, -apart), slice(apart, None)
@@ -100,9 +110,10 @@ def _lowest_of_host_groups(groups: np.ndarray, count: int) -> np.ndarray:
 
 
 def kth_smallest(chunks: Callable[[], Iterator[torch.Tensor]], k: int) -> torch.Tensor:
-    """The value at index k of all non-negative float32 of the chunks, sorted, without holding them.
+    """The value that is at index k when the values of all chunks are sorted, float32 (); the chunks are not held.
 
-    A radix select in three readings: the bits of non-negative floats, read as integers, sort as the floats do.
+    The values are float32 and at least 0. This is a radix select that reads the chunks three times: read as integers,
+    the bits of floats that are not negative sort as the floats do.
     """
     prefix = 0
     for shift, width in ((20, 11), (9, 11), (0, 9)):

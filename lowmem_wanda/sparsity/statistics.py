@@ -1,34 +1,51 @@
-"""What is remembered of a linear's inputs while the calibration sequences pass it."""
+"""Statistics of a matrix's inputs, summed up while the calibration sequences are computed."""
 
 import numpy as np
 import torch
 
 from lowmem_wanda.errors import NumberError
 
-PIECE = 1 << 18  # inputs whose squares are held at a time on a CPU: less than 1 MiB, which malloc keeps and gives again
+PIECE = 1 << 18  # inputs that are squared at a time on a CPU: at most 1 MiB, which malloc keeps and uses again
 
 
 class SquaredNorm:
-    """Sum of squares per input channel, and how many tokens it is the sum of.
+    """The sum of squares of each input channel of a matrix, and the number of tokens in this sum.
 
-    Its root is ||X_j||_2 of Wanda (arXiv 2306.11695, eq. 1). The paper's code keeps a running mean over
-    *sequences* instead; the two differ by one constant per linear, so they rank weights alike.
+    The root of a sum is ||X_j||_2 of Wanda (arXiv 2306.11695, eq. 1). The paper's code keeps a running mean over
+    *sequences* instead. The two differ by one constant per matrix, so they rank weights alike.
+
+    `sums` is (columns,), float64 or on MPS float32; `tokens` is the number of tokens.
+
+    Args:
+        columns: the number of input channels.
+        device: where the sums are kept.
+
+    Raises:
+        NumberError: `norms` was called and an input was NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from lowmem_wanda import SquaredNorm
+        >>> inputs = SquaredNorm(2, torch.device("cpu"))
+        >>> inputs.add(torch.tensor([[3.0, 0.0], [4.0, 1.0]]))  # two tokens
+        >>> inputs.norms()
+        tensor([5., 1.])
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        # sums of float32 over some tokens are added up in float64 (MPS has none)
+        # sums of float32 over some tokens are added up in float64, which MPS lacks
         precision = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(columns, dtype=precision, device=device)
         self.tokens = 0
 
     @classmethod
     def nbytes(cls, columns: int) -> int:
-        """The bytes that the sums of so many input channels take."""
+        """The bytes that the sums of `columns` input channels take."""
         return 8 * columns
 
     @classmethod
     def known(cls, sums: np.ndarray, tokens: int, device: torch.device) -> "SquaredNorm":
-        """One of `sums` (columns,) that were measured elsewhere."""
+        """A statistic with `sums` (columns,) over `tokens` tokens that were measured elsewhere."""
         made = cls(len(sums), device)
         made.sums.copy_(torch.from_numpy(np.array(sums, dtype=np.float64)).to(made.sums.dtype))
         made.tokens = tokens
@@ -45,7 +62,7 @@ class SquaredNorm:
             self.sums += torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).to(self.sums.dtype).square_()
 
     def norms(self) -> torch.Tensor:
-        """||X_j||_2 per input channel, float32 (columns,). Raises NumberError if one is NaN or infinite."""
+        """||X_j||_2 of each input channel, float32 (columns,). Raises NumberError if one is NaN or infinite."""
         norms = self.sums.sqrt().float()
         if not bool(torch.isfinite(norms).all()):
             raise NumberError(

@@ -1,4 +1,4 @@
-"""Memory that a walk computes in: buffers that blocks pass through, and where hidden states lie."""
+"""The memory of a walk: buffers that blocks pass through, and the place of the hidden states."""
 
 import math
 import time
@@ -27,17 +27,17 @@ Specs = Mapping[str, tuple[Sequence[int], torch.dtype]]  # name -> shape and dty
 
 
 def specs_of(tensors: Iterable[Tensor]) -> Specs:
-    """Shapes and dtypes of file tensors as they are stored."""
+    """The shape and dtype of each file tensor, as it is stored."""
     return {tensor.name: (tensor.shape, DTYPES[tensor.dtype]) for tensor in tensors}
 
 
 def buffer_bytes(specs: Specs) -> int:
-    """The bytes that `views` needs."""
+    """The bytes that `views` needs for tensors of these shapes and dtypes."""
     return sum(-(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in specs.values())
 
 
 def views(specs: Specs, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Tensors of such shapes and dtypes in `memory` (uint8), one after the other, aligned to 64 bytes."""
+    """Tensors of these shapes and dtypes as views of `memory` (uint8), one after the other, aligned to 64 bytes."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in specs.items()}
     starts = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()), initial=0)
     return {
@@ -57,21 +57,21 @@ class Scratch:
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
     def empty(self, specs: Specs) -> dict[str, torch.Tensor]:
-        """Uninitialised tensors in the place of all that were there before."""
+        """Uninitialised tensors, which take the place of all earlier ones."""
         if (total := buffer_bytes(specs)) > len(self._memory):
             device = self._memory.device
-            self._memory = torch.empty(0, device=device)  # the old one goes first
+            self._memory = torch.empty(0, device=device)  # frees the old memory first
             self._memory = torch.empty(total, dtype=torch.uint8, device=device)
         return views(specs, self._memory)
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
-    """The bytes of a contiguous host tensor as a flat uint8 array, no copy."""
+    """The bytes of a contiguous host tensor as a flat uint8 array, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def read_cast(tensor: Tensor, out: torch.Tensor) -> torch.Tensor:
-    """A tensor's values in the shape, dtype and device of the contiguous `out`, 16 MiB at a time; gives `out`."""
+    """Reads a tensor's values into the contiguous `out`, in its dtype, 16 MiB at a time; gives `out`."""
     flat, done = out.reshape(-1), 0
     for piece in tensor.pieces():
         values = torch.frombuffer(piece, dtype=DTYPES[tensor.dtype])
@@ -81,8 +81,11 @@ def read_cast(tensor: Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 class Slot:
-    """One block's memory. `stored` are its file tensors by name: while the block is computed they lie on the device,
-    afterwards, for the function that writes them, on the host. `seconds` are those of reading, copying and writing."""
+    """One block's memory.
+
+    `stored` are the block's file tensors by name. They lie on the device while the block is computed, and on the host
+    afterwards, for the function that writes them. `seconds` has the seconds of reading, copying and writing.
+    """
 
     def __init__(self, host: torch.Tensor, spent: dict[str, float]) -> None:
         self.host, self.device = host, host
@@ -92,6 +95,7 @@ class Slot:
 
     @contextmanager
     def clocked(self, part: str) -> Iterator[None]:
+        """A context whose seconds count for the part `part`, of this block and of all blocks."""
         start = time.perf_counter()
         yield
         self.seconds[part] = time.perf_counter() - start
@@ -102,20 +106,23 @@ Write = Callable[[Slot], None]  # run by the writing thread
 
 
 class BlockBuffers:
-    """`hosts` buffers of `nbytes` in host memory and, beside a GPU, `devices` in its memory, made when first used.
+    """Buffers of `nbytes` that blocks pass through: `hosts` in host memory and, with a GPU, `devices` in its memory.
 
-    With three buffers a block is read while the one before it is computed and the one before that is written:
+    Each is allocated when it is first used. With three buffers a block is read while the one before it is computed and
+    the one before that is written:
 
         time ->      1         2         3         4
         buffer A   read 0   compute 0  write 0   read 3
         buffer B            read 1     compute 1 write 1
         buffer C                       read 2    compute 2
 
-    With fewer, the same steps wait for a free buffer. A buffer is free again when its block is written, a buffer on the
-    GPU when its block is copied back. `spent` has the seconds of all blocks by part.
+    With fewer, the same steps wait for a free buffer. A host buffer is free again when its block is written, a GPU
+    buffer when its block is copied back. `spent` has the seconds of all blocks by part.
     """
 
-    def __init__(self, device: torch.device, nbytes: int, hosts: int = 3, devices: int = 2, read_by: str = "pread"):
+    def __init__(
+        self, device: torch.device, nbytes: int, hosts: int = 3, devices: int = 2, read_by: str = "pread"
+    ) -> None:
         self.spent: dict[str, float] = {}
         self.device, self.nbytes, self.read_by = device, nbytes, read_by
         self._cuda, self._beside = device.type == "cuda", device.type != "cpu"
@@ -136,7 +143,7 @@ class BlockBuffers:
         self.close()
 
     def close(self) -> None:
-        """Frees the buffers, once a write that has begun is done; wakes a reader that waits for one."""
+        """Frees the buffers once a running write is done, and wakes a reader that waits for a buffer."""
         for queue in (self._hosts, self._devices):
             queue.put(CancelledError)
         try:
@@ -149,7 +156,7 @@ class BlockBuffers:
                 self._hosts, self._devices = SimpleQueue(), SimpleQueue()
 
     def prefetch(self, blocks: Iterable[Sequence[Tensor]]) -> Iterator[Slot]:
-        """Yields the blocks one after the other; the next is read meanwhile, as soon as a buffer is free for it."""
+        """Yields the blocks one after the other. Meanwhile the next is read, as soon as a buffer is free for it."""
         coming: Future[Slot] | None = None
         for tensors in blocks:
             following = self._reader.submit(self._fetch, tensors)
@@ -159,13 +166,13 @@ class BlockBuffers:
         if coming is not None:
             yield self._arrived(coming.result())
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Has the writing thread do this next. Waits for its work before, and raises what that raised."""
+    def submit(self, action: Callable[[], None]) -> None:
+        """Has the writing thread do `work`. Waits for the thread's earlier work first, and raises what that raised."""
         self.drain()
-        self._writing = self._writer.submit(work)
+        self._writing = self._writer.submit(action)
 
     def release(self, slot: Slot, write: Write | None) -> None:
-        """Has a block written, or drops it where there is nothing to write; raises what the work before raised."""
+        """Has a block written, or drops it if `write` is None. Raises what the thread's earlier work raised."""
         computed = torch.cuda.current_stream(self.device).record_event() if self._cuda else None
         if self._beside and not self._cuda:
             self._download(slot, write is not None, None)
@@ -188,7 +195,7 @@ class BlockBuffers:
         return slot
 
     def _arrived(self, slot: Slot) -> Slot:
-        """The block on its device. Metal crashes where two threads use it, so there this thread copies."""
+        """The block on its device. Metal crashes when two threads use it, so on Metal this thread copies the block."""
         if self._beside and not self._cuda:
             self._upload(slot)
         return slot
@@ -202,7 +209,7 @@ class BlockBuffers:
 
     def _make_on_device(self) -> torch.Tensor:
         memory = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
-        if self._cuda:  # what was freed to make it may still be in use by work that waits on the computing stream
+        if self._cuda:  # memory that was freed for it may still be in use by work queued on the computing stream
             self._streams[0].wait_stream(torch.cuda.current_stream(self.device))
         return memory
 
@@ -216,7 +223,7 @@ class BlockBuffers:
             self._hosts.put(slot.host)
 
     def _download(self, slot: Slot, back: bool, computed: Any) -> None:
-        """Copies a block back to the host, if it is to be written, and frees its place on the GPU."""
+        """Copies a block back to the host if it will be written, and frees its buffer on the GPU."""
         specs = {name: (tensor.shape, tensor.dtype) for name, tensor in slot.stored.items()}
         try:
             if computed is not None:
@@ -230,7 +237,7 @@ class BlockBuffers:
 
     @staticmethod
     def _copy(target: torch.Tensor, source: torch.Tensor, nbytes: int, stream: Any) -> None:
-        """Copies and waits for it; on a CUDA stream of its own, beside the computing."""
+        """Copies `nbytes` bytes and waits for them. With a CUDA `stream`, this runs beside the computing."""
         if stream is None:
             target[:nbytes].copy_(source[:nbytes])
         else:
@@ -252,8 +259,8 @@ def hidden_states(
 ) -> Iterator[torch.Tensor]:
     """Gives uninitialised hidden states on the "device", on the "host" beside a GPU (page-locked) or in a "file".
 
-    The file has no name in `folder` while it is used, so nothing is left of it after a kill. Raises OutputError where
-    the disk is too full for it.
+    The file has no name in `folder` while it is used, so nothing is left of it after a kill. Raises OutputError if the
+    disk is too full for it.
     """
     numel = math.prod(shape)
     if place == "device":
@@ -266,9 +273,9 @@ def hidden_states(
         with explained(path):
             with open(path, "wb") as file:
                 file.truncate(numel * dtype.itemsize)
-                # a page that the full disk has no place for would kill with SIGBUS
+                # a page for which a full disk has no room would end the process with SIGBUS
                 preallocate(file.fileno(), numel * dtype.itemsize)
             memory = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
-            with suppress(PermissionError):  # Windows keeps the name of an open file; the next run clears it away
+            with suppress(PermissionError):  # Windows keeps the name of an open file; the next run removes it
                 path.unlink()
         yield memory.view(shape)

@@ -1,8 +1,8 @@
-"""A causal language model run one decoder block at a time, with the blocks' weights brought as needed.
+"""A causal language model that is run one decoder block at a time, with weights that are loaded when they are needed.
 
-The model's own forward runs on stubs in the blocks' places: it computes the embeddings, masks, rotary tables
-and every argument that it would pass to each block, and the stubs keep those. Each real block is then called
-with exactly what the model would have passed.
+The model's own forward runs on stubs in the blocks' places. It computes the embeddings, masks, rotary tables and every
+argument that it would pass to each block, and the stubs keep those. Each real block is then called with exactly what
+the model would have passed.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,16 +25,16 @@ Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 class Stop(Exception):
-    """Ends a forward early, once what it was run for is known."""
+    """Raised to end a forward early, once all that it was run for is known."""
 
 
 class Block:
     """One decoder block with its weights.
 
-    `stored` holds its file tensors by name, in their stored dtype, on `device`; the module computes on those very
-    tensors where the dtypes agree. Where they do not, a linear casts its weight whenever it is called, so a change of
-    the stored weight counts from the next call on. `matrices` are what can be pruned, `inputs` the distinct inputs of
-    them, in the order in which they arrive; these are known once something was embedded.
+    `stored` holds its file tensors by name, in their stored dtype, on `device`. Where that is the computing dtype, the
+    module computes on these very tensors. Where it is not, a matrix is cast at every call, so a change of the stored
+    weight counts from the next call on. `matrices` are what can be pruned, and `inputs` are their distinct inputs in
+    the order in which they arrive. These are known once tokens have been embedded.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Block:
 class Decoder:
     """Embeds token ids, gives blocks their weights, and applies the head.
 
-    It puts stubs and hooks into the model's skeleton, and takes them away when it is closed. Memory: casts of one
-    weight at a time, the embeddings only while embedding; blocks come in the memory of their slot. Hidden states are
-    (sequences, length, width) in the computing dtype.
+    It puts stubs and hooks into the model's skeleton, and takes them away when it is closed. It holds the cast of one
+    matrix at a time, and the embeddings only while it embeds; blocks lie in the memory of their slots. Hidden states
+    are (sequences, length, width) in the computing dtype.
     """
 
     def __init__(self, model: StreamedModel) -> None:
@@ -89,7 +89,7 @@ class Decoder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Takes stubs, hooks and what was loaded out of the model again."""
+        """Takes the stubs, the hooks and all loaded weights out of the model again."""
         for hook in self._hooks:
             hook.remove()
         for index, block in enumerate(self.skeleton.blocks):
@@ -99,6 +99,7 @@ class Decoder:
 
     @property
     def depth(self) -> int:
+        """The number of blocks."""
         return len(self.skeleton.blocks)
 
     @property
@@ -107,10 +108,10 @@ class Decoder:
         return self.skeleton.model.get_submodule(self.skeleton.path)
 
     def embed(self, batches: Sequence[np.ndarray], allocate: Allocate | None = None) -> list[torch.Tensor]:
-        """Hidden states before the first block, for batches of token ids (sequences, length), computed one at a time.
+        """The hidden states before the first block, for batches of token ids (sequences, length), one batch at a time.
 
-        They are views of one tensor (tokens, width), which `allocate` (shape, dtype -> tensor) makes; default: on the
-        device. What each block will be called with is kept. Raises ModelError where that depends on the tokens.
+        They are views of one tensor (tokens, width), which `allocate` makes for a shape and a dtype (default: on the
+        device). The other arguments of each block are kept. Raises ModelError where those depend on the tokens.
         """
         states, start = torch.empty(0), 0
         parts: list[torch.Tensor] = []
@@ -127,7 +128,7 @@ class Decoder:
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits that the model makes of hidden states (sequences, length, width) after its last block.
 
-        The model applies its own norm, its head and what it does to logits. `Head` brings the head's weight.
+        The model applies its own norm, its head, and its own scales and soft caps. `Head` loads the head's weight.
         """
         self._final = hidden
         width = self.skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
@@ -139,7 +140,7 @@ class Decoder:
         return output.logits  # type: ignore[no-any-return]
 
     def load(self, index: int, stored: dict[str, torch.Tensor]) -> Block:
-        """Block `index` on its file tensors `stored`, which lie on the device."""
+        """The block `index` with its file tensors `stored`, which lie on the device."""
         module, tensors = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
         trace = self.traces.get(index) or Trace(self.skeleton.matrices[index], (), False)
         cast_on_call = {f"{matrix.module}.{matrix.parameter}" for matrix in trace.matrices}
@@ -161,14 +162,14 @@ class Decoder:
         return Block(index, module, stored, trace, self._calls, self.device)
 
     def release(self, block: Block) -> None:
-        """Takes a block's weights away again."""
+        """Takes a block's weights out of the model again."""
         for name in self.skeleton.block_tensors(block.index):
             _put(block.module, name, self._get(block.module, name).to("meta"))
         for matrix in block.matrices:
             block.module.get_submodule(matrix.module).__dict__.pop("forward", None)
 
     def _cast_and_call(self, linear: nn.Module, stored: torch.Tensor, hidden: torch.Tensor) -> Any:
-        """A linear's own forward on its weight, cast to the computing dtype in the one place for such casts.
+        """The output of a linear's own forward on its weight, which is cast to the computing dtype in one buffer.
 
         Casting all of a block at once takes two more blocks of memory (bfloat16 weights, float32 computing). Casting at
         each call takes about 3 % of the time of a matrix product with 1024 tokens on a CPU.
@@ -178,7 +179,7 @@ class Decoder:
         return type(linear).forward(linear, hidden)
 
     def _run(self, tokens: np.ndarray) -> torch.Tensor:
-        """The model's own forward up to the last block, on stubs; gives the first block's hidden states."""
+        """Runs the model's own forward on stubs, up to the last block; gives the hidden states before the first."""
         try:
             self.skeleton.model(input_ids=self._ids(tokens), use_cache=False)
         except Stop:
@@ -193,7 +194,7 @@ class Decoder:
         return embedded
 
     def _arrive(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a stub does when the model calls it: keep the call, hand the hidden states through."""
+        """Keeps the arguments of a stub that the model calls, and gives back its hidden states unchanged."""
         kwargs = dict(kwargs)
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
         if self._final is not None:
@@ -222,7 +223,7 @@ class Decoder:
         return self.dtype if stored.is_floating_point else stored
 
     def _fill_on_demand(self) -> None:
-        """Has modules outside the blocks load their parameters when they are called, but for the head (see `Head`)."""
+        """Has each module outside the blocks load its parameters when it is called, except the head (see `Head`)."""
         outside, head = self.skeleton.outside(), self.skeleton.head
         for path, module in self.skeleton.model.named_modules():
             prefix = f"{path}." if path else ""
@@ -246,7 +247,7 @@ class Decoder:
             _put(module, name, self._filled[tensor])
 
     def empty(self) -> None:
-        """Drops what was loaded outside the blocks, and what blocks were cast to."""
+        """Drops the weights that were loaded outside the blocks, and the casts of blocks."""
         self._cast_weight, self._casts = Scratch(self.device), Scratch(self.device)
         for name, tensor in self.skeleton.outside().items():
             if tensor in self._filled:
@@ -266,7 +267,7 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def cast_bytes(model: StreamedModel) -> int:
-    """The bytes that a decoder holds of a block in the computing dtype: one matrix, and all that is not a matrix."""
+    """The bytes that a decoder takes for casts of a block: one matrix, and everything that is not a matrix."""
     size, tensors = model.dtype.itemsize, model.checkpoint.tensors
     matrices = {matrix.tensor for block in model.skeleton.matrices for matrix in block}
     casts = [tensors[name].numel * size for name in matrices if DTYPES[tensors[name].dtype] != model.dtype]

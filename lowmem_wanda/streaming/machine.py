@@ -1,22 +1,22 @@
-"""What a model is computed on and within: device, dtype, budgets. Nothing here needs torch."""
+"""Where a model is computed and how: device, dtype, budgets. Nothing here needs torch."""
 
 import re
 from dataclasses import dataclass
 
 from lowmem_wanda.errors import BudgetError, ModelError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # to compute in
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # that a model can be computed in
 READS = ("pread", "mmap")
 STATES = ("device", "host", "file")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the placement of a walk is held to; None: what fits.
+    """The limits of the placement of a walk. Where one is None, what fits is chosen.
 
     `max_ram` is in bytes of this process on the host, `max_vram` in bytes of tensors on the GPU. `slots` is the number
     of block buffers on the host (1 to 3) and `read` how shards are read ("pread", "mmap"). `states` says where hidden
-    states lie ("device", "host", "file"), `held` how many micro-batches may wait for a linear in the sequential order.
+    states lie ("device", "host", "file"), `held` how many micro-batches may wait for a matrix in the sequential order.
     """
 
     max_ram: int | None = None
@@ -41,7 +41,7 @@ UNLIMITED = Budget()
 class Machine:
     """Where a model is computed ("auto", "cpu", "cuda", "cuda:N", "mps"), in which dtype, how many sequences at a time.
 
-    `batch` None is what fits. `trust_remote_code` runs Python code that the checkpoint brings.
+    A `batch` of None means as many as fit. `trust_remote_code` runs Python code that the checkpoint brings.
     """
 
     device: str = "auto"
@@ -70,7 +70,7 @@ class Machine:
         states: str | None = None,
         held: int | None = None,
     ) -> "Machine":
-        """The machine of the flat parameters that the library's functions share; sizes may be texts such as "8GB"."""
+        """The machine of the flat parameters that the library's functions share. A size may be a text such as "8GB"."""
         ram, vram = _bytes("max_ram", max_ram), _bytes("max_vram", max_vram)
         return cls(device, dtype, batch, trust_remote_code, Budget(ram, vram, slots, read, states, held))
 
@@ -79,7 +79,7 @@ ANY = Machine()
 
 
 def _bytes(name: str, size: int | str | None) -> int | None:
-    """The bytes of a parameter. Raises BudgetError, naming it, for what is not a size."""
+    """The bytes of a parameter. Raises BudgetError, with the parameter's name, for a value that is not a size."""
     try:
         return None if size is None else byte_size(size)
     except BudgetError as error:
@@ -95,7 +95,7 @@ def byte_size(size: int | str) -> int:
         return size
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?)b?|b)?", str(size).lower())
     if not match:
-        raise BudgetError(f"{size!r} is no size such as 8GB or 500MB")
+        raise BudgetError(f"{size!r} is not a size such as 8GB or 500MB")
     number, prefix, binary = match[1], match[2], match[3]
     if str(size).lower().endswith("b") and not prefix:
         return int(float(number))

@@ -1,4 +1,4 @@
-"""Matrices, the units of pruning: which weights of a block they are, and which of them are fed the same inputs."""
+"""Matrices, the units of pruning: which weights of a block they are, and which of them have the same inputs."""
 
 import copy
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ LINEARS = (nn.Linear, Conv1D)
 class Matrix:
     """One matrix of a block that can be pruned.
 
-    `name` is what reports call it and `tensor` the file tensor that holds it. `module` is the path, relative to the
-    block, of the module that computes with it, and `parameter` its name there; `expert` is its index in a stack of
-    experts, None where there is no stack. A `transposed` matrix (GPT-2's Conv1D) is stored as (inputs, outputs).
-    `shape` is (outputs, inputs) either way. `inputs` names the module that is called first with the inputs of this
-    matrix: matrices of the same `inputs` share a statistic. Before a block is traced every matrix has its own.
+    `name` is its name in reports and `tensor` the file tensor that holds it. `module` is the path, relative to the
+    block, of the module that computes with it, and `parameter` its name there. `expert` is its index in a stack of
+    experts, or None without a stack. A `transposed` matrix (GPT-2's Conv1D) is stored as (inputs, outputs); `shape` is
+    (outputs, inputs) either way. `inputs` is the path of the first module that is called with the inputs of this
+    matrix: matrices of the same `inputs` share a statistic. Before a block is traced, every matrix has its own.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Matrix:
 
     @property
     def weights(self) -> int:
-        """The number of its weights."""
+        """The number of the matrix's weights."""
         return self.shape[0] * self.shape[1]
 
     def view(self, stored: torch.Tensor) -> torch.Tensor:
@@ -47,9 +47,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a block does, seen by running it on `meta`.
+    """What a run of a block on `meta` shows.
 
-    `matrices` know which inputs they share; `inputs` are the distinct ones, in the order in which they arrive.
+    `matrices` know which inputs they share. `inputs` are the distinct ones, in the order in which they arrive.
+    `returns_tuple` says that the block gives its output within a tuple.
     """
 
     matrices: tuple[Matrix, ...]
@@ -73,7 +74,10 @@ def find_matrices(block: nn.Module, tensors: Mapping[str, str]) -> tuple[Matrix,
 def trace(
     block: nn.Module, matrices: tuple[Matrix, ...], hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Trace:
-    """Runs a block without weights or data. Raises ModelError for a matrix whose module is not called exactly once."""
+    """The trace of a block, which is run without weights and data.
+
+    Raises ModelError for a matrix whose module is not called exactly once.
+    """
     block = copy.deepcopy(block).to("meta")
     called: list[str] = []
     first: dict[str, str] = {}  # module -> the module that was called first with the same inputs

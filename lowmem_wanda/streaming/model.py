@@ -18,7 +18,6 @@ from lowmem_wanda.checkpoint.reader import FLOATS, Tensor
 from lowmem_wanda.errors import ModelError
 from lowmem_wanda.streaming.buffers import DTYPES, buffer_bytes, specs_of
 from lowmem_wanda.streaming.machine import ANY, Budget, Machine
-from lowmem_wanda.streaming.resources import map_blocks_from
 from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton, load_tokenizer
 
 
@@ -26,7 +25,7 @@ from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton, load_token
 class StreamedModel:
     """A model without weights, ready to be walked block by block.
 
-    It is computed in `dtype` on `device`, `batch` sequences at a time (None: what fits), within `budget`.
+    It is computed in `dtype` on `device`, `batch` sequences at a time (None: as many as fit), within `budget`.
     """
 
     checkpoint: Checkpoint
@@ -44,17 +43,17 @@ class StreamedModel:
 
     @property
     def dtype_name(self) -> str:
-        """The computing dtype as flags have it."""
+        """The name of the computing dtype, as --dtype takes it."""
         return str(self.dtype).removeprefix("torch.")
 
     def window(self, length: int) -> int:
-        """`length`, or the number of positions that the model has if that is smaller."""
+        """`length`, or the model's number of positions where that is smaller."""
         return min(length, self.skeleton.positions or length)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text by the model's own tokenizer, special tokens as it adds them.
+        """The token ids of a text by the model's own tokenizer, with the special tokens that it adds.
 
-        The tokenizer is loaded with the first text. Raises CalibrationError where it cannot be.
+        The tokenizer is loaded with the first text. Raises CalibrationError where it cannot be loaded.
         """
         return list(self._tokenizer(text, verbose=False)["input_ids"])
 
@@ -64,7 +63,7 @@ class StreamedModel:
 
     @cached_property
     def block_bytes(self) -> int:
-        """The bytes of the largest block, laid in a buffer."""
+        """The bytes that the largest block takes in a buffer."""
         return max(buffer_bytes(specs_of(self.block_tensors(index))) for index in range(self.depth))
 
     @cached_property
@@ -75,9 +74,8 @@ class StreamedModel:
 def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
     """The model in the folder `source`, without its weights.
 
-    Raises CheckpointError or ModelError where there is no model that can be walked, or no such device.
+    Raises CheckpointError or ModelError where it holds no model that can be walked, or the device is not available.
     """
-    map_blocks_from(1 << 20)
     checkpoint = Checkpoint(source)
     require_prunable(checkpoint, machine.trust_remote_code)
     device = find_device(machine.device)
@@ -94,7 +92,7 @@ def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a job runs on."""
+    """The versions of the packages, the Python and the platform that a job runs on."""
     return {
         "lowmem-wanda": __version__,
         "python": sys.version.split()[0],
@@ -122,7 +120,7 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """The computing dtype of a name. "auto" is the dtype that most weights are stored in, but float32 on a CPU.
+    """The computing dtype for `name`. "auto" is the dtype that most weights are stored in, but float32 on a CPU.
 
     A CPU without bfloat16 units multiplies float32 matrices 60 times as fast (61 against 0.9 GFLOP/s).
     """
@@ -139,7 +137,7 @@ def find_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch
 
 
 def describe_device(device: torch.device) -> str:
-    """The device and its kind. Another kind may round otherwise."""
+    """The device and its kind, such as "cuda (NVIDIA H100)". Results of another kind may be rounded differently."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type

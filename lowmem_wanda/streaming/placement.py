@@ -1,7 +1,7 @@
 """Where everything lies while blocks are walked: the fastest placement within a budget.
 
-A placement changes time and memory, and no bit of the result, with one exception: how many sequences are computed at a
-time may round otherwise, so a job that is taken up again keeps the number that it began with.
+A placement changes time and memory, but not a bit of the result, with one exception: rounding may depend on the number
+of sequences that are computed at a time, so a resumed job keeps the number that it began with.
 """
 
 import sys
@@ -20,23 +20,23 @@ from lowmem_wanda.streaming.head import head_bytes
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.resources import SMALL, anonymous, free_memory
 
-CPU_TOKENS, DEVICE_TOKENS = 256, 2048  # of a micro-batch: beyond these the products hardly gain
-LATE, LATE_CUDA = 12 << 20, 128 << 20  # bytes that torch and transformers take on the host with their first products
-SLACK = 64 << 20  # bytes of a GPU, for the workspace of its products and what its allocator rounds up
+CPU_TOKENS, DEVICE_TOKENS = 256, 2048  # of a micro-batch; more make the products hardly faster
+LATE, LATE_CUDA = 12 << 20, 128 << 20  # bytes that torch and transformers take on the host for their first products
+SLACK = 64 << 20  # bytes of a GPU, for the workspace of its products and the rounding up of its allocator
 # Plan with at most 95 % of free memory. Of what a placement leaves, at most 80 % may hold waiting micro-batches: they
 # are freed in another order than they were made, which leaves holes.
 SPARE, SPARE_HELD = 0.95, 0.8
-MAPPED = (32 << 20, SMALL)  # bytes, for `limited`: the faster, the smaller
+MAPPED = (32 << 20, SMALL)  # bytes, for `limited`: the first is faster, the second takes less memory
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What goes through `models` side by side, and what it holds beside them.
+    """What goes through `models` side by side, and the memory that it takes beside them.
 
-    `sequences` of `length` tokens are embedded (0 and 0: none). `token_bytes` are kept of each token until the end.
-    `statistics` are the bytes of what is remembered of a block's inputs, `workspace` those that pruning one matrix
-    takes beside `scored` weights at a time of `score_bytes` each. `needs_logits` applies the head; micro-batches wait
-    for each other within a block if it `holds_micro_batches`.
+    `sequences` of `length` tokens are embedded (0 and 0: none). `token_bytes` are kept for each token until the end.
+    `statistics` are the bytes of the statistics of a block's inputs. Pruning one matrix takes `workspace` bytes, and
+    `score_bytes` for each of the at most `scored` weights that are scored at a time. `needs_logits` says that the head
+    is applied, `holds_micro_batches` that micro-batches wait for each other within a block.
     """
 
     models: tuple[StreamedModel, ...]
@@ -45,23 +45,24 @@ class Workload:
     token_bytes: int = 0
     statistics: int = 0
     workspace: int = 0
-    scored: int = 0
+    chunk: int = 0
     score_bytes: int = 0
     needs_logits: bool = False
     holds_micro_batches: bool = False
 
     @property
     def model(self) -> StreamedModel:
-        """The last model, whose device, batch and budget count for all."""
+        """The last model, whose device, batch and budget hold for all."""
         return self.models[-1]
 
     @property
     def block_bytes(self) -> int:
-        """The bytes of the largest block of all models."""
+        """The bytes of the largest block of any model."""
         return max(model.block_bytes for model in self.models)
 
     @property
     def on_host(self) -> bool:
+        """Whether the host computes."""
         return self.model.device.type == "cpu"
 
 
@@ -110,17 +111,18 @@ class Choice:
     slower: int
 
     def priced(self) -> Iterator[tuple[Any, int]]:
-        """Yields each value with its percents."""
+        """Yields each value with the percent of time that it costs beside the fastest."""
         yield from ((value, place * self.slower) for place, value in enumerate(self.values))
 
 
 def choose(work: Workload, batch: int | None = None) -> tuple[Placement, Need]:
-    """The placement that costs the least time of those that --max-ram and --max-vram hold, and what it needs.
+    """The fastest placement that keeps --max-ram and --max-vram, and what it needs.
 
-    `batch` is the number of sequences of a job that is taken up again. Raises BudgetError, saying what would fit.
+    `batch` is the number of sequences at a time that a resumed job began with, None for a new job. Raises BudgetError
+    where no placement keeps them; the message says what would fit.
     """
     budget = work.model.budget
-    vram = free_memory(work.model.device)  # also: what CUDA takes on the host, it has taken now
+    vram = free_memory(work.model.device)  # comes first: it starts CUDA, which takes memory on the host
     base = anonymous()
     ram = min(budget.max_ram or sys.maxsize, base + int(free_memory(torch.device("cpu")) * SPARE))
     vram = min(budget.max_vram or sys.maxsize, int(vram * SPARE))
@@ -138,15 +140,15 @@ def choose(work: Workload, batch: int | None = None) -> tuple[Placement, Need]:
 
 
 def placements(work: Workload, batch: int | None) -> Iterator[tuple[int, Placement]]:
-    """Yields all that could be done, each with the percents of time that it costs beside the fastest."""
+    """Yields all possible placements, each with the percent of time that it costs beside the fastest."""
     budget, on_host = work.model.budget, work.on_host
     tokens = CPU_TOKENS if on_host else DEVICE_TOKENS
     sequences, length = (work.sequences, work.length) if work.sequences else (1, tokens)
     most = min(batch or max(1, tokens // length), sequences)
     batches = (most,) if batch else tuple(most >> halved for halved in range(most.bit_length()))
     places = ("device", "file") if on_host else ("device", "host", "file")
-    chunks = (work.scored, work.scored // 4, work.scored // 16) if work.scored else (0,)
-    # held micro-batches are freed in another order than they were made, and leave holes everywhere
+    chunks = (work.chunk, work.chunk // 4, work.chunk // 16) if work.chunk else (0,)
+    # held micro-batches are freed in another order than they were made, which leaves holes everywhere
     mapped = MAPPED if on_host and not work.holds_micro_batches else MAPPED[1:]
     options = (
         Choice((budget.states,) if budget.states else places if work.sequences else ("device",), slower=40),
@@ -163,7 +165,7 @@ def placements(work: Workload, batch: int | None) -> Iterator[tuple[int, Placeme
 
 
 class Sizes:
-    """The bytes that a workload holds at one time or another, beside the `base` bytes that this process has."""
+    """The bytes that a workload takes at one time or another, beside the `base` bytes that this process holds."""
 
     def __init__(self, work: Workload, base: int) -> None:
         self.work, self.base = work, base
@@ -183,18 +185,18 @@ class Sizes:
         self.attention = skeleton.attention_heads * work.length**2 * (size + 8)
 
     def activations(self, placement: Placement) -> int:
-        """The bytes of a micro-batch within a block, and of the holes that they leave.
+        """The bytes that a micro-batch takes within a block, and the holes that they leave.
 
-        These are about three of the widest inputs and four hidden states; or attention's scores, where they are held.
+        They are four hidden states and about three of the widest inputs, or attention's scores where those are more.
         """
         within = placement.batch * (max(3 * self.inner, self.attention) + 4 * self.state)
         return within + within * 2 // 5 * (self.work.on_host and placement.batch * self.inner < placement.mapped)
 
     def waiting(self, placement: Placement) -> int:
-        """The bytes of a micro-batch that waits.
+        """The bytes that a waiting micro-batch holds.
 
-        At the last linear these are its input, its layer's and the residual; at attention's output the projections; and
-        where states lie elsewhere, the copy of them that it works on.
+        At the last matrix they are the inputs of the matrix, those of its layer, and the residual; at attention's last
+        matrix they are the projections. Where hidden states lie elsewhere, their copy on the device is added.
         """
         moved = self.state * (placement.states != "device" and not self.work.on_host)
         return placement.batch * (max(self.inner + 2 * self.state, 5 * self.state) + moved)
@@ -206,14 +208,14 @@ class Sizes:
         working = self._working(placement, blocks if work.on_host else placement.arriving * work.block_bytes)
         working += states if placement.states == "device" or (work.on_host and placement.states == "host") else 0
         disk = states if placement.states == "file" else 0
-        rest = 2 * min(COPIED_PIECE, self.piece)  # of the shard outside the blocks, which is written meanwhile
+        rest = 2 * min(COPIED_PIECE, self.piece)  # for the shard outside the blocks, which is written meanwhile
         if work.on_host:
             return Need(self.base + LATE + rest + working, 0, disk)
         held = blocks + (states if placement.states == "host" else 0)
         return Need(self.base + LATE_CUDA + rest + max(held, 3 * self.piece), working + SLACK, disk)
 
     def _working(self, placement: Placement, blocks: int) -> int:
-        """The bytes where it is computed: blocks and what one of them takes, or before that the embeddings."""
+        """The bytes where it is computed: blocks and the work on one, or the embeddings before, or the heads after."""
         work = self.work
         scores = work.workspace + work.score_bytes * max(placement.chunk, self.columns)
         if not work.sequences:
@@ -225,7 +227,7 @@ class Sizes:
 
 
 def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Placement:
-    """The placement with as many waiting micro-batches as the free memory holds."""
+    """The placement with as many waiting micro-batches as fit in `free` bytes."""
     if not work.holds_micro_batches:
         return placement
     parts = -(-work.sequences // placement.batch)
@@ -235,14 +237,14 @@ def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Plac
 
 
 def _share_held(work: Workload, placement: Placement) -> float:
-    """The share of the micro-batches that need not be replayed."""
+    """The share of the micro-batches that do not have to be replayed."""
     if not work.holds_micro_batches:
         return 1.0
     return min(1.0, placement.held * placement.batch / work.sequences)
 
 
 def _too_small(work: Workload, tried: list[tuple[Need, Placement]], ram: int, vram: int) -> BudgetError:
-    """The error that names the placement which misses its budgets by the least, and what it would take."""
+    """The error that names the placement which misses the budgets by the least, and what that would take."""
     need, placement = min(tried, key=lambda pair: max(pair[0].host - ram, 0) + max(pair[0].device - vram, 0))
     budget = work.model.budget
     flag, least, free, limit = ("--max-ram", need.host, ram, budget.max_ram)

@@ -1,4 +1,4 @@
-"""Seconds and bytes of this process: how they are measured, and how memory is kept low."""
+"""The seconds and bytes of this process: how they are measured, and how memory is kept low."""
 
 import threading
 import time
@@ -13,23 +13,23 @@ import torch
 from lowmem_wanda.checkpoint.writer import library
 
 COMPUTING = ("embed", "measure", "prune", "onward", "compare", "head")  # the other parts read, copy and write meanwhile
-SAMPLES = 200  # of memory over time that are kept, up to twice as many
+SAMPLES = 200  # of memory over time: up to twice as many are kept, then every second one goes
 SMALL = 1 << 20  # bytes, for `map_blocks_from` while nothing is computed
 
 
 def anonymous() -> int:
-    """The resident bytes that no file backs; all resident bytes where the system does not tell the two apart."""
+    """The resident bytes that no file backs, or all resident bytes where the system does not tell the two apart."""
     used = psutil.Process().memory_info()
     return int(used.rss - getattr(used, "shared", 0))
 
 
 def free_memory(device: torch.device) -> int:
-    """The bytes that could be taken now, on the GPU or on the host."""
+    """The bytes that are free now, on the GPU or on the host."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for later use
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for later
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # a container's limit ("max": none)
+    with suppress(OSError, ValueError):  # a container's limit; it is "max" where there is none
         group = Path("/sys/fs/cgroup")
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return free
@@ -37,10 +37,10 @@ def free_memory(device: torch.device) -> int:
 
 @contextmanager
 def limited(device: torch.device, max_vram: int | None, mapped: int) -> Iterator[None]:
-    """Limits memory while blocks are walked: torch's on a GPU, and the holes that glibc keeps on the host.
+    """Limits memory while blocks are walked: that of torch on a GPU, and the holes that glibc keeps on the host.
 
     torch raises OutOfMemoryError where tensors would take more than `max_vram` bytes of the GPU. Allocations of at
-    least `mapped` bytes are mapped by themselves (see `map_blocks_from`).
+    least `mapped` bytes are mapped on their own (see `map_blocks_from`).
     """
     limits = max_vram is not None and device.type == "cuda"
     if limits:
@@ -56,18 +56,19 @@ def limited(device: torch.device, max_vram: int | None, mapped: int) -> Iterator
 
 
 def map_blocks_from(nbytes: int) -> None:
-    """Has glibc map allocations of at least `nbytes` by themselves, so that their pages go back when they are freed.
+    """Has glibc map each allocation of at least `nbytes` bytes on its own, so that its pages go back when it is freed.
 
-    glibc moves that limit to 32 MiB as large allocations are freed, and keeps the holes between them after that: 557 MB
-    at most for work that needs 380 (width 1024, float32). SMALL keeps preparations small. While blocks are computed it
-    costs a tenth of the CPU time, in page faults; 32 MiB and `return_freed` after each block hold 2 % more instead.
+    As large allocations are freed, glibc raises that limit to 32 MiB and then keeps the holes between them: it held
+    557 MB at most for work that needs 380 MB (width 1024, float32). SMALL keeps memory low before the walk. While
+    blocks are computed it costs a tenth of the CPU time, in page faults; 32 MiB, and `return_freed` after each block,
+    take 2 % more memory instead.
     """
     if mallopt := library("mallopt"):
         mallopt(-3, nbytes)  # M_MMAP_THRESHOLD; another C library ignores it or has no such function
 
 
 def return_freed() -> None:
-    """Gives the holes between allocations back to the system; they added up to 0.6 MB for each decoder block."""
+    """Gives the holes between allocations back to the system. They added up to 0.6 MB for each decoder block."""
     if malloc_trim := library("malloc_trim"):
         malloc_trim(0)
 
@@ -81,7 +82,7 @@ def host_memory(nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
     memory = torch.empty(nbytes, dtype=torch.uint8)
     locked = device.type == "cuda" and int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)) == 0
     if device.type == "cuda" and not locked:
-        with suppress(RuntimeError):  # else the next kernel would report the failure
+        with suppress(RuntimeError):  # otherwise the next kernel would report the failure
             torch.ones(1, device=device)
     try:
         yield memory
@@ -94,7 +95,7 @@ def host_memory(nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
 class Peak:
     """A context that samples `anonymous()` every `interval` seconds. `host` and `device` are peaks in bytes.
 
-    `series` holds some hundred [seconds, bytes] over its time, each the maximum of its span.
+    `series` is the memory over time, as a few hundred pairs [seconds, bytes], each the maximum of its span.
     """
 
     def __init__(self, device: torch.device, interval: float = 0.005) -> None:
@@ -107,6 +108,7 @@ class Peak:
 
     @property
     def device(self) -> int:
+        """The peak of tensors on the GPU in bytes; 0 without a GPU."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def beside(self, host: int, device: int) -> dict[str, int]:
@@ -139,14 +141,14 @@ class Peak:
                 continue
             self.series.append([round(time.perf_counter() - self._start, 3), most])
             count = most = 0
-            if len(self.series) == 2 * SAMPLES:  # each one left stands for twice as long
+            if len(self.series) == 2 * SAMPLES:  # pairs become one, of twice the span
                 pairs = zip(self.series[::2], self.series[1::2], strict=True)
                 self.series = [[later[0], max(one[1], later[1])] for one, later in pairs]
                 span *= 2
 
 
 class Clock:
-    """Seconds by part of the work on one device. On a GPU they are read from events, so nothing waits for them."""
+    """Seconds by part of the work on one device. On a GPU they are read from events, so that nothing waits for them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._cuda = device, device.type == "cuda"
@@ -155,7 +157,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What runs within it counts for `name`, but for the parts within it."""
+        """A context whose time counts for the part `name`, except the time of other parts within it."""
         before = self._name
         self._mark(name)
         try:
@@ -175,7 +177,7 @@ class Clock:
         return spent
 
     def _mark(self, name: str) -> None:
-        """The part from now on is `name`."""
+        """Ends the current part and begins the part `name`."""
         self._name = name
         now: Any = time.perf_counter()
         if self._cuda:
@@ -185,13 +187,13 @@ class Clock:
 
 
 def add_seconds(spent: dict[str, float], seconds: dict[str, float]) -> None:
-    """Adds seconds by part to `spent`."""
+    """Adds the seconds of each part to those in `spent`."""
     for part, more in seconds.items():
         spent[part] = spent.get(part, 0.0) + more
 
 
 def timing(wall: float, spent: dict[str, float]) -> dict[str, Any]:
-    """Seconds on the wall, by part and of all parts one after the other, and the share of time that was computing."""
+    """The seconds on the wall, of each part and of all parts in turn, and the share of the wall that was computing."""
     computing, serial = sum(spent.get(part, 0.0) for part in COMPUTING), sum(spent.values())
     return {
         "wall": wall,
@@ -200,3 +202,6 @@ def timing(wall: float, spent: dict[str, float]) -> dict[str, Any]:
         "serial_over_wall": serial / max(wall, 1e-9),
         "compute_busy": computing / max(wall, 1e-9),
     }
+
+
+map_blocks_from(SMALL)  # before transformers is imported: 10 MB less at the peak (width 1024)

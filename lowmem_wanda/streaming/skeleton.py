@@ -1,6 +1,6 @@
 """The transformers model of a checkpoint with every parameter on `meta`, and which file tensor each parameter is.
 
-Nothing here knows a model family: the list of blocks, the matrices and the names in the file are found.
+Nothing here depends on a model family: the list of blocks, the matrices and the names in the file are found by search.
 """
 
 import re
@@ -22,12 +22,12 @@ from lowmem_wanda.checkpoint.reader import FLOATS
 from lowmem_wanda.errors import CalibrationError, CheckpointError, ModelError
 from lowmem_wanda.streaming.matrices import LINEARS, Matrix, find_matrices
 
-BUILD_ERRORS = (  # what transformers raises for configurations that describe no model
+BUILD_ERRORS = (  # what transformers raises for configurations that do not describe a model
     OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError,
     AssertionError, IndexError,
 )  # fmt: skip
 
-logging.set_verbosity_error()  # what matters of what transformers warns of is an error of ours
+logging.set_verbosity_error()  # where a warning of transformers matters, this package raises an error
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Skeleton:
     """A model without weights.
 
     `names` maps each parameter or buffer of the module to the file tensor it is loaded from; tied ones share a tensor.
-    `path` leads to the list of decoder blocks and `blocks` are its members. `untouched` are file tensors that the model
-    knows but does not load.
+    `path` is that of the list of decoder blocks, and `blocks` are its members. `untouched` are file tensors that the
+    model knows but does not load.
     """
 
     model: nn.Module
@@ -67,7 +67,7 @@ class Skeleton:
 
     @property
     def head(self) -> nn.Module | None:
-        """The module that makes logits of hidden states, as transformers finds it."""
+        """The module that makes logits of hidden states, as transformers names it; None where it names none."""
         return self.model.get_output_embeddings()  # type: ignore[operator, no-any-return]
 
     @property
@@ -91,7 +91,7 @@ class Skeleton:
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
-    """The model of a checkpoint, computing in `dtype`, with every file tensor accounted for.
+    """The model of a checkpoint, computed in `dtype`, with every file tensor accounted for.
 
     Raises ModelError for what is not a causal language model or cannot be walked yet, CheckpointError for tensors that
     are missing, of other shapes, or without a place in the model.
@@ -105,7 +105,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False, **settings: Any) -> Any:
-    """The checkpoint's own tokenizer as transformers makes it. Raises CalibrationError."""
+    """The checkpoint's own tokenizer as transformers makes it. Raises CalibrationError where it cannot be loaded."""
     try:
         return AutoTokenizer.from_pretrained(
             checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code, **settings
@@ -121,7 +121,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
     declared = checkpoint.config().get("architectures") or []
     declared = declared if isinstance(declared, list) else [declared]
     if declared and not any(re.search(r"ForCausalLM|LMHeadModel", str(name)) for name in declared):
-        raise ModelError(f"config.json: {declared[0]} is no causal language model; only those are pruned")
+        raise ModelError(f"config.json: {declared[0]} is not a causal language model; only those are pruned")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code)
         with init_empty_weights():
@@ -160,7 +160,7 @@ def _match(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str
             )
         else:
             names[name] = tensor
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # transformers ties either way round
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # transformers ties in either direction
         if target in names or source in names:
             names.setdefault(target, names.get(source, ""))
             names.setdefault(source, names[target])
@@ -168,7 +168,7 @@ def _match(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str
 
 
 def _find_blocks(model: nn.Module) -> str:
-    """Path of the list that holds most parameters and lies in no other list."""
+    """The path of the list with the most parameters that does not lie in another list. Raises ModelError."""
     lists = {
         path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     }
@@ -180,7 +180,7 @@ def _find_blocks(model: nn.Module) -> str:
 
 
 def _require_no_experts(model: nn.Module, blocks: str) -> None:
-    """Raises ModelError for a matrix in a block that no linear or embedding owns, or linears in a list: experts."""
+    """Raises ModelError for experts: linears in a list, or a matrix that neither a linear nor an embedding owns."""
     for path, module in model.get_submodule(blocks).named_modules():
         experts = isinstance(module, nn.ModuleList) and any(isinstance(part, LINEARS) for part in module.modules())
         known = isinstance(module, (*LINEARS, nn.Embedding))
@@ -195,7 +195,11 @@ def _require_no_experts(model: nn.Module, blocks: str) -> None:
 
 
 def _account(model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpected: list[str]) -> tuple[str, ...]:
-    """The unexpected tensors, each known to transformers as one to ignore. Raises CheckpointError for all else."""
+    """The `unexpected` tensors, all of which transformers ignores, too.
+
+    Raises CheckpointError for any other tensor without a place, and for one that is missing or has another shape or
+    dtype than the model.
+    """
     for name, parameter in model.state_dict().items():
         if name not in names:
             raise CheckpointError(
@@ -213,7 +217,7 @@ def _account(model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpect
                 f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, not floating point; get the "
                 "unquantized checkpoint"
             )
-    # these two are old buffers that transformers, too, ignores for every family
+    # these two are old buffers that transformers, too, ignores in every family
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     for name in unexpected:
         if not any(re.search(pattern, name) for pattern in patterns):
@@ -226,5 +230,5 @@ def _account(model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpect
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first."""
+    """The first line of an error's message, at most 200 characters, or the error's class."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__

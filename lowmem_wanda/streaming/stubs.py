@@ -1,4 +1,4 @@
-"""What stands in the places of blocks while the model's own forward runs without them."""
+"""Stubs that take the places of blocks while the model's own forward runs without them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ Compared = dict[tuple[int, int], tuple[bool, torch.Tensor]]
 
 
 class Stub(nn.Module):
-    """Stands in a block's place; whatever the model reads from the block it still reads from it."""
+    """Takes a block's place and passes its calls to `arrive`. What the model reads from it is read from the block."""
 
     def __init__(self, block: nn.Module, arrive: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
@@ -20,6 +20,7 @@ class Stub(nn.Module):
         return getattr(self.__dict__["_block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Passes a call on to `arrive`."""
         return self._arrive(args, kwargs)
 
 
@@ -33,7 +34,7 @@ def same_call(one: Any, other: Any, compared: Compared) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         pair = (id(one), id(other))
         if pair not in compared:
-            compared[pair] = (torch.equal(one, other), other)  # while it is kept, nothing else has its identity
+            compared[pair] = (torch.equal(one, other), other)  # kept, so that no other tensor gets its identity
         return compared[pair][0]
     if type(one) is not type(other):
         return False

@@ -1,4 +1,4 @@
-"""Models on their way through their blocks: the stream, and the one loop over blocks."""
+"""The stream that takes models through their blocks, and the one loop over blocks."""
 
 import tempfile
 import time
@@ -20,21 +20,21 @@ from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, limited, return_freed, timing
 
 MicroBatches = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
-Source = Callable[[int], list[Tensor]]  # block index -> where its tensors are read
+Source = Callable[[int], list[Tensor]]  # block index -> the file tensors that are read for it
 Step = Callable[[Block, MicroBatches], Write | None]
 Arrived = Callable[[str, torch.Tensor], None]  # path of a module, its inputs
-Notify = Callable[[dict[str, Any]], None]  # is told a record: of what begins, or of a block that is done
+Notify = Callable[[dict[str, Any]], None]  # called with a record of what begins, or of a finished block
 
 
 def ignore(record: dict[str, Any]) -> None:
-    """The Notify of those who do not want to know."""
+    """A Notify that does nothing."""
 
 
 class Stream:
-    """Models side by side on their way through their blocks, and all that this takes.
+    """Models that go through their blocks side by side, with the buffers and the hidden states that this takes.
 
-    `states` are the hidden states of each model, which a step updates in place; there are none where no tokens are
-    given. `spent` has the seconds by part, `peak` the memory.
+    `states` are the hidden states of each model, which a step updates in place; they are empty where no tokens are
+    given. `spent` has the seconds by part, `peak` the peaks of memory.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Stream:
         self._allocate, self._start = allocate, time.perf_counter()
 
     def walk(self, *steps: Step, indices: Iterable[int] | None = None, source: Source | None = None) -> None:
-        """Takes all models through the blocks `indices` (default: all), a block of each, then the next of each.
+        """Takes all models through the blocks `indices` (default: all), one block of every model at a time.
 
-        There is a step for each model: it works on a block and the model's hidden states, and gives back what writes
-        the block, or None. `source` says where a block is read (default: in the model's checkpoint). Meanwhile the next
-        block is read and the last one written.
+        There is a step for each model. It works on a block and the model's hidden states, and gives back the function
+        that writes the block, or None. `source` gives the tensors that a block is read from (default: those of the
+        model's checkpoint). While a step works, the next block is read and the one before is written.
         """
         if self.batches and not self.states:
             self._embed()
@@ -73,12 +73,12 @@ class Stream:
         for decoder in self.decoders:
             decoder.empty()
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Has the writing thread do something beside the computing."""
-        self.buffers.submit(work)
+    def submit(self, action: Callable[[], None]) -> None:
+        """Has the writing thread do `work` beside the computing."""
+        self.buffers.submit(action)
 
     def timing(self) -> dict[str, Any]:
-        """Seconds of all so far: on the wall, and by part."""
+        """The seconds so far, as `timing` of `resources` gives them. Waits for the writing thread."""
         self.buffers.drain()
         together = dict(self.spent)
         add_seconds(together, self.buffers.spent)
@@ -95,12 +95,10 @@ class Stream:
 def streamed(
     *models: StreamedModel, batches: Sequence[np.ndarray] = (), placement: Placement, folder: Path | None = None
 ) -> Iterator[Stream]:
-    """Gives a stream of models that are walked side by side, of one device and depth, and closes all that it holds.
+    """Gives a stream of models of one device and depth, which are walked side by side, and closes it at the end.
 
-    The budget is that of the last model.
-
-    `batches` are token ids (sequences, length), each computed at once; they are embedded when the walk begins. Hidden
-    states in a file lie in `folder` (default: a temporary one).
+    The budget is that of the last model. `batches` are token ids (sequences, length), each computed at once; they are
+    embedded when the walk begins. Hidden states in a file lie in `folder` (default: a temporary folder).
     """
     device, budget = models[-1].device, models[-1].budget
     with ExitStack() as stack:
@@ -120,18 +118,18 @@ def streamed(
 
 def advance(block: Block, states: MicroBatches) -> None:
     """Replaces the hidden states by the block's output."""
-    for part in states:
-        forward_in_place(block, part)
+    for micro_batch in states:
+        forward_in_place(block, micro_batch)
 
 
-def forward_in_place(block: Block, part: torch.Tensor) -> None:
+def forward_in_place(block: Block, micro_batch: torch.Tensor) -> None:
     """Replaces the hidden states of one micro-batch, on any device, by the block's output."""
-    part.copy_(block(part), non_blocking=block.device.type == "cuda")
+    micro_batch.copy_(block(micro_batch), non_blocking=block.device.type == "cuda")
 
 
 @contextmanager
 def watched(block: Block, modules: Collection[str], arrived: Arrived) -> Iterator[None]:
-    """Calls `arrived` with the inputs of each of the block's `modules` before it computes."""
+    """Calls `arrived` with the path and the inputs of each of the block's `modules`, before the module computes."""
 
     def before(path: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         arrived(path, inputs[0])

@@ -74,7 +74,7 @@ FORGED = {
     "one weight": (UP, first(3.0), "1 weights are neither"),
     "negative zero": (UP, lambda t: torch.where(t == 0, -0.0, t), "neither the source's nor zero"),
     "a norm": ("model.norm.weight", first(0.0), "model.norm.weight: 1 values are zero"),
-    "an embedding": ("model.embed_tokens.weight", first(0.0), "is no matrix of a block"),
+    "an embedding": ("model.embed_tokens.weight", first(0.0), "is not a matrix of a block"),
     "a dtype": (UP, lambda t: t.float(), "is F32"),
     "a shape": (UP, lambda t: t.reshape(32, 64), r"is BF16 \[32, 64\]"),
 }

@@ -190,7 +190,7 @@ def test_eval_says_what_a_model_is_worth(source, token_file, tmp_path, monkeypat
     asked = {"perplexity", "perplexity_stderr", "tokens", "length", "kl_mean", "kl_p99", "top1_agreement"}
     assert asked | {"perplexity_ratio"} <= pruned.keys() and (pruned["tokens"], pruned["length"]) == (90, 16)
     assert dense["kl_max"] < 1e-6 < pruned["kl_mean"] and dense["top1_agreement"] == 1
-    assert "block 3/3  off by" in shown.err and "90 tokens scored in 6 windows of 16" in shown.err
+    assert "block 3/3  off by" in shown.err and "90 tokens evaluated in 6 windows of 16" in shown.err
     report = json.loads((tmp_path / "out-eval/report.json").read_text())
     assert report["kind"] == "eval" and len(report["models"]) == 2 and report["arguments"]["against"] == source
     assert "<html" in (tmp_path / "out-eval/report.html").read_text()

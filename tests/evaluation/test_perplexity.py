@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_wanda import prune
 from lowmem_wanda.data.windows import windows
 from lowmem_wanda.errors import BudgetError, CalibrationError, ModelError, NumberError
-from lowmem_wanda.evaluation.perplexity import measure, perplexity
+from lowmem_wanda.evaluation.perplexity import evaluate_model, perplexity
 from lowmem_wanda.streaming import head
 
 
@@ -49,7 +49,7 @@ def test_perplexity_is_transformers_own(tiny, token_file, narrow, family):
     tokens = torch.from_numpy(np.load(token_file))
     with torch.no_grad():
         expected = math.exp(float(model(input_ids=tokens, labels=tokens).loss))
-    result = measure(opened(tiny(family), batch=4), rows(token_file))
+    result = evaluate_model(opened(tiny(family), batch=4), rows(token_file))
     assert result["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert (result["tokens"], result["length"], len(result["blocks"])) == (6 * 15, 16, 3)
 
@@ -62,7 +62,7 @@ def test_figures_against_the_dense_model_are_the_direct_ones(tiny, token_file, t
     divergence = (p.exp() * (p - q)).sum(-1).reshape(-1).numpy()
     change = (whole_losses(tmp_path / "out", tokens) - whole_losses(source, tokens)).reshape(-1)
     works = [opened(path, batch=4) for path in (tmp_path / "out", source)]
-    result = measure(works[0], rows(token_file), works[1])
+    result = evaluate_model(works[0], rows(token_file), works[1])
     same = (dense.argmax(-1) == pruned.argmax(-1)).double().mean()
     assert result["kl_mean"] == pytest.approx(divergence.mean(), rel=1e-5)
     assert result["kl_p99"] == pytest.approx(np.percentile(divergence, 99), rel=1e-5)
@@ -84,13 +84,13 @@ def test_damage_is_the_relative_error_of_each_blocks_output(tiny, token_file, tm
         with torch.no_grad():
             model(tokens, use_cache=False)
         outputs.append(kept)
-    result = measure(opened(tmp_path / "out"), rows(token_file), opened(source))
+    result = evaluate_model(opened(tmp_path / "out"), rows(token_file), opened(source))
     expected = [float((one - other).norm() / other.norm()) for other, one in zip(*outputs, strict=True)]
     assert [block["relative_error"] for block in result["blocks"]] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_against_itself(tiny, token_file):
-    result = measure(*(opened(tiny("llama")), rows(token_file), opened(tiny("llama"))))
+    result = evaluate_model(*(opened(tiny("llama")), rows(token_file), opened(tiny("llama"))))
     assert abs(result["kl_max"]) < 1e-6 and result["perplexity_ratio"] == result["top1_agreement"] == 1
     assert [block["relative_error"] for block in result["blocks"]] == [0, 0, 0]
 
@@ -99,7 +99,7 @@ def test_a_model_against_itself(tiny, token_file):
 def test_no_layout_changes_a_figure(tiny, token_file, limits):
     dense, keys = tiny("llama"), ("perplexity", "kl_mean", "kl_p99", "top1_agreement")
     results = [
-        measure(
+        evaluate_model(
             opened(tiny("llama_tied"), batch=4, **limit),
             rows(token_file),
             opened(dense, **limit),
@@ -115,8 +115,8 @@ def test_strides_score_each_token_once_with_more_before_it(tiny, tmp_path):
     text = rows(tmp_path / "ids.npy", stride=6)
     losses = whole_losses(tiny("llama"), text.tokens)
     expected = np.concatenate([losses[0], *(row[-6:] for row in losses[1:])])
-    result = measure(opened(tiny("llama")), text)
-    assert text.tokens.shape == (6, 16) and text.scored == result["tokens"] == 15 + 5 * 6
+    result = evaluate_model(opened(tiny("llama")), text)
+    assert text.tokens.shape == (6, 16) and text.evaluated == result["tokens"] == 15 + 5 * 6
     assert np.array_equal(text.tokens[1], tokens[6:22])
     assert result["perplexity"] == pytest.approx(math.exp(expected.mean()), rel=1e-5)
 
@@ -127,7 +127,7 @@ def test_llama_cpps_convention(tiny, tmp_path):
     plain = rows(tmp_path / "a.txt")
     assert (text.tokens[:, 0] == 1).all() and np.array_equal(text.tokens[:, 1:], plain.tokens[:, 1:])
     expected = whole_losses(tiny("llama"), text.tokens)[:, 8:]  # tokens 9 to 15: n_ctx - n_ctx / 2 - 1
-    result = measure(opened(tiny("llama")), text)
+    result = evaluate_model(opened(tiny("llama")), text)
     assert result["tokens"] == 3 * 7
     assert result["perplexity"] == pytest.approx(math.exp(expected.mean()), rel=1e-5)
     error = expected.std(ddof=1) / math.sqrt(expected.size) * result["perplexity"]
@@ -176,12 +176,12 @@ def test_windows_that_cannot_be_are_refused(tmp_path, settings, says):
 def test_models_of_another_kind_are_refused(tiny, token_file, tmp_path):
     other = save_tiny(tmp_path / "deep", "llama", num_hidden_layers=4)
     with pytest.raises(ModelError, match="has 3 blocks, .*deep 4"):
-        measure(opened(tiny("llama")), rows(token_file), opened(other))
+        evaluate_model(opened(tiny("llama")), rows(token_file), opened(other))
 
 
 def test_a_budget_is_kept_or_refused(tiny, token_file):
     with pytest.raises(BudgetError, match="--max-ram"):
-        measure(opened(tiny("llama"), max_ram=1 << 20), rows(token_file))
+        evaluate_model(opened(tiny("llama"), max_ram=1 << 20), rows(token_file))
 
 
 def test_logits_that_are_no_numbers_are_an_error(token_file, tmp_path):
@@ -190,7 +190,7 @@ def test_logits_that_are_no_numbers_are_an_error(token_file, tmp_path):
     model.lm_head.weight.data[3, 3] = float("nan")
     model.save_pretrained(path)
     with pytest.raises(NumberError, match="NaN"):
-        measure(opened(path), rows(token_file))
+        evaluate_model(opened(path), rows(token_file))
 
 
 def test_the_error_of_a_perplexity_is_that_of_a_mean():

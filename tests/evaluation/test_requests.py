@@ -15,11 +15,11 @@ from lowmem_wanda.evaluation.requests import (
     Input,
     batched,
     collect,
-    cut,
     group_inputs,
     padded,
     sweep,
     sweep_size,
+    sweep_slices,
 )
 from lowmem_wanda.streaming.placement import Placement
 
@@ -56,7 +56,7 @@ def alone(model, context, continuation, most):
 
 def check(work, model, questions, made):
     answers = {}
-    for number in range(len(made.parts)):
+    for number in range(len(made.slices)):
         answered = sweep(work, made, number)
         assert not answers.keys() & answered.keys()
         answers |= answered
@@ -72,11 +72,11 @@ def test_answers_are_those_of_each_input_alone(tiny, questions, family):
     greedy = int(model(torch.tensor([questions[0][0]])).logits[0, -1].argmax())
     questions = [*questions, (questions[0][0], [greedy])]
     made = group_inputs(work, collect(questions, 64))
-    assert len(made.parts) == 1 and made.sizes == sorted(made.sizes, reverse=True) and made.sizes[0] == 64
+    assert len(made.slices) == 1 and made.sizes == sorted(made.sizes, reverse=True) and made.sizes[0] == 64
     check(work, model, questions, made)
-    pieces = list(cut(made.sizes, 70))
+    pieces = list(sweep_slices(made.sizes, 70))
     assert len(pieces) > 3
-    check(work, model, questions, replace(made, parts=pieces))
+    check(work, model, questions, replace(made, slices=pieces))
 
 
 def test_each_input_is_given_once(questions):
@@ -84,9 +84,9 @@ def test_each_input_is_given_once(questions):
     assert len(inputs) == len(questions) - 4
     lengths = [len(one.tokens) for one in inputs]
     assert lengths == sorted(lengths, reverse=True) and lengths[0] == 64
-    assert sorted(number for one in inputs for number, _ in one.asked) == list(range(len(questions)))
-    shared = next(one for one in inputs if len(one.asked) == 4)
-    assert [len(continuation) for _, continuation in shared.asked] == [1, 1, 1, 3]
+    assert sorted(number for one in inputs for number, _ in one.questions) == list(range(len(questions)))
+    shared = next(one for one in inputs if len(one.questions) == 4)
+    assert [len(continuation) for _, continuation in shared.questions] == [1, 1, 1, 3]
 
 
 def test_batches_hold_one_length_and_no_more_than_they_may():
@@ -113,9 +113,9 @@ def test_padding_adds_little():
 
 
 def test_pieces_are_full_and_hold_everything():
-    assert list(cut([5, 4, 3, 2, 1], 8)) == [slice(0, 1), slice(1, 3), slice(3, 5)]
-    assert list(cut([9, 9, 1], 5)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    assert list(cut([1], 5)) == [slice(0, 1)]
+    assert list(sweep_slices([5, 4, 3, 2, 1], 8)) == [slice(0, 1), slice(1, 3), slice(3, 5)]
+    assert list(sweep_slices([9, 9, 1], 5)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert list(sweep_slices([1], 5)) == [slice(0, 1)]
 
 
 def planned(monkeypatch, work, fits, in_file, longest, total):

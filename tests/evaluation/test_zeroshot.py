@@ -193,7 +193,7 @@ def test_a_budget_is_kept_or_refused(stories):
 @pytest.mark.parametrize(
     ("given", "message"),
     [({"peft": "x"}, "peft: lowmem has no such argument"), ({"dtype": "int8"}, "--dtype int8: give one of auto, float32"),
-     ({"max_ram": "much"}, "max_ram='much' is no size")],
+     ({"max_ram": "much"}, "max_ram='much' is not a size")],
 )  # fmt: skip
 def test_arguments_that_are_not_known_are_named(stories, given, message):
     with pytest.raises(LowmemError, match=message):
@@ -204,7 +204,7 @@ def test_no_text_is_generated(ours):
     with pytest.raises(ModelError, match="generate_until: a model that is streamed block by block does not generate"):
         ours.generate_until([request("Once", {})])
     assert ours.loglikelihood([]) == [] and ours.loglikelihood_rolling([]) == []
-    with pytest.raises(ModelError, match="must be at least 1 of both"):
+    with pytest.raises(ModelError, match="give at least 1 of both"):
         ours._loglikelihood_tokens([(("a", ""), [1], [])])
     with pytest.raises(ModelError, match=r"at most 512 \(max_length\)"):
         ours._loglikelihood_tokens([(("a", "b"), [1], [5] * 513)])
@@ -273,7 +273,7 @@ def test_tasks_are_found_by_file_pattern_and_group(stories, only_local):
     assert found["local_arc"]["acc"] == (found["local_arc_easy"]["acc"] + found["local_arc_challenge"]["acc"]) / 2
     with pytest.raises(CalibrationError, match="--tasks: Duplicate task 'local_arc_easy'.*; name it once"):
         zeroshot.run(opened(stories), ["local_arc", "local_arc_easy"], include_path=LOCAL, limit=2)
-    with pytest.raises(CalibrationError, match="is no folder"):
+    with pytest.raises(CalibrationError, match="is not a folder"):
         zeroshot.run(opened(stories), ["x"], include_path="nowhere")
 
 

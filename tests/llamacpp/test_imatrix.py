@@ -125,7 +125,7 @@ def hostile(*values):
 )
 def test_a_gguf_that_promises_too_much_is_refused(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(CheckpointError, match="no whole GGUF file"):
+    with pytest.raises(CheckpointError, match="not a whole GGUF file"):
         read(tmp_path / "x.gguf")
 
 
@@ -153,7 +153,7 @@ def test_a_gguf_without_sums_is_refused(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("blk.0.attn_q.weight", np.zeros((2, 2), np.float32))
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    with pytest.raises(CheckpointError, match="no importance matrix"):
+    with pytest.raises(CheckpointError, match="not an importance matrix"):
         read(tmp_path / "model.gguf")
 
 
@@ -443,8 +443,8 @@ def test_a_job_by_other_norms_is_another_job(tiny, token_file, tmp_path):
 
 
 def test_real_models_by_published_norms_lie_between_wanda_and_magnitude(shared, tmp_path):
-    from lowmem_wanda.evaluation.evaluate import cut
-    from lowmem_wanda.evaluation.perplexity import measure
+    from lowmem_wanda.evaluation.evaluate import windows_for
+    from lowmem_wanda.evaluation.perplexity import evaluate_model
 
     source, stories = shared / "models/stories260K", shared / "corpora/tinystories"
     text = [str(stories / "calibration.txt")]
@@ -454,8 +454,10 @@ def test_real_models_by_published_norms_lie_between_wanda_and_magnitude(shared, 
     prune(source, tmp_path / "norms", pattern="50%", norms=str(tmp_path / "dense.gguf"))
     prune(source, tmp_path / "wanda", pattern="50%", text=text, sequences=64, length=512)
     prune(source, tmp_path / "magnitude", pattern="50%", method="magnitude")
-    windows = cut(work, [str(stories / "held-out.txt")], 512, windows=40)
-    value = {name: measure(opened(tmp_path / name), windows)["perplexity"] for name in ("wanda", "norms", "magnitude")}
+    windows = windows_for(work, [str(stories / "held-out.txt")], 512, windows=40)
+    value = {
+        name: evaluate_model(opened(tmp_path / name), windows)["perplexity"] for name in ("wanda", "norms", "magnitude")
+    }
     assert value["wanda"] < value["norms"] < 1.2 * value["wanda"] < value["magnitude"]
 
 

@@ -10,7 +10,7 @@ from lowmem_wanda import compare, prune
 from lowmem_wanda.checkpoint.output import report_folder
 from lowmem_wanda.data.windows import windows
 from lowmem_wanda.errors import OutputError, PatternError
-from lowmem_wanda.evaluation.perplexity import measure
+from lowmem_wanda.evaluation.perplexity import evaluate_model
 from lowmem_wanda.pruning import compare as module
 from lowmem_wanda.pruning.variants import titles_of, variants_of
 
@@ -39,7 +39,7 @@ def test_a_row_is_what_prune_and_eval_give(tiny, token_file, tmp_path):
     report = run(tiny("llama"), tmp_path / "out", token_file, ["magnitude", "wanda"], sequences=[4])
     prune(tiny("llama"), tmp_path / "wanda", text=[str(token_file)], sequences=4)
     text = windows([str(token_file)], lambda line: [], length=16, vocabulary=96)
-    alone = measure(opened(tmp_path / "wanda"), text, opened(tiny("llama")))
+    alone = evaluate_model(opened(tmp_path / "wanda"), text, opened(tiny("llama")))
     row = report["rows"][1]
     assert {key: row[key] for key in module.FIGURES} == {key: alone[key] for key in module.FIGURES}
     assert [block["relative_error"] for block in row["blocks"]] == [b["relative_error"] for b in alone["blocks"]]

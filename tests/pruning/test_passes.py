@@ -47,7 +47,7 @@ def whole_model(path, tokens, one_by_one):
     linears = [[block.get_submodule(name) for name in group] for block in model.model.layers for group in shared]
     groups = linears if one_by_one else [[module for group in linears for module in group]]
     for group in groups:
-        sums = {module: 0 for module in group}
+        sums = dict.fromkeys(group, 0)
 
         def note(module, given, sums=sums):
             sums[module] = sums[module] + given[0].reshape(-1, given[0].shape[-1]).double().square().sum(0)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_wanda import check, prune
 from lowmem_wanda.data.windows import windows as rows
-from lowmem_wanda.evaluation.perplexity import measure
+from lowmem_wanda.evaluation.perplexity import evaluate_model
 
 
 def perplexity(path, windows):
@@ -56,7 +56,7 @@ def test_wanda_beats_magnitude_on_a_trained_model(shared, tmp_path, model, patte
     given = rows([str(tmp_path / "windows.npy")], list, length=length, vocabulary=1 << 20)
     measured = {}
     for name, folder in (("wanda", tmp_path / "wanda"), ("magnitude", tmp_path / "magnitude"), ("dense", path)):
-        measured[name] = measure(opened(folder, batch=4096 // length), given)["perplexity"]
+        measured[name] = evaluate_model(opened(folder, batch=4096 // length), given)["perplexity"]
         assert measured[name] == pytest.approx(perplexity(folder, windows), rel=1e-5)  # transformers' own
     assert measured["dense"] == pytest.approx(dense, rel=0.05)
     assert measured["wanda"] == pytest.approx(wanda, rel=0.08)  # shared/README.md; stories on other windows

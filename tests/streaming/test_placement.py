@@ -116,7 +116,7 @@ def test_sizes_are_read_as_people_write_them(text, expected):
 def test_what_is_no_size_is_usage(text, capsys):
     with pytest.raises(SystemExit) as error:
         main(["plan", "x", "--max-ram", text])
-    assert error.value.code == 2 and "no size such as 8GB" in capsys.readouterr().err
+    assert error.value.code == 2 and "not a size such as 8GB" in capsys.readouterr().err
 
 
 def hollow_llama(path, width, hidden, blocks, kv_heads, vocab):
@@ -158,7 +158,7 @@ def test_the_largest_models_are_planned_for_small_cards(tmp_path, still, shape, 
     limits = {"dtype": "bfloat16", "max_vram": cap * 10**9, "max_ram": 10**12}
     planned = work(path, **limits)
     on_gpu = replace(planned.model, device=torch.device("cuda"))
-    layout, need = choose(replace(planned, models=(on_gpu,), scored=DEVICE_CHUNK))
+    layout, need = choose(replace(planned, models=(on_gpu,), chunk=DEVICE_CHUNK))
     assert (layout.states, layout.slots) == (states, 3) and 0 < need.device <= cap * 10**9
     assert need.host < 3.2 * shape[0] * (4 * shape[0] + 3 * shape[1]) * 2 + 5e9 * (states == "host")
 
