@@ -49,14 +49,19 @@ def test_every_parameter_is_documented(function):
     assert all(f"\n{section}:\n" in words for section in ("Args", "Returns", "Raises", "Example"))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with what the examples name: a source, a text, what prune made of the source."""
+    path = tmp_path_factory.mktemp("examples")
+    (path / "my.txt").write_text("It was a dark and stormy night. " * 50)
+    (path / "source").symlink_to(ROOT / "lowmem_wanda/data/demo")
+    prune(path / "source", path / "pruned", method="magnitude")
+    return path
+
+
 @pytest.mark.parametrize("thing", [*FUNCTIONS, Checkpoint, Method, SquaredNorm], ids=lambda thing: thing.__name__)
-def test_the_examples_run(tiny, tmp_path, monkeypatch, thing):
-    """In a folder with what they name: a source of two blocks, a text, what prune made of the source."""
-    monkeypatch.chdir(tmp_path)
-    source = ROOT / "lowmem_wanda/data/demo"
-    (tmp_path / "my.txt").write_text("It was a dark and stormy night. " * 50)
-    (tmp_path / "source").symlink_to(source)
-    prune("source", "pruned", method="magnitude")
+def test_the_examples_run(folder, monkeypatch, thing):
+    monkeypatch.chdir(folder)
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
     test = parser.get_doctest(inspect.getdoc(thing), {}, thing.__name__, None, 0)
     assert test.examples and runner.run(test).failed == 0

@@ -4,8 +4,6 @@ import argparse
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from gguf import GGMLQuantizationType
 from ggufs import convert
 from test_architecture import PACKAGE, ROOMS, THIRD
 
-from lowmem_wanda.cli.main import parser
+from lowmem_wanda.cli.main import main, parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "lowmem_wanda/docs"
@@ -41,28 +39,36 @@ def checkout(tmp_path_factory):
     return folder
 
 
+def run(command, capsys):
+    """Runs a line such as "python cli.py check pruned" in this process; gives what it prints."""
+    code = main(shlex.split(command.split("cli.py ")[1]))
+    shown = capsys.readouterr()
+    assert code == 0, f"{command}: {shown.err}"
+    return shown.out
+
+
 @pytest.mark.slow
-def test_the_commands_of_the_readme_in_their_order(checkout):
+def test_the_commands_of_the_readme_in_their_order(checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
     for command in OURS:
-        done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=checkout, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        run(command, capsys)
 
 
 @pytest.mark.slow
-def test_the_commands_on_the_way_to_llama_cpp(checkout):
+def test_the_commands_on_the_way_to_llama_cpp(checkout, monkeypatch, capsys):
     """Ours, on the demo in stories260K's place and with a GGUF made here; its own were run by hand."""
     page = (DOCS / "llama-cpp.md").read_text("utf-8")
+    monkeypatch.chdir(checkout)
     ours = re.findall(r"^python (cli.py .*)$", page, re.M)
     assert [command.split()[1] for command in ours] == ["prune", "survive"]
     shutil.copytree(ROOT / "lowmem_wanda/data/demo", checkout / "stories260K")
     shutil.rmtree(checkout / "pruned", ignore_errors=True)  # of README's commands
     (checkout / "pruned.imatrix.gguf").unlink(missing_ok=True)
     for command in ours:
-        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=checkout, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        shown = run(command, capsys)
         if " prune " in command:
             convert(checkout / "pruned", checkout / "pruned-Q4_K_M.gguf", GGMLQuantizationType.Q4_0)
-    assert "Every pruned weight is zero in this GGUF" in done.stdout
+    assert "Every pruned weight is zero in this GGUF" in shown
 
 
 def test_the_library_as_the_readme_shows_it(checkout, monkeypatch):

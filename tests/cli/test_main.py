@@ -116,6 +116,7 @@ def test_the_three_doors_are_one():
         assert shown.stdout == "0.1.0\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     source = save_tiny(tmp_path / "source", "llama", num_hidden_layers=40, shard="1GB", vocab_size=1024)
@@ -151,6 +152,8 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     assert main(["check", str(tmp_path / "out"), "--against", str(source)]) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.real
 def test_nothing_is_fetched_unasked(shared, tmp_path):
     code = "import socket, sys; socket.socket.connect = socket.getaddrinfo = lambda *a, **k: sys.exit(99)\n" \
         f"from lowmem_wanda.cli.main import main; sys.exit(main(['prune', {str(shared / 'models/stories260K')!r}, " \

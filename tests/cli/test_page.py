@@ -135,6 +135,7 @@ def test_linears_that_some_blocks_lack_and_scores_of_zero(reports):
     assert page(report).count("<svg") == 4
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_no_large_page(reports):
     report, draw = reports["prune"], np.random.default_rng(0)
 
@@ -155,6 +156,7 @@ def test_a_deep_model_is_no_large_page(reports):
     assert max(map(len, re.findall(r"<svg.*?</svg>", html, flags=re.S))) < 200_000 and len(html) < 700_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_a_browser_shows_it_on_a_phone(reports, tmp_path, kind):

@@ -43,6 +43,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(head, "LEAST", 15000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_perplexity_is_transformers_own(tiny, token_file, narrow, family):
     model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
@@ -200,6 +201,8 @@ def test_the_error_of_a_perplexity_is_that_of_a_mean():
     assert error == pytest.approx(mean * values.std(ddof=1) / math.sqrt(3))
 
 
+@pytest.mark.slow
+@pytest.mark.real
 def test_real_text_in_one_piece(shared):
     """WikiText-2 is tokenized whole, as by the paper's code: no special token and no cut within it."""
     path = shared / "models/stories260K"

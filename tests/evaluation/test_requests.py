@@ -65,6 +65,7 @@ def check(work, model, questions, made):
         assert answers[number] == (pytest.approx(value, abs=1e-4), greedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2", "bloom"])
 def test_answers_are_those_of_each_input_alone(tiny, questions, family):
     work = opened(tiny(family))

@@ -23,6 +23,8 @@ from lowmem_wanda.evaluation import harness, zeroshot
 from lowmem_wanda.evaluation import requests as sweeps
 from lowmem_wanda.evaluation.harness import Lowmem
 
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = str(ROOT / "tests" / "evaluation" / "tasks")
 TASKS = [f"local_{task}" for task in

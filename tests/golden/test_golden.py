@@ -8,8 +8,17 @@ from lowmem_wanda import prune
 from lowmem_wanda.checkpoint.directory import Checkpoint
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(("pattern", "file"), [("50%", "unstructured"), ("2:4", "2of4")])
-@pytest.mark.parametrize(("method", "batch"), [("wanda", 1), ("wanda", 4), ("wanda", 16), ("magnitude", None)])
+@pytest.mark.parametrize(
+    ("method", "batch"),
+    [
+        pytest.param("wanda", 1, marks=pytest.mark.slow),
+        ("wanda", 4),
+        pytest.param("wanda", 16, marks=pytest.mark.slow),
+        ("magnitude", None),
+    ],
+)
 def test_no_bit_differs_from_the_papers_mask(shared, tmp_path, method, pattern, file, batch):
     golden = shared / "golden"
     text = [str(golden / "calib_16x256.npy")]

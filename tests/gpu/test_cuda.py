@@ -10,7 +10,10 @@ from lowmem_wanda.sparsity.methods import wanda
 from lowmem_wanda.sparsity.patterns import parse
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
 
 
 @pytest.mark.parametrize("statistics", ["block", "dense", "sequential"])

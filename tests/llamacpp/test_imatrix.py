@@ -231,6 +231,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ORDERS)
 def test_it_is_the_pruned_models_own_to_the_byte(tiny, token_file, tmp_path, settings):
     same = {"text": [str(token_file)], "batch": 4}
@@ -268,6 +269,7 @@ def test_in_the_dense_order_it_is_the_dense_models(tiny, token_file, tmp_path):
     assert measured(tiny("llama"), token_file, tmp_path / "b.gguf") == (tmp_path / "a.gguf").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["block", "sequential", "dense"])
 @pytest.mark.parametrize(("first", "blocks"), [(True, 1), (True, 3), (False, 2)])
 def test_it_survives_a_stop(tiny, token_file, tmp_path, order, first, blocks):
@@ -442,6 +444,8 @@ def test_a_job_by_other_norms_is_another_job(tiny, token_file, tmp_path):
         prune(tiny("llama"), tmp_path / "out", norms=str(tmp_path / "x.gguf"))
 
 
+@pytest.mark.slow
+@pytest.mark.real
 def test_real_models_by_published_norms_lie_between_wanda_and_magnitude(shared, tmp_path):
     from lowmem_wanda.evaluation.evaluate import windows_for
     from lowmem_wanda.evaluation.perplexity import evaluate_model
@@ -461,6 +465,8 @@ def test_real_models_by_published_norms_lie_between_wanda_and_magnitude(shared, 
     assert value["wanda"] < value["norms"] < 1.2 * value["wanda"] < value["magnitude"]
 
 
+@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.skipif(not BINARIES, reason="LLAMA_CPP_BIN does not say where llama.cpp's tools are")
 def test_llama_imatrix_says_the_same(shared, tmp_path):
     """On the finished pruned model, converted to CONVERTED by the user: set LLAMA_CPP_CONVERT to the script."""
@@ -490,6 +496,8 @@ def test_llama_imatrix_says_the_same(shared, tmp_path):
         assert difference < 3e-5 and entry.counts == other[name].counts, name
 
 
+@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.skipif(
     "LLAMA_CPP_CONVERT" not in os.environ, reason="LLAMA_CPP_CONVERT does not say where the converter is"
 )

@@ -245,6 +245,7 @@ def test_checkpoints_that_are_not_pruned_or_not_done_are_refused(pruned, tiny, t
         survive(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_signed_tiny_is_known_to_check_and_survives_a_stop(token_file, tmp_path, dtype):
     source = save_tiny(tmp_path / "source", "llama", dtype)

@@ -67,6 +67,7 @@ def test_an_order_is_what_it_says(tiny, token_file, tmp_path, order):
     assert equal(ours, whole_model(tiny("llama"), torch.from_numpy(np.load(token_file)), order == "sequential"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2", "cohere2", "mpt"])
 def test_held_or_replayed_is_the_same_to_the_bit(tiny, token_file, tmp_path, family):
     results = [

@@ -35,6 +35,7 @@ def source(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL and forks")
 def test_killed_anywhere_and_resumed_is_byte_for_byte_uninterrupted(processes, source, token_file, tmp_path):
     prune(source, tmp_path / "whole", text=[str(token_file)], batch=4)

@@ -36,6 +36,8 @@ def stories(shared):
     return path, shared / "corpora/tinystories/calibration.txt", 512, ids[: len(ids) // 512 * 512].reshape(-1, 512)
 
 
+@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.parametrize(
     ("model", "pattern", "dense", "wanda"),
     [

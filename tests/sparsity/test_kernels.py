@@ -76,6 +76,7 @@ def bits(weight):
     return weight.cpu().contiguous().view(kernels.BITS[weight.dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("pattern", "columns"), CASES, ids=str)

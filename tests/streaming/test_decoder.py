@@ -60,6 +60,7 @@ def test_streamed_logits_are_the_whole_models(tiny, token_file, family):
             assert torch.equal(decoder.finish(part).view_as(expected), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_weights_are_a_whole_model_wandas(tiny, token_file, tmp_path, family):
     path = tiny(family)

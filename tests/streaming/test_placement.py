@@ -144,6 +144,7 @@ def hollow_llama(path, width, hidden, blocks, kv_heads, vocab):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "cap", "states"),
     [

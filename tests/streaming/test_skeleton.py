@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import save_tiny
 
 CODE = """
@@ -19,6 +20,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_own_code_needs_trust(tmp_path, token_file):
     source = save_tiny(tmp_path / "source", "llama")
     config = json.loads((source / "config.json").read_text())
