@@ -18,6 +18,7 @@ from lowmem_wanda.checkpoint.reader import FLOATS, Tensor
 from lowmem_wanda.errors import ModelError
 from lowmem_wanda.streaming.buffers import DTYPES, buffer_bytes, specs_of
 from lowmem_wanda.streaming.machine import ANY, Budget, Machine
+from lowmem_wanda.streaming.resources import SMALL, map_blocks_from
 from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton, load_tokenizer
 
 
@@ -76,6 +77,7 @@ def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
 
     Raises CheckpointError or ModelError where it holds no model that can be walked, or the device is not available.
     """
+    map_blocks_from(SMALL)  # a walk before this one may have left a larger limit
     checkpoint = Checkpoint(source)
     require_prunable(checkpoint, machine.trust_remote_code)
     device = find_device(machine.device)

@@ -50,7 +50,6 @@ def limited(device: torch.device, max_vram: int | None, mapped: int) -> Iterator
     try:
         yield
     finally:
-        map_blocks_from(SMALL)
         if limits:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
