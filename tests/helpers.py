@@ -3,10 +3,13 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_wanda.checkpoint.reader import Tensor
+from lowmem_wanda.data.calibration import Calibration
+from lowmem_wanda.llamacpp.collect import collect
 from lowmem_wanda.streaming.buffers import DTYPES, read_cast
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, open_model
@@ -96,3 +99,10 @@ def contents(path: Path) -> dict[str, bytes]:
 def opened(path: Path, **settings) -> StreamedModel:
     """The model in a folder, opened on the CPU."""
     return open_model(path, Machine.of(device="cpu", **settings))
+
+
+def collected(path, token_file, out):
+    """The bytes of a checkpoint's importance matrix, by the command for that."""
+    work = opened(path, batch=4)
+    collect(work, Calibration(np.load(token_file), (Path(token_file).name,)), out)
+    return out.read_bytes()
