@@ -10,7 +10,7 @@ from lowmem_wanda.cli.terminal import printable
 from lowmem_wanda.errors import LowmemError
 
 COMMANDS = ("prune", "imatrix", "check", "survive", "evaluate", "compare")  # modules of this room, each with an `add`
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
 EXAMPLE = """example:
   %(prog)s prune llama-3-8b llama-3-8b-2of4 --pattern 2:4
   %(prog)s check llama-3-8b-2of4 --against llama-3-8b

@@ -68,6 +68,11 @@ def windows(
     `stride` is the number of tokens from one window to the next if windows overlap. Raises CalibrationError.
     """
     name = " and ".join(texts)
+    if convention not in CONVENTIONS:
+        raise CalibrationError(f"--convention {convention}: give one of {', '.join(CONVENTIONS)}")
+    for flag, number in (("--length", length), ("--windows", most), ("--stride", stride)):
+        if number is not None and number < 1:
+            raise CalibrationError(f"{flag} {number}: give a whole number above 0")
     if stride is not None and (convention != "windows" or stride >= length):
         raise CalibrationError(f"--stride {stride} must be below --length {length}, and --convention must be windows")
     tokens = _stream(texts, encode)

@@ -186,10 +186,9 @@ def prepare(
     if norms:
         known = load_norms(str(norms), names, {matrix.name: matrix.shape[1] for matrix in matrices})
     if not imatrix and (known or chosen.statistic is None):
-        calibration = None
+        calibration = None  # nothing is measured
     elif calibration is None:
-        size = {"sequences": sequences, "length": model.window(length), "seed": seed}
-        calibration = calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, **size)
+        calibration = _choose_calibration(model, text, sequences, length, seed)
     return PruneJob(
         model=model,
         method=chosen,
@@ -212,6 +211,14 @@ def _choose_pattern(text: str, group: str | None, method: Method) -> Pattern:
     pattern = parse(text, group or "row")
     own = group is None and isinstance(pattern, Unstructured)
     return replace(pattern, group=method.group) if own else pattern
+
+
+def _choose_calibration(
+    model: StreamedModel, text: Sequence[str], sequences: int, length: int, seed: int
+) -> Calibration:
+    """The calibration tokens of a text, in sequences that the model has positions for."""
+    size = {"sequences": sequences, "length": model.window(length), "seed": seed}
+    return calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, **size)
 
 
 def _choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:

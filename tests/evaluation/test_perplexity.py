@@ -165,7 +165,9 @@ def test_data_sets_are_joined_as_in_the_papers_code(monkeypatch, name):
         ({"length": 900}, "900"),
         ({"stride": 16}, "--stride 16"),
         ({"stride": 4, "convention": "llama.cpp"}, "--stride 4"),
-        ({"most": 0, "length": 1}, "--length 1"),
+        ({"length": 1}, "--length 1 leaves"),
+        ({"most": 0}, "--windows 0"),
+        ({"convention": "mine"}, "--convention mine: give one of windows, llama.cpp"),
     ],
 )
 def test_windows_that_cannot_be_are_refused(tmp_path, settings, says):
