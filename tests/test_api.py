@@ -127,6 +127,18 @@ def test_a_method_that_updates_weights_says_so_and_is_proved_by_its_zeros(tiny, 
     )
 
 
+@pytest.mark.parametrize(
+    ("update", "says"),
+    [
+        (lambda weight, dense, inputs: weight.add_(1), "must leave pruned weights zero"),
+        (lambda weight, dense, inputs: weight.div_(0), "its update leaves NaN or infinity"),
+    ],
+)
+def test_an_update_that_breaks_a_matrix_is_an_error(tiny, tmp_path, update, says):
+    with pytest.raises(LowmemError, match=f"tensor model.layers.0.self_attn.q_proj.weight: .*{says}"):
+        prune(tiny("llama"), tmp_path / "out", method=Method(lambda weight, _: weight.abs(), None, update=update))
+
+
 def test_a_method_counts_its_memory(tiny):
     matrix = 32 * 64
     whole = Method(score=wanda, statistic=SquaredNorm)

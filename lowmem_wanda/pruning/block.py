@@ -68,13 +68,17 @@ def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: An
         prune_lowest(weight, scores, job.pattern, chunk)
         if method.update is not None and dense is not None:
             method.update(weight, dense, inputs)
+            if not bool(torch.isfinite(weight).all()):
+                raise NumberError(f"method {method}: its update leaves NaN or infinity")
     except NumberError as error:
         raise NumberError(f"tensor {matrix.name}: {error}") from None
     zeros, holds = survey(weight, job.pattern, chunk)
     if not holds:
+        move = (
+            "report this bug" if method.keeps_bits else f"the update of method {method} must leave pruned weights zero"
+        )
         raise ModelError(
-            f"tensor {matrix.name}: does not hold {job.pattern} after pruning ({zeros} zeros of "
-            f"{weight.numel()}); report this bug"
+            f"tensor {matrix.name}: does not hold {job.pattern} after pruning ({zeros} zeros of {weight.numel()}); {move}"
         )
     spread, filled = sample.spread(weight), {}
     if job.zeros == "signed-tiny":

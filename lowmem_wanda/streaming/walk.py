@@ -74,7 +74,7 @@ class Stream:
             decoder.empty()
 
     def submit(self, action: Callable[[], None]) -> None:
-        """Has the writing thread do `work` beside the computing."""
+        """Has the writing thread do `action` while blocks are computed."""
         self.buffers.submit(action)
 
     def timing(self) -> dict[str, Any]:
