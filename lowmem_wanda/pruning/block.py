@@ -74,12 +74,10 @@ def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: An
         raise NumberError(f"tensor {matrix.name}: {error}") from None
     zeros, holds = survey(weight, job.pattern, chunk)
     if not holds:
-        move = (
-            "report this bug" if method.keeps_bits else f"the update of method {method} must leave pruned weights zero"
-        )
-        raise ModelError(
-            f"tensor {matrix.name}: does not hold {job.pattern} after pruning ({zeros} zeros of {weight.numel()}); {move}"
-        )
+        move = f"the update of method {method} must leave pruned weights zero"
+        move = "report this bug" if method.keeps_bits else move
+        found = f"{zeros} zeros of {weight.numel()}"
+        raise ModelError(f"tensor {matrix.name}: does not hold {job.pattern} after pruning ({found}); {move}")
     spread, filled = sample.spread(weight), {}
     if job.zeros == "signed-tiny":
         count, tiny = sign_zeros(weight, job.seed, matrix.name)
