@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lowmem_wanda.pruning.prune import prune
     from lowmem_wanda.pruning.report import PruneReport
     from lowmem_wanda.sparsity import METHODS
-    from lowmem_wanda.sparsity.methods import Method
+    from lowmem_wanda.sparsity.methods import Method, Statistic
     from lowmem_wanda.sparsity.selection import Scaled
     from lowmem_wanda.sparsity.statistics import SquaredNorm
     from lowmem_wanda.streaming.machine import DTYPES, READS, byte_size
@@ -56,7 +56,7 @@ _PLACES = {
     "pruning.prune": ("prune",),
     "pruning.report": ("PruneReport",),
     "sparsity": ("METHODS",),
-    "sparsity.methods": ("Method",),
+    "sparsity.methods": ("Method", "Statistic"),
     "sparsity.selection": ("Scaled",),
     "sparsity.statistics": ("SquaredNorm",),
     "streaming.machine": ("DTYPES", "READS", "byte_size"),
@@ -87,6 +87,7 @@ __all__ = [
     "READS",
     "Scaled",
     "SquaredNorm",
+    "Statistic",
     "SurvivalReport",
     "byte_size",
     "check",

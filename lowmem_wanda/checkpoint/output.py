@@ -149,8 +149,8 @@ def begun(path: Path) -> dict[str, Any]:
     if arguments.get("format") != FORMAT:
         raise OutputError(
             f"{path}: holds a job that another version of lowmem-wanda began ({JOB} has format "
-            f"{_brief(arguments.get('format', 'none'))}, this version has {FORMAT}); continue it with that version, or "
-            "delete the directory and prune again"
+            f"{_brief(arguments.get('format', 0))}, this version {FORMAT}); continue it with that version, or give "
+            "another directory, or delete this one and prune again"
         )
     return arguments
 

@@ -29,7 +29,6 @@ import numpy as np
 from lowmem_wanda.errors import CheckpointError
 
 PIECE = 16 << 20  # bytes that are read at a time
-WAYS = ("pread", "mmap")
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 QUANTIZED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
@@ -161,7 +160,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read(destinations: Sequence[tuple[Tensor, np.ndarray]], way: str = "pread", drop: bool = False) -> None:
     """Copies the bytes of each tensor into its array, uint8 (nbytes,), in the order in which they lie on disk.
 
-    `way` is one of WAYS. With `drop` the pages are given back to the system afterwards. Raises CheckpointError.
+    `way` is "pread" or "mmap". With `drop` the pages are given back to the system afterwards. Raises CheckpointError.
     """
     copy = _mapped if way == "mmap" else _read_at
     ordered = sorted(destinations, key=lambda pair: (pair[0].file, pair[0].offset))

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +78,43 @@ def run(arguments: argparse.Namespace) -> int:
             on_model=lambda model: print(json.dumps(model), flush=True) if arguments.json else None,
             on_report=save,
         )
-    parts = () if arguments.json else (evaluation_table(reports[-1]), f"report: {folder / PAGE}")
+    parts = () if arguments.json else (*evaluation_tables(reports[-1]), f"report: {folder / PAGE}")
     return shown(argparse.Namespace(json=False), None, *parts)
 
 
-def evaluation_table(report: Mapping[str, Any]) -> Any:
-    """A table with a row for each model: its perplexity, its distance to the dense model, its tasks."""
+def evaluation_tables(report: Mapping[str, Any]) -> list[Any]:
+    """A table of perplexities and distances, if a text was evaluated, and one of tasks, if any were run."""
+    texts = any("perplexity" in model for model in report["models"])
+    tasks = any("tasks" in model for model in report["models"])
+    return [*([text_table(report)] if texts else []), *([task_table(report["models"])] if tasks else [])]
+
+
+def text_table(report: Mapping[str, Any]) -> Any:
+    """A row for each model: its perplexity and, beside a dense model, the distance to it."""
     from rich.markup import escape
 
-    table, models, dense = evaluations(report, "model"), report["models"], report["against"]
+    table, dense = evaluations(report, "model"), report["against"]
     if dense:
         add_distances(table)
         table.add_row(escape(dense["path"]), *perplexity_cells(dense), "dense")
-    tasks = list(dict.fromkeys(task for model in models for task in model.get("tasks", {})))
-    for task in tasks:
-        table.add_column(escape(task), justify="right")
+    for model in report["models"]:
+        table.add_row(escape(model["path"]), *perplexity_cells(model), *(distance_cells(model) if dense else []))
+    return table
+
+
+def task_table(models: Sequence[Mapping[str, Any]]) -> Any:
+    """A row for each task of each model, so that any number of tasks fits a terminal."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("model", overflow="fold")
+    table.add_column("task", overflow="fold")
+    table.add_column("accuracy", justify="right", no_wrap=True)
     for model in models:
-        cells = [*perplexity_cells(model), *(distance_cells(model) if dense else [])]
-        table.add_row(escape(model["path"]), *cells, *(accuracy(model["tasks"].get(task)) for task in tasks))
+        for place, (task, metrics) in enumerate(model.get("tasks", {}).items()):
+            table.add_row("" if place else escape(model["path"]), escape(task), accuracy(metrics))
     return table
 
 

@@ -9,7 +9,14 @@ from lowmem_wanda import __version__
 from lowmem_wanda.cli.terminal import printable
 from lowmem_wanda.errors import LowmemError
 
-COMMANDS = ("prune", "imatrix", "check", "survive", "evaluate", "compare")  # modules of this room, each with an `add`
+COMMANDS = (  # modules of this room, each with an `add`
+    "prune",
+    "imatrix",
+    "check",
+    "survive",
+    "evaluate",
+    "compare",
+)
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 EXAMPLE = """example:
   %(prog)s prune llama-3-8b llama-3-8b-2of4 --pattern 2:4
@@ -41,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     except (OSError, MemoryError, RuntimeError) as error:
         # errors of the system, and torch's OutOfMemoryError; any other RuntimeError is a bug of ours
-        if arguments.debug or type(error) is RuntimeError:
+        if arguments.debug or type(error) in (RuntimeError, RecursionError):
             raise
         print(f"error: {printable(' '.join(str(error).split()) or 'memory is full')}", file=sys.stderr)
         return FAILED

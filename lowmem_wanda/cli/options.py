@@ -22,7 +22,7 @@ def add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="ckpt_dir", help="folder of a Hugging Face safetensors checkpoint")
 
 
-def add_calibration(command: argparse.ArgumentParser) -> None:
+def add_calibration(command: argparse.ArgumentParser, seeds: str = "seed of the calibration sample") -> None:
     """Adds the flags that say what matrices are measured on."""
     add = command.add_argument
     add("--text", nargs="+", default=(), metavar="FILE", help="calibration: plain text, .jsonl, token ids in .npy or "
@@ -35,7 +35,7 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="seed of the calibration sample, and of the signs of --zeros signed-tiny (default: 0)",
+        help=f"{seeds} (default: 0)",
     )
 
 

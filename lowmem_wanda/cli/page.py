@@ -25,15 +25,16 @@ PAGE = "report.html"
 Section = tuple[str, str, str]  # identifier, heading, HTML
 Kinds = Mapping[str, Mapping[int, Any]]  # {kind of matrix: {block: its record}}
 LIMITS = (
-    "A perplexity is of this text, length and convention of cutting it: compare it with none of others.",
-    "Standard errors take tokens as independent, which those of a text are not: small differences say little.",
+    "A perplexity holds for this text, length and convention only; do not compare it with others.",
+    "Standard errors assume that tokens are independent. They are not, so small differences mean little.",
     "Figures are of the model computed in the dtype below, not of a quantized copy of it.",
-    "Pruning makes no file and no model in memory smaller, and none faster that does not use the zeros.",
+    "Files and memory stay as large. Only programs that use the zeros become faster.",
 )
 LOST = "Share of a linear's squared scores that was pruned away: for Wanda, of what its output loses."
 LEFT = (
-    "Some rows of every linear, in the types that the gguf package can quantize to: bits of a weight; how many of the "
-    "pruned weights are still zero; leak, the size of what the others became beside that of kept ones; error of those."
+    "Each type that the gguf package can quantize to, on some rows of every linear: bits per weight; the share of "
+    "pruned weights that are still zero; leak, how large the others become beside kept weights; "
+    "and the error of kept weights."
 )
 ERRORS = "Distance of each block's output from the dense model's, relative to that."
 DISTANCE = {

@@ -46,7 +46,7 @@ def add_pruning(command: argparse.ArgumentParser) -> None:
     add("--imatrix", metavar="FILE", help="write the pruned model's importance matrix too, for llama.cpp (.gguf, .dat)")
     add("--zeros", default="exact", choices=("exact", "signed-tiny"), help="what pruned weights become: +0.0, or the "
         "smallest number with a random sign, only for IQ2 types of llama.cpp (default: exact)")  # fmt: skip
-    add_calibration(command)
+    add_calibration(command, seeds="seed of the calibration sample, and of the signs of --zeros signed-tiny")
     add("--statistics", default="block", choices=ORDERS, help="what matrices are measured on: the dense block after "
         "pruned blocks (block, as the paper's code); the dense model (dense); also the pruned matrices before them in "
         "the block (sequential) (default: block)")  # fmt: skip

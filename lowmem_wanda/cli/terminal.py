@@ -89,7 +89,8 @@ class Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._bar is not None:
+            self._progress.stop()
 
     def line(self, text: str) -> None:
         """Prints a line above the bar."""

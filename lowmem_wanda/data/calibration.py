@@ -50,6 +50,9 @@ def calibrate(
     "wikitext2", which are downloaded. Without `texts` the built-in text is used, which may hold fewer rows.
     Two-dimensional ids are used row by row as they are. `encode` is called for texts only. Raises CalibrationError.
     """
+    for flag, number in (("--sequences", sequences), ("--length", length)):
+        if number < 1:
+            raise CalibrationError(f"{flag} {number}: give a whole number above 0")
     if holds_ids(texts):
         tokens = _from_ids([Path(name) for name in texts], sequences, length, seed)
     elif texts:

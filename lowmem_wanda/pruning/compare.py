@@ -73,8 +73,8 @@ def compare(
     device: str = "auto",
     dtype: str = "auto",
     batch: int | None = None,
-    max_ram: int | str | None = None,
-    max_vram: int | str | None = None,
+    max_ram: float | str | None = None,
+    max_vram: float | str | None = None,
     slots: int | None = None,
     read: str = "pread",
     trust_remote_code: bool = False,
@@ -130,6 +130,7 @@ def compare(
         ['magnitude 2:4']
     """
     text, calibration, include, exclude = map(text_names, (text, calibration, include, exclude))
+    methods, patterns, statistics = map(text_names, (methods, patterns, statistics))
     if not text:
         raise LowmemError("nothing to evaluate on: give --text FILE")
     require_outside(target, source)

@@ -50,8 +50,8 @@ def plan(
     device: str = "auto",
     dtype: str = "auto",
     batch: int | None = None,
-    max_ram: int | str | None = None,
-    max_vram: int | str | None = None,
+    max_ram: float | str | None = None,
+    max_vram: float | str | None = None,
     slots: int | None = None,
     read: str = "pread",
     states: str | None = None,
@@ -62,7 +62,33 @@ def plan(
     """What `prune` with the same parameters will need: memory, disk and operations. No weight is read.
 
     Args:
-        source: the folder of a Hugging Face safetensors checkpoint. All other parameters are those of `prune`.
+        source: the folder of a Hugging Face safetensors checkpoint.
+        pattern: "N:M" to keep N of each M inputs, or a share to prune such as "50%" or "0.5" (default: "2:4").
+        method: "wanda" (default), "magnitude", or a `Method` of your own.
+        group: what is compared for a share, "row" or "matrix" (default: the method's own).
+        norms: an importance matrix of the dense model (.gguf, .dat), whose norms replace a calibration (default: none).
+        imatrix: a new file that the pruned model's importance matrix is written to (default: none).
+        zeros: what pruned weights become: "exact" (default) for +0.0, or "signed-tiny" for the smallest normal number
+            with a random sign.
+        text: the calibration: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
+        sequences: the number of calibration sequences (default: 128).
+        length: the tokens of each sequence, capped by the model's positions (default: 2048).
+        seed: the seed of the calibration sample and of random signs (default: 0).
+        statistics: what matrices are measured on: "block" (default), "dense" or "sequential".
+        include: globs of the names of tensors to prune (default: all).
+        exclude: globs of the names of tensors to leave dense (default: none).
+        device: "auto" (default), "cpu", "cuda", "cuda:N" or "mps".
+        dtype: the dtype to compute in, "float32", "bfloat16", "float16" or "auto" (default: "auto", which is float32 on
+            a CPU and the stored dtype elsewhere).
+        batch: the number of sequences computed at a time (default: as many as fit).
+        max_ram: host memory that the process may take in all, in bytes or as "8GB" (default: what is free).
+        max_vram: GPU memory that tensors may take, in bytes or as "8GB" (default: what is free).
+        slots: the number of block buffers in host memory, 1 to 3 (default: 3 where they fit).
+        read: how shards are read, "pread" (default) or "mmap".
+        states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
+        held: the number of micro-batches that may wait for a matrix in the sequential order (default: as many as fit).
+        trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
+        on_start: called once, with what would be done.
 
     Returns:
         The plan, in bytes and floating-point operations.

@@ -58,8 +58,8 @@ def prune(
     device: str = "auto",
     dtype: str = "auto",
     batch: int | None = None,
-    max_ram: int | str | None = None,
-    max_vram: int | str | None = None,
+    max_ram: float | str | None = None,
+    max_vram: float | str | None = None,
     slots: int | None = None,
     read: str = "pread",
     states: str | None = None,
@@ -244,7 +244,7 @@ class _Walk:
         record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}
         record["seconds"], self.last = now - self.last, now
         self.output.add(name, record)
-        self.on_block(record)
+        self.on_block(dict(record))
 
 
 def _publish(job: PruneJob, output: Output, report: PruneReport, store: Store, on_report: Notify) -> None:

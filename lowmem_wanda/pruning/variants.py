@@ -49,8 +49,8 @@ def variants_of(
         for word in words:
             if word not in known:
                 raise PatternError(f"{flag} {word}: give one of {', '.join(filter(None, known))}")
-    if min(sequences) < 1:
-        raise PatternError(f"--sequences {min(sequences)}: give whole numbers above 0")
+    if not sequences or min(sequences) < 1:
+        raise PatternError(f"--sequences {min(sequences, default='')}: give whole numbers above 0")
     made = []
     for pattern, method, group, order, count, seed in product(patterns, methods, groups, orders, sequences, seeds):
         parsed, chosen = parse(pattern), find_method(method)

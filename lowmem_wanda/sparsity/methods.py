@@ -4,15 +4,17 @@ A weight is (outputs, inputs) in its stored dtype. To add a method, write its sc
 add its name to METHODS in `sparsity/__init__.py`.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
 from lowmem_wanda.errors import NumberError, PatternError
+from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity import METHODS as NAMES
+from lowmem_wanda.sparsity.identity import identity
 from lowmem_wanda.sparsity.selection import Scaled, Score
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 
@@ -37,9 +39,10 @@ class Method:
     Args:
         score: f(weight, inputs) -> scores. `weight` is (rows, columns) in its stored dtype, `inputs` is the `statistic`
             of the matrix's inputs. The scores are float32 (rows, columns), finite and at least 0; the lowest are
-            pruned. A score that is made for some rows at a time (`by_rows`) returns a `Scaled` instead.
-        statistic: the class that sums up the inputs, such as `SquaredNorm`. With None nothing is measured, and `inputs`
-            is None.
+            pruned. The score must not change the weight. A score that is made for some rows at a time (`by_rows`)
+            returns a `Scaled` instead.
+        statistic: the class that sums up the inputs, such as `SquaredNorm` (see `Statistic`). With None nothing is
+            measured, and `inputs` is None.
         update: f(weight, dense, inputs), which is called after the mask is applied. It changes the kept weights of
             `weight` in place; `dense` is a copy of the weight before the mask. With None (default) kept weights keep
             their bits.
@@ -48,6 +51,12 @@ class Method:
         name: the name of the method in reports and job.json (default: the name of the score function).
         by_rows: whether the score is made for some rows at a time, so that it needs no memory of the matrix's size
             (default: False).
+
+    A job is resumed with the same code, defaults, outside values and statistic only. A method that takes something from
+    outside that cannot be identified, such as an open file, is not resumed at all.
+
+    Raises:
+        PatternError: a group or a function is not one.
 
     Example:
         >>> from lowmem_wanda import Method, SquaredNorm
@@ -64,6 +73,15 @@ class Method:
     name: str = ""
     by_rows: bool = False
 
+    def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise PatternError(f"method {self}: group {self.group!r} is not known; give one of {', '.join(GROUPS)}")
+        needs = () if self.statistic is None else ("add", "nbytes")
+        if missing := [name for name in needs if not hasattr(self.statistic, name)]:
+            raise PatternError(f"method {self}: its statistic has no {missing[0]}(); see lowmem_wanda.Statistic")
+        if not callable(self.score) or not (self.update is None or callable(self.update)):
+            raise PatternError(f"method {self}: score and update are functions")
+
     def __str__(self) -> str:
         return self.name or str(getattr(self.score, "__qualname__", type(self.score).__name__))
 
@@ -72,27 +90,30 @@ class Method:
         """Whether the weights that are not pruned keep their bits."""
         return self.update is None
 
-    @property
+    @cached_property
     def code(self) -> str | None:
-        """The SHA-256 in hex of the compiled score and update; None for a method of this package, which has a version.
+        """The checksum of score, update and statistic (see `identity`); None for a method of this package.
 
-        A job is not resumed with other code. Values that a function takes from outside do not change the checksum.
+        A job is not resumed with others. What cannot be identified is never resumed, except by the very same method.
         """
-        if str(self) in METHODS and METHODS[str(self)] is self:
+        if any(self is known for known in METHODS.values()):
             return None
-        codes = [getattr(function, "__code__", None) for function in (self.score, self.update)]
-        parts = [(code.co_code.hex(), code.co_names, _constants(code)) for code in codes if code]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return identity(self.score, self.update, self.statistic)
 
     def scores(self, weight: torch.Tensor, inputs: Any) -> Score:
         """A function that gives the scores of some rows. Raises NumberError for scores that cannot be compared."""
+        before = None if weight.is_inference() else weight._version
         made = self.score(weight, inputs)
-        if not isinstance(made, torch.Tensor):
+        if before is not None and weight._version != before:
+            raise NumberError(f"method {self}: its score changes the weight in place; let it compute on a copy")
+        if isinstance(made, Scaled):
             return made
+        if not isinstance(made, torch.Tensor) or made.is_complex():
+            raise NumberError(f"method {self}: its score gives {type(made).__name__}; give a tensor of real numbers")
         if made.shape != weight.shape:
             shapes = f"{list(made.shape)} for a weight of {list(weight.shape)}"
             raise NumberError(f"method {self}: its scores are {shapes}; give one score for each weight")
-        scores = made.detach().float()
+        scores = made.detach().float().to(weight.device)
         if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()):
             raise NumberError(f"method {self}: its scores are not all finite and at least 0; the lowest are pruned")
         return lambda rows: scores[rows]
@@ -129,9 +150,3 @@ def find_method(method: str | Method) -> Method:
     if method not in METHODS:
         raise PatternError(f"--method {method}: there is no such method; give one of {', '.join(NAMES)}")
     return METHODS[method]
-
-
-def _constants(code: Any) -> str:
-    """The constants of compiled code and of the functions within it, as text without the addresses of objects."""
-    inner = [(one.co_code.hex(), one.co_names, _constants(one)) for one in code.co_consts if hasattr(one, "co_code")]
-    return repr(([one for one in code.co_consts if not hasattr(one, "co_code")], inner))

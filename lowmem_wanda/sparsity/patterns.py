@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lowmem_wanda.errors import PatternError
+from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity.selection import Score, kth_smallest, lowest_of_groups, lowest_of_rows, row_chunks
 
 
@@ -137,5 +138,7 @@ def parse(text: str, group: str = "row") -> Pattern:
     if match := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text):
         sparsity = float(match[1]) / (100 if match[2] else 1)
         if 0 < sparsity < 1:
+            if group not in GROUPS:
+                raise PatternError(f"--group {group}: give one of {', '.join(GROUPS)}")
             return Unstructured(sparsity, group)
     raise PatternError(f"pattern {text!r} is neither N:M (as 2:4, N kept of M) nor a sparsity (as 0.5 or 50%)")

@@ -32,7 +32,8 @@ class SquaredNorm:
         tensor([5., 1.])
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device | str) -> None:
+        device = torch.device(device)
         # sums of float32 over some tokens are added up in float64, which MPS lacks
         precision = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(columns, dtype=precision, device=device)

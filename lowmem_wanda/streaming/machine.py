@@ -27,6 +27,8 @@ class Budget:
     held: int | None = None
 
     def __post_init__(self) -> None:
+        if self.held is not None and self.held < 0:
+            raise BudgetError(f"held={self.held}: give a whole number of at least 0")
         if self.slots not in (None, 1, 2, 3) or self.read not in READS or self.states not in (None, *STATES):
             raise BudgetError(
                 f"slots={self.slots}, read={self.read!r}, states={self.states!r}: slots are 1 to 3, read is "
@@ -63,8 +65,8 @@ class Machine:
         dtype: str = "auto",
         batch: int | None = None,
         trust_remote_code: bool = False,
-        max_ram: int | str | None = None,
-        max_vram: int | str | None = None,
+        max_ram: float | str | None = None,
+        max_vram: float | str | None = None,
         slots: int | None = None,
         read: str = "pread",
         states: str | None = None,
@@ -78,7 +80,7 @@ class Machine:
 ANY = Machine()
 
 
-def _bytes(name: str, size: int | str | None) -> int | None:
+def _bytes(name: str, size: float | str | None) -> int | None:
     """The bytes of a parameter. Raises BudgetError, with the parameter's name, for a value that is not a size."""
     try:
         return None if size is None else byte_size(size)
@@ -86,13 +88,13 @@ def _bytes(name: str, size: int | str | None) -> int | None:
         raise BudgetError(f"{name}={error}") from None
 
 
-def byte_size(size: int | str) -> int:
+def byte_size(size: float | str) -> int:
     """The bytes of "8GB", "500MB" or "7.5GiB"; a text that is a bare number is in GB, an int in bytes.
 
     Raises BudgetError for anything else.
     """
-    if isinstance(size, int):
-        return size
+    if isinstance(size, (int, float)):
+        return int(size)
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?)b?|b)?", str(size).lower())
     if not match:
         raise BudgetError(f"{size!r} is not a size such as 8GB or 500MB")

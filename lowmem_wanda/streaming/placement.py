@@ -35,7 +35,7 @@ class Workload:
 
     `sequences` of `length` tokens are embedded (0 and 0: none). `token_bytes` are kept for each token until the end.
     `statistics` are the bytes of the statistics of a block's inputs. Pruning one matrix takes `workspace` bytes, and
-    `score_bytes` for each of the at most `scored` weights that are scored at a time. `needs_logits` says that the head
+    `score_bytes` for each of the at most `chunk` weights that are scored at a time. `needs_logits` says that the head
     is applied, `holds_micro_batches` that micro-batches wait for each other within a block.
     """
 
@@ -173,14 +173,14 @@ class Sizes:
         matrices = [matrix for block in skeleton.matrices for matrix in block]
         widest = max(max(matrix.shape) for matrix in matrices)
         outside = [tensors[name] for name in set(skeleton.outside().values())]
-        judging = len(work.models) * work.needs_logits  # models whose heads are applied
+        with_heads = len(work.models) * work.needs_logits  # models whose heads are applied
         self.casts = sum(map(cast_bytes, work.models))
         self.columns = max(matrix.shape[1] for matrix in matrices)
         self.piece = min(PIECE, max(tensor.nbytes for tensor in tensors.values()))
         self.embedding = max((tensor.numel * size for tensor in outside), default=0) + 3 * self.piece
         self.state = work.length * skeleton.width * size  # of one sequence
-        self.heads = judging * head_bytes(work.block_bytes)
-        self.kept = judging * work.sequences * work.length * work.token_bytes
+        self.heads = with_heads * head_bytes(work.block_bytes)
+        self.kept = with_heads * work.sequences * work.length * work.token_bytes
         self.inner = work.length * widest * size
         self.attention = skeleton.attention_heads * work.length**2 * (size + 8)
 

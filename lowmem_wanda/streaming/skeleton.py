@@ -4,6 +4,7 @@ Nothing here depends on a model family: the list of blocks, the matrices and the
 """
 
 import re
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from lowmem_wanda.checkpoint.reader import FLOATS
 from lowmem_wanda.errors import CalibrationError, CheckpointError, ModelError
 from lowmem_wanda.streaming.matrices import LINEARS, Matrix, find_matrices
 
+BUILDING = threading.Lock()  # `init_empty_weights` changes torch's modules for all threads meanwhile
 BUILD_ERRORS = (  # what transformers raises for configurations that do not describe a model
     OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError,
     AssertionError, IndexError,
@@ -124,7 +126,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         raise ModelError(f"config.json: {declared[0]} is not a causal language model; only those are pruned")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code)
-        with init_empty_weights():
+        with BUILDING, init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (*BUILD_ERRORS, StrictDataclassError) as error:
         raise ModelError(

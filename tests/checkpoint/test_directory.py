@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from lowmem_wanda import prune
 from lowmem_wanda.checkpoint import reader as reading
 from lowmem_wanda.checkpoint.directory import INDEX, Checkpoint
-from lowmem_wanda.checkpoint.reader import WAYS, read, read_header
+from lowmem_wanda.checkpoint.reader import read, read_header
 from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.pruning.job import prepare
+from lowmem_wanda.streaming.machine import READS
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def destinations(checkpoint):
     return [(tensor, np.empty(tensor.nbytes, np.uint8)) for tensor in checkpoint.tensors.values()]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", READS)
 @pytest.mark.parametrize("drop", [False, True])
 def test_every_way_of_reading_brings_the_same_bytes(llama, way, drop):
     wanted = destinations(Checkpoint(llama))
@@ -202,7 +203,7 @@ def test_every_way_of_reading_brings_the_same_bytes(llama, way, drop):
         assert out.tobytes() == b"".join(tensor.pieces())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", READS)
 @pytest.mark.parametrize(
     "change", [lambda file: file.write_bytes(file.read_bytes()[:2000]), lambda file: os.utime(file, (1, 1))]
 )

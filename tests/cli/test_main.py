@@ -210,11 +210,42 @@ def test_eval_shows_the_length_beside_the_perplexity(source, token_file, tmp_pat
 def test_compare_is_one_table(source, token_file, tmp_path, capsys):
     out = str(tmp_path / "out")
     command = ["compare", source, out, "--text", str(token_file), "--calibration", str(token_file)]
-    assert main([*command, "--patterns", "50%,2:4"]) == 0
+    assert main([*command, "--methods", "wanda,magnitude", "--patterns", "50%,2:4"]) == 0
     shown = capsys.readouterr().out
     lines = [line.split()[:2] for line in shown.splitlines() if "±" in line]
     assert [line[0] for line in lines] == ["dense", "wanda", "magnitude", "wanda", "magnitude"]
     assert "out/report.html" in shown.replace("\n", "") and (tmp_path / "out/report.html").exists()
+
+
+def test_an_evaluation_shows_every_model_and_every_task(capsys):
+    from rich.console import Console
+
+    from lowmem_wanda.cli.evaluate import evaluation_tables
+
+    figures = {"perplexity": 98.78, "perplexity_stderr": 7.05, "perplexity_ratio": 1.3, "kl_mean": 0.5, "kl_p99": 2.5,
+               "top1_agreement": 0.5}  # fmt: skip
+    tasks = {
+        f"local_{name}": {"acc": 0.25, "acc_stderr": 0.125} for name in ("boolq", "rte", "hellaswag", "winogrande")
+    }
+    models = [{"path": path, **figures, "tasks": tasks} for path in ("p24", "p50")]
+    report = {"text": ["t"], "windows": 4, "length": 64, "convention": "windows", "models": models,
+              "against": {"path": "demo", "perplexity": 74.0, "perplexity_stderr": 7.0}}  # fmt: skip
+    for table in evaluation_tables(report):
+        Console(width=80).print(table)
+    shown = capsys.readouterr().out
+    assert [shown.count(path) for path in ("demo", "p24", "p50")] == [1, 2, 2] and "…" not in shown
+    assert shown.count("0.250 ± 0.125") == 8 and all(task in shown for task in tasks)
+
+
+def test_the_choices_of_flags_are_the_librarys():
+    from lowmem_wanda.cli.main import parser
+    from lowmem_wanda.data.windows import CONVENTIONS
+    from lowmem_wanda.pruning.job import ZEROS
+    from lowmem_wanda.sparsity import GROUPS
+
+    commands = parser()._subparsers._group_actions[0].choices
+    choices = {a.dest: tuple(a.choices) for name in ("prune", "eval") for a in commands[name]._actions if a.choices}
+    assert (choices["zeros"], choices["convention"], choices["group"]) == (ZEROS, CONVENTIONS, GROUPS)
 
 
 def test_no_number_of_a_comparison_is_cut_at_80_columns(monkeypatch, capsys):

@@ -74,7 +74,7 @@ def test_figures_stand_in_the_page(reports):
         "windows of 16",
     ):
         assert figure in html
-    assert "stay as large" in page(reports["prune"]) and "smaller" in html
+    assert "stay as large" in page(reports["prune"]) and "stay as large" in html
 
 
 def test_the_best_of_each_pattern_stands_out(reports):
