@@ -125,13 +125,13 @@ def _quantization(outlook: Record | None) -> str:
 
 def _evaluated(report: Record) -> Iterator[Section]:
     models, dense, short = report["models"], report.get("against"), _short(report["models"])
-    scored = [model for model in models if "perplexity" in model]
-    rows = [{**model, "name": short[model["path"]]} for model in scored]
+    with_text = [model for model in models if "perplexity" in model]
+    rows = [{**model, "name": short[model["path"]]} for model in with_text]
     rows = [{**dense, "name": f"dense: {PurePath(dense['path']).name}"}, *rows] if dense else rows
-    yield "quality", "Quality", _quality(rows, report) if scored else ""
-    yield "block-error", "Error of each block's output", _errors({short[model["path"]]: model for model in scored})
+    yield "quality", "Quality", _quality(rows, report) if with_text else ""
+    yield "block-error", "Error of each block's output", _errors({short[model["path"]]: model for model in with_text})
     yield "tasks", "Zero-shot tasks", _tasks(models, short)
-    named = [(model, f"{short[model['path']]}: " if len(scored) > 1 else "") for model in scored]
+    named = [(model, f"{short[model['path']]}: " if len(with_text) > 1 else "") for model in with_text]
     times = [_time(model, model["seconds"], f"parts-{place}", title) for place, (model, title) in enumerate(named)]
     yield "time", "Time", beside(times)
     held = [_memory(model, f"held-{place}", title) for place, (model, title) in enumerate(named)]

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.evaluation.requests import Answer, collect, group_inputs, sweep
+from lowmem_wanda.evaluation.requests import Answer, collect_inputs, group_inputs, sweep
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, open_model
 from lowmem_wanda.streaming.skeleton import load_tokenizer
@@ -147,7 +147,7 @@ class Lowmem(TemplateLM):  # type: ignore[misc]
             return []
         self._check(requests)
         questions = [(context, continuation) for _, context, continuation in requests]
-        sweeps = group_inputs(self.streamed, collect(questions, self.max_length))
+        sweeps = group_inputs(self.streamed, collect_inputs(questions, self.max_length))
         self.sweeps, self.tokens = self.sweeps + len(sweeps.slices), self.tokens + sum(sweeps.sizes)
         answers: dict[int, Answer] = {}
         quiet = disable_tqdm or self._on_block is not None

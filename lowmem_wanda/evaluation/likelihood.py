@@ -147,7 +147,7 @@ def _hidden_states(stream: Stream, batches: Sequence[Batch], count: int) -> Iter
         rows = torch.from_numpy(batch.rows)
         for start in range(0, len(rows), count):
             some = rows[start : start + count]
-            states = [parts[number].flatten(0, 1) for parts in stream.states]
+            states = [micro_batches[number].flatten(0, 1) for micro_batches in stream.states]
             yield (
                 slice(offset + start, offset + start + len(some)),
                 [flat[some.to(flat.device)].to(device) for flat in states],

@@ -57,8 +57,8 @@ def batches(text: Windows, count: int) -> list[Batch]:
     """The windows, `count` to a batch, with those of their tokens that are evaluated as targets."""
     made, length = [], text.tokens.shape[1]
     for tokens, first in zip(in_batches(text.tokens, count), in_batches(text.first, count), strict=True):
-        scored = np.arange(length) >= first[:, None]  # (sequences, length)
-        rows = np.flatnonzero(scored)
+        evaluated = np.arange(length) >= first[:, None]  # (sequences, length)
+        rows = np.flatnonzero(evaluated)
         made.append(Batch(tokens, rows - 1, tokens.reshape(-1)[rows]))
     return made
 

@@ -42,7 +42,7 @@ class Sweeps:
     placement: Placement
 
 
-def collect(questions: Sequence[tuple[list[int], list[int]]], most: int) -> list[Input]:
+def collect_inputs(questions: Sequence[tuple[list[int], list[int]]], most: int) -> list[Input]:
     """The distinct inputs of (context, continuation) pairs of ids, the longest first.
 
     An input longer than `most` tokens loses its beginning.

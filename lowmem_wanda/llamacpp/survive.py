@@ -149,7 +149,7 @@ def _compared(
     matrices: Mapping[str, PrunedMatrix], names: Mapping[str, str], importance: Importance, model: Path
 ) -> Iterator[dict[str, Any]]:
     """Yields a record for each matrix. Raises CheckpointError if the GGUF does not hold a matrix in its shape."""
-    stored = {tensor.name: tensor for path in _parts(model) for tensor in open_gguf(path).tensors}
+    stored = {tensor.name: tensor for path in _files_of(model) for tensor in open_gguf(path).tensors}
     for name, matrix in matrices.items():
         tensor = stored.get(names[name])
         if tensor is None or tuple(int(size) for size in tensor.shape[::-1]) != matrix.shape:
@@ -161,7 +161,7 @@ def _compared(
         yield {"name": name, "tensor": tensor.name, **_survival_of(matrix, tensor, importance(name), model)}
 
 
-def _parts(model: Path) -> list[Path]:
+def _files_of(model: Path) -> list[Path]:
     """All files of a GGUF, which may be split into several."""
     match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", model.name)
     if not match:

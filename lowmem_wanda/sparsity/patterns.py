@@ -54,13 +54,13 @@ class Unstructured:
     def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields (slice of rows, bool mask of the weights to prune in them), about `chunk` weights at a time."""
         if self.group == "row":
-            for part in row_chunks(rows, columns, chunk):
-                yield part, lowest_of_rows(score(part), int(columns * self.sparsity))
+            for some_rows in row_chunks(rows, columns, chunk):
+                yield some_rows, lowest_of_rows(score(some_rows), int(columns * self.sparsity))
         else:
-            parts = row_chunks(rows, columns, chunk)
-            threshold = kth_smallest(lambda: map(score, parts), int(rows * columns * self.sparsity))
-            for part in parts:
-                yield part, score(part) <= threshold
+            chunks = row_chunks(rows, columns, chunk)
+            threshold = kth_smallest(lambda: map(score, chunks), int(rows * columns * self.sparsity))
+            for some_rows in chunks:
+                yield some_rows, score(some_rows) <= threshold
 
     def groups(self, columns: int) -> Group | None:
         """The groups that are compared within a row of `columns` weights; None if the whole matrix is compared."""
@@ -101,8 +101,8 @@ class NM:
 
     def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields (slice of rows, bool mask of the weights to prune in them), about `chunk` weights at a time."""
-        for part in row_chunks(rows, columns, chunk):
-            yield part, lowest_of_groups(score(part), self.of, self.of - self.kept)
+        for some_rows in row_chunks(rows, columns, chunk):
+            yield some_rows, lowest_of_groups(score(some_rows), self.of, self.of - self.kept)
 
     def groups(self, columns: int) -> Group:
         """The groups that are compared within a row of `columns` weights."""

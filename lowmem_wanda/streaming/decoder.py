@@ -114,16 +114,16 @@ class Decoder:
         device). The other arguments of each block are kept. Raises ModelError where those depend on the tokens.
         """
         states, start = torch.empty(0), 0
-        parts: list[torch.Tensor] = []
+        micro_batches: list[torch.Tensor] = []
         for tokens in batches:
             embedded = self._run(tokens)
-            if not parts:
+            if not micro_batches:
                 shape = (sum(tokens.size for tokens in batches), embedded.shape[-1])
                 states = allocate(shape, embedded.dtype) if allocate else embedded.new_empty(shape)
-            parts.append(states[start : start + tokens.size].view(embedded.shape).copy_(embedded))
+            micro_batches.append(states[start : start + tokens.size].view(embedded.shape).copy_(embedded))
             start += tokens.size
         self.empty()
-        return parts
+        return micro_batches
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits that the model makes of hidden states (sequences, length, width) after its last block.

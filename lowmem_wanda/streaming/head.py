@@ -64,7 +64,7 @@ def head_linear(skeleton: Skeleton) -> nn.Linear:
     """The linear that logits come from. Raises ModelError where they come from something else."""
     if not isinstance(linear := skeleton.head, nn.Linear):
         raise ModelError(
-            f"{type(skeleton.model).__name__}: its logits do not come from a linear, so they are not scored"
+            f"{type(skeleton.model).__name__}: its logits do not come from a linear, so they are not evaluated"
         )
     return linear
 

@@ -230,10 +230,10 @@ def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Plac
     """The placement with as many waiting micro-batches as fit in `free` bytes."""
     if not work.holds_micro_batches:
         return placement
-    parts = -(-work.sequences // placement.batch)
+    micro_batches = -(-work.sequences // placement.batch)
     fitting = int(free * SPARE_HELD) // max(1, sizes.waiting(placement))
     limit = work.model.budget.held
-    return replace(placement, held=min(parts, fitting if limit is None else limit))
+    return replace(placement, held=min(micro_batches, fitting if limit is None else limit))
 
 
 def _share_held(work: Workload, placement: Placement) -> float:

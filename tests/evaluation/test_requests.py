@@ -14,7 +14,7 @@ from lowmem_wanda.evaluation.requests import (
     LEAST,
     Input,
     batched,
-    collect,
+    collect_inputs,
     group_inputs,
     padded,
     sweep,
@@ -72,7 +72,7 @@ def test_answers_are_those_of_each_input_alone(tiny, questions, family):
     model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32)
     greedy = int(model(torch.tensor([questions[0][0]])).logits[0, -1].argmax())
     questions = [*questions, (questions[0][0], [greedy])]
-    made = group_inputs(work, collect(questions, 64))
+    made = group_inputs(work, collect_inputs(questions, 64))
     assert len(made.slices) == 1 and made.sizes == sorted(made.sizes, reverse=True) and made.sizes[0] == 64
     check(work, model, questions, made)
     pieces = list(sweep_slices(made.sizes, 70))
@@ -81,7 +81,7 @@ def test_answers_are_those_of_each_input_alone(tiny, questions, family):
 
 
 def test_each_input_is_given_once(questions):
-    inputs = collect(questions, 64)
+    inputs = collect_inputs(questions, 64)
     assert len(inputs) == len(questions) - 4
     lengths = [len(one.tokens) for one in inputs]
     assert lengths == sorted(lengths, reverse=True) and lengths[0] == 64
@@ -152,4 +152,4 @@ def test_an_id_that_the_model_does_not_have_is_refused(tiny):
     work = opened(tiny("llama"))
     for question in (([3, 96], [4]), ([3], [96])):
         with pytest.raises(CalibrationError, match="token id 96 is outside the model's vocabulary of 96"):
-            sweep(work, group_inputs(work, collect([question], 64)), 0)
+            sweep(work, group_inputs(work, collect_inputs([question], 64)), 0)
