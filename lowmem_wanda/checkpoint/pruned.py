@@ -90,6 +90,12 @@ def promises_of(report: Mapping[str, Any]) -> dict[str, Promise]:
     return found
 
 
+def keeps_bits(report: Mapping[str, Any]) -> bool:
+    """Whether kept weights are the source's, as they are unless the report says that its method updates them."""
+    summary = report.get("summary")
+    return not isinstance(summary, Mapping) or summary.get("keeps_bits", True) is not False
+
+
 def pruned_matrices(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, PrunedMatrix]:
     """{name: matrix} of a pruned checkpoint: the matrices in its report, or without a report all matrices in blocks.
 

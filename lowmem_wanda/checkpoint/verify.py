@@ -13,7 +13,16 @@ import numpy as np
 
 from lowmem_wanda.checkpoint.directory import REPORT, Checkpoint, differing, small_files
 from lowmem_wanda.checkpoint.output import require_finished
-from lowmem_wanda.checkpoint.pruned import IN_BLOCK, NO_PROMISE, Promise, holds, is_matrix, promises_of, read_report
+from lowmem_wanda.checkpoint.pruned import (
+    IN_BLOCK,
+    NO_PROMISE,
+    Promise,
+    holds,
+    is_matrix,
+    keeps_bits,
+    promises_of,
+    read_report,
+)
 from lowmem_wanda.checkpoint.reader import FLOATS, PIECE, Tensor
 from lowmem_wanda.checkpoint.writer import sha256_of
 
@@ -96,8 +105,7 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     if report:
         _compare_report(path, report, promises, findings)
     if against is not None:
-        updated = report.get("summary", {}).get("keeps_bits", True) is False
-        _compare_source(checkpoint, Checkpoint(against), promises, updated, findings)
+        _compare_source(checkpoint, Checkpoint(against), promises, not keeps_bits(report), findings)
     return findings
 
 

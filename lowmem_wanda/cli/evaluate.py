@@ -15,7 +15,7 @@ from lowmem_wanda.cli.terminal import (
     evaluations,
     figure,
     perplexity_cells,
-    shown,
+    show,
 )
 
 TASKS = "boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa"
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             bar.line(f"{facts['evaluated']} tokens evaluated in {windows}")
             bar.begin(facts["blocks"])
 
-        def show(record: Mapping[str, Any]) -> None:
+        def follow(record: Mapping[str, Any]) -> None:
             if "sweep" in record:
                 bar.show(record, title=f"tasks, sweep {record['sweep'] + 1} of {record['sweeps']}: block")
             else:
@@ -74,12 +74,13 @@ def run(arguments: argparse.Namespace) -> int:
             **taken(arguments, "tasks", "include_path", "limit"),
             **machine(arguments),
             on_start=begin,
-            on_block=show,
+            on_block=follow,
             on_model=lambda model: print(json.dumps(model), flush=True) if arguments.json else None,
             on_report=save,
         )
-    parts = () if arguments.json else (*evaluation_tables(reports[-1]), f"report: {folder / PAGE}")
-    return shown(argparse.Namespace(json=False), None, *parts)
+    if not arguments.json:
+        show(*evaluation_tables(reports[-1]), f"report: {folder / PAGE}")
+    return 0
 
 
 def evaluation_tables(report: Mapping[str, Any]) -> list[Any]:
@@ -104,12 +105,9 @@ def text_table(report: Mapping[str, Any]) -> Any:
 
 def task_table(models: Sequence[Mapping[str, Any]]) -> Any:
     """A row for each task of each model, so that any number of tasks fits a terminal."""
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("model", overflow="fold")
+    table = evaluations({}, "model")
     table.add_column("task", overflow="fold")
     table.add_column("accuracy", justify="right", no_wrap=True)
     for model in models:

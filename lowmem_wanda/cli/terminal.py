@@ -59,16 +59,22 @@ def printable(text: str) -> str:
 
 def shown(arguments: argparse.Namespace, result: Any, *parts: Any) -> int:
     """Prints a result as one JSON object with --json, else as lines and tables; gives the exit code."""
-    from rich.console import Console
-
     if arguments.json:
         print(json.dumps(result))
-    for part in () if arguments.json else parts:
+    else:
+        show(*parts)
+    return 0
+
+
+def show(*parts: Any) -> None:
+    """Prints lines and tables."""
+    from rich.console import Console
+
+    for part in parts:
         if isinstance(part, str):
             print(printable(part))
         else:
             Console().print(part)
-    return 0
 
 
 class Bar:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import mmap
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -50,9 +50,7 @@ def calibrate(
     "wikitext2", which are downloaded. Without `texts` the built-in text is used, which may hold fewer rows.
     Two-dimensional ids are used row by row as they are. `encode` is called for texts only. Raises CalibrationError.
     """
-    for flag, number in (("--sequences", sequences), ("--length", length)):
-        if number < 1:
-            raise CalibrationError(f"{flag} {number}: give a whole number above 0")
+    require_counts({"--sequences": sequences, "--length": length})
     if holds_ids(texts):
         tokens = _from_ids([Path(name) for name in texts], sequences, length, seed)
     elif texts:
@@ -65,6 +63,13 @@ def calibrate(
     return Calibration(tokens, tuple(Path(text).name for text in texts) or ("built-in text",))
 
 
+def require_counts(counts: Mapping[str, int | None]) -> None:
+    """Raises CalibrationError for a {flag: number} below 1; None stands for a flag that is not given."""
+    for flag, number in counts.items():
+        if number is not None and number < 1:
+            raise CalibrationError(f"{flag} {number}: give a whole number above 0")
+
+
 def require_ids(tokens: np.ndarray, vocabulary: int, name: str) -> None:
     """Raises CalibrationError for a token id that is not in the model's vocabulary."""
     if tokens.min() < 0 or tokens.max() >= vocabulary:
@@ -72,9 +77,9 @@ def require_ids(tokens: np.ndarray, vocabulary: int, name: str) -> None:
         raise CalibrationError(f"{name}: token id {wrong} is outside the model's vocabulary of {vocabulary}")
 
 
-def text_names(text: str | Path | Sequence[str | Path]) -> list[str]:
-    """The names of one or several texts."""
-    return [str(text)] if isinstance(text, (str, Path)) else [str(name) for name in text]
+def name_list(names: str | Path | Sequence[str | Path]) -> list[str]:
+    """One name or several ones as a list."""
+    return [str(names)] if isinstance(names, (str, Path)) else [str(name) for name in names]
 
 
 def holds_ids(texts: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lowmem_wanda.data.calibration import Encode, documents, download, holds_ids, load_ids, require_ids
+from lowmem_wanda.data.calibration import Encode, documents, download, holds_ids, load_ids, require_counts, require_ids
 from lowmem_wanda.errors import CalibrationError
 
 CONVENTIONS = ("windows", "llama.cpp")
@@ -70,9 +70,7 @@ def windows(
     name = " and ".join(texts)
     if convention not in CONVENTIONS:
         raise CalibrationError(f"--convention {convention}: give one of {', '.join(CONVENTIONS)}")
-    for flag, number in (("--length", length), ("--windows", most), ("--stride", stride)):
-        if number is not None and number < 1:
-            raise CalibrationError(f"{flag} {number}: give a whole number above 0")
+    require_counts({"--length": length, "--windows": most, "--stride": stride})
     if stride is not None and (convention != "windows" or stride >= length):
         raise CalibrationError(f"--stride {stride} must be below --length {length}, and --convention must be windows")
     tokens = _stream(texts, encode)

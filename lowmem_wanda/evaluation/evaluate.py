@@ -9,7 +9,7 @@ from typing import Any, TypedDict, overload
 from lowmem_wanda.checkpoint.directory import REPORT
 from lowmem_wanda.checkpoint.output import FORMAT, report_folder
 from lowmem_wanda.checkpoint.writer import write_json
-from lowmem_wanda.data.calibration import text_names
+from lowmem_wanda.data.calibration import name_list
 from lowmem_wanda.data.windows import Windows
 from lowmem_wanda.data.windows import windows as cut_windows
 from lowmem_wanda.errors import LowmemError
@@ -142,11 +142,11 @@ def evaluate(  # type: ignore[misc]
         >>> evaluate("source", text=["my.txt"], length=64, windows=2, device="cpu")["tokens"]
         126
     """
-    text = text_names(text)
+    text = name_list(text)
     if not text and not tasks:
         raise LowmemError("nothing to evaluate on: give --text FILE, --tasks NAME,... or both")
     folder = report_folder(report, "eval") if report else None
-    sources = [str(source)] if isinstance(source, (str, Path)) else [str(path) for path in source]
+    sources = name_list(source)
     place = {"device": device, "dtype": dtype, "batch": batch, "trust_remote_code": trust_remote_code,
              "max_ram": max_ram, "max_vram": max_vram, "slots": slots, "read": read}  # fmt: skip
     size = {"length": length, "windows": windows, "stride": stride, "convention": convention}

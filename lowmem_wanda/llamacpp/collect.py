@@ -14,7 +14,7 @@ import torch
 from lowmem_wanda.checkpoint.output import FORMAT
 from lowmem_wanda.checkpoint.reader import Tensor, read_header
 from lowmem_wanda.checkpoint.writer import require_new, write_shard
-from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches, text_names
+from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches, name_list
 from lowmem_wanda.errors import CheckpointError, NumberError
 from lowmem_wanda.llamacpp.imatrix import About, Entry, require_matrix_target, write
 from lowmem_wanda.llamacpp.names import gguf_names, package
@@ -111,16 +111,14 @@ def imatrix(
     )
     model = open_model(source, machine)
     size = {"sequences": sequences, "length": model.window(length), "seed": seed}
-    calibration = calibrate(text_names(text), model.encode, vocabulary=model.skeleton.vocabulary, **size)
+    calibration = calibrate(name_list(text), model.encode, vocabulary=model.skeleton.vocabulary, **size)
     on_start({"source": str(source), "blocks": model.depth, "device": str(model.device)})
     return collect(model, calibration, Path(target), on_block)
 
 
 def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block: Notify = ignore) -> ImatrixReport:
-    """Writes the importance matrix of an opened model, computed on a calibration, to `path`; returns the report."""
-    require_matrix_target(path, "out_file", model.checkpoint.path)
-    require_new(path)
-    weights = [matrix.name for block in model.skeleton.matrices for matrix in block]
+    """Writes the importance matrix of an opened model, on a calibration, to a new `path`; returns the report."""
+    weights = [matrix.name for matrix in model.skeleton.all_matrices]
     names, start = gguf_names(weights, "an importance matrix"), time.perf_counter()
     count, length = calibration.tokens.shape
     placement, need = choose(Workload((model,), count, length))
@@ -164,7 +162,7 @@ def save_imatrix(
 ) -> None:
     """Writes all entries of a store to `path`, with the entries of one block in memory at a time."""
     blocks = model.skeleton.matrices
-    shapes = {names[matrix.name]: (1, matrix.shape[1]) for block in blocks for matrix in block}
+    shapes = {names[matrix.name]: (1, matrix.shape[1]) for matrix in model.skeleton.all_matrices}
 
     def entries() -> Iterator[tuple[str, Entry]]:
         for index, block in enumerate(blocks):

@@ -14,7 +14,7 @@ from lowmem_wanda.checkpoint.directory import JOB, REPORT, fingerprint
 from lowmem_wanda.checkpoint.output import FORMAT, finished, report_folder, require_outside, require_target
 from lowmem_wanda.checkpoint.reader import read_json
 from lowmem_wanda.checkpoint.writer import write_json
-from lowmem_wanda.data.calibration import Calibration, calibrate, text_names
+from lowmem_wanda.data.calibration import Calibration, calibrate, name_list
 from lowmem_wanda.data.windows import Windows
 from lowmem_wanda.errors import LowmemError, OutputError
 from lowmem_wanda.evaluation.evaluate import describe_windows, windows_for
@@ -129,8 +129,8 @@ def compare(
         >>> [row["name"] for row in report["rows"]]
         ['magnitude 2:4']
     """
-    text, calibration, include, exclude = map(text_names, (text, calibration, include, exclude))
-    methods, patterns, statistics = map(text_names, (methods, patterns, statistics))
+    text, calibration, include, exclude = map(name_list, (text, calibration, include, exclude))
+    methods, patterns, statistics = map(name_list, (methods, patterns, statistics))
     if not text:
         raise LowmemError("nothing to evaluate on: give --text FILE")
     require_outside(target, source)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from lowmem_wanda.checkpoint.directory import fingerprint, small_files
+from lowmem_wanda.checkpoint.reader import ITEMSIZE
 from lowmem_wanda.checkpoint.writer import sha256_of
-from lowmem_wanda.data.calibration import Calibration, calibrate, text_names
+from lowmem_wanda.data.calibration import Calibration, calibrate, name_list, require_counts
 from lowmem_wanda.errors import CalibrationError, PatternError
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.llamacpp.norms import Norms, load_norms
@@ -19,7 +20,7 @@ from lowmem_wanda.pruning import ORDERS
 from lowmem_wanda.pruning.passes import require_greenlet
 from lowmem_wanda.sparsity.methods import Method, find_method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
-from lowmem_wanda.sparsity.selection import CPU_CHUNK, DEVICE_CHUNK, SCORE_BYTES
+from lowmem_wanda.sparsity.selection import SCORE_BYTES, suitable_chunk
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.machine import ANY, Machine
 from lowmem_wanda.streaming.matrices import Matrix
@@ -80,9 +81,7 @@ class PruneJob:
         """What goes through the model, and the memory that this takes."""
         sequences, length = self.calibration.tokens.shape if self.calibration else (0, 0)
         matrices = [matrix for block in self.selected for matrix in block]
-        sizes = {
-            tensor.name: tensor.nbytes // max(1, tensor.numel) for tensor in self.model.checkpoint.tensors.values()
-        }
+        tensors = self.model.checkpoint.tensors
         statistic = self.method.statistic if self.measures else None
         sums = [sum(statistic.nbytes(one.shape[1]) for one in block) for block in self.selected] if statistic else [0]
         return Workload(
@@ -90,8 +89,8 @@ class PruneJob:
             sequences,
             length,
             statistics=max(sums),
-            workspace=max(self.method.workspace(*matrix.shape, sizes[matrix.tensor]) for matrix in matrices),
-            chunk=CPU_CHUNK if self.model.device.type == "cpu" else DEVICE_CHUNK,
+            workspace=max(self.method.workspace(*one.shape, ITEMSIZE[tensors[one.tensor].dtype]) for one in matrices),
+            chunk=suitable_chunk(self.model.device),
             score_bytes=SCORE_BYTES,
             holds_micro_batches=self.statistics == "sequential" and self.measures,
         )
@@ -169,7 +168,7 @@ def prepare(
     A `calibration` that is made already replaces `text`, `sequences` and `length`. All other parameters are those of
     `prune`. Raises a LowmemError that says what is wrong.
     """
-    text, include, exclude = map(text_names, (text, include, exclude))
+    text, include, exclude = map(name_list, (text, include, exclude))
     chosen = find_method(method)
     compared = _choose_pattern(pattern, group, chosen)
     _require_known(statistics, zeros, sequences, length)
@@ -223,7 +222,7 @@ def _choose_calibration(
 
 def _choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:
     """llama.cpp's names of the matrices; {} where there are neither norms nor an importance matrix."""
-    weights = [matrix.name for block in model.skeleton.matrices for matrix in block]
+    weights = [matrix.name for matrix in model.skeleton.all_matrices]
     return gguf_names(weights, "--norms" if norms else "--imatrix") if norms or imatrix else {}
 
 
@@ -235,7 +234,7 @@ def _choose_matrices(
     Raises PatternError for a glob that matches no matrix, or a matrix that the pattern does not fit.
     """
     blocks = model.skeleton.matrices
-    names = {matrix.name for block in blocks for matrix in block}
+    names = {matrix.name for matrix in model.skeleton.all_matrices}
 
     def matches(name: str, globs: Sequence[str]) -> bool:
         return any(
@@ -262,9 +261,7 @@ def _require_known(statistics: str, zeros: str, sequences: int, length: int) -> 
     for flag, word, known in (("--statistics", statistics, ORDERS), ("--zeros", zeros, ZEROS)):
         if word not in known:
             raise PatternError(f"{flag} {word}: give one of {', '.join(known)}")
-    for flag, number in (("--sequences", sequences), ("--length", length)):
-        if number < 1:
-            raise CalibrationError(f"{flag} {number}: give a whole number above 0")
+    require_counts({"--sequences": sequences, "--length": length})
 
 
 def _require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:

@@ -179,9 +179,8 @@ class _Walk:
         if job.imatrix and unrecorded:
             require_new(job.imatrix)
         # hidden states pass all blocks up to the last one that needs them; without them finished blocks are left out
-        self.walked = list(range(max([*self.unfinished, *unrecorded], default=-1) + 1))
-        if job.calibration is None:
-            self.walked = self.unfinished
+        last = max([*self.unfinished, *unrecorded], default=-1)
+        self.walked = list(range(last + 1)) if job.calibration else self.unfinished
         self.batches = in_batches(job.calibration.tokens, placement.batch) if job.calibration else []
         self.spent: dict[str, float] = {}
         self.last = time.perf_counter()  # when the last shard was written

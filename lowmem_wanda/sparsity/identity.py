@@ -26,7 +26,7 @@ def identity(*values: Any) -> str:
     """
     try:
         text = repr([_parts(value, ()) for value in values])
-    except (UnidentifiedError, ValueError):  # ValueError: a closure whose variable is not set yet
+    except (UnidentifiedError, ValueError, TypeError):  # a closure without a value yet; an array of objects
         text = uuid.uuid4().hex
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -45,10 +45,10 @@ def _parts(value: Any, seen: tuple[int, ...]) -> Any:
     if isinstance(value, (dict, types.MappingProxyType)):
         return ["dict", *sorted(repr((_parts(key, seen), _parts(one, seen))) for key, one in value.items())]
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(
-            value, torch.Tensor
-        ) else np.ascontiguousarray(value)  # fmt: skip
-        return [str(value.dtype), list(value.shape), hashlib.sha256(array.tobytes()).hexdigest()]
+        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        tensor = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        return [str(value.dtype), list(value.shape), digest]
     if isinstance(value, types.CodeType):
         constants = [_parts(one, seen) for one in value.co_consts]
         return ["code", value.co_code.hex(), value.co_names, value.co_varnames, constants]

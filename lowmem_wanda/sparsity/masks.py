@@ -59,7 +59,7 @@ def _in_chunks(weight: torch.Tensor, score: Score, pattern: Pattern, chunk: int)
         torch.maximum(highest, scores.amax(), out=highest)
         return scores
 
-    for part, pruned in pattern.masks(noted, rows, columns, chunk or suitable_chunk(weight)):
+    for part, pruned in pattern.masks(noted, rows, columns, chunk or suitable_chunk(weight.device)):
         if weight.is_cpu:  # numpy has no threads that wait for each other
             kept = bits[part].numpy()
             np.multiply(kept, np.logical_not(pruned.numpy()), out=kept)
@@ -74,7 +74,7 @@ def survey(weight: torch.Tensor, pattern: Pattern, chunk: int = 0) -> tuple[int,
     group = pattern.groups(columns)
     zeros = torch.zeros((), dtype=torch.int64, device=weight.device)
     holds = torch.ones((), dtype=torch.bool, device=weight.device)
-    for part in row_chunks(rows, columns, chunk or suitable_chunk(weight)):
+    for part in row_chunks(rows, columns, chunk or suitable_chunk(weight.device)):
         counts = pattern.zeros_per_group(weight[part] == 0)
         zeros += counts.sum(dtype=torch.int64)
         holds &= (counts >= (group.zeros if group else 0)).all()

@@ -129,9 +129,9 @@ def kth_smallest(chunks: Callable[[], Iterator[torch.Tensor]], k: int) -> torch.
     return torch.tensor(prefix, dtype=torch.int32).view(torch.float32)
 
 
-def suitable_chunk(weight: torch.Tensor) -> int:
-    """The number of weights that are scored at a time on the weight's device."""
-    return CPU_CHUNK if weight.is_cpu else DEVICE_CHUNK
+def suitable_chunk(device: torch.device) -> int:
+    """The number of weights to score at a time on a device."""
+    return CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
 
 
 def row_chunks(rows: int, columns: int, chunk: int) -> list[slice]:

@@ -269,7 +269,7 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 def cast_bytes(model: StreamedModel) -> int:
     """The bytes that a decoder takes for casts of a block: one matrix, and everything that is not a matrix."""
     size, tensors = model.dtype.itemsize, model.checkpoint.tensors
-    matrices = {matrix.tensor for block in model.skeleton.matrices for matrix in block}
+    matrices = {matrix.tensor for matrix in model.skeleton.all_matrices}
     casts = [tensors[name].numel * size for name in matrices if DTYPES[tensors[name].dtype] != model.dtype]
     small = [
         sum(

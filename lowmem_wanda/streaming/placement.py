@@ -170,7 +170,7 @@ class Sizes:
     def __init__(self, work: Workload, base: int) -> None:
         self.work, self.base = work, base
         tensors, skeleton, size = work.model.checkpoint.tensors, work.model.skeleton, work.model.dtype.itemsize
-        matrices = [matrix for block in skeleton.matrices for matrix in block]
+        matrices = skeleton.all_matrices
         widest = max(max(matrix.shape) for matrix in matrices)
         outside = [tensors[name] for name in set(skeleton.outside().values())]
         with_heads = len(work.models) * work.needs_logits  # models whose heads are applied

@@ -58,6 +58,11 @@ class Skeleton:
         return tuple(find_matrices(block, self.block_tensors(index)) for index, block in enumerate(self.blocks))
 
     @property
+    def all_matrices(self) -> list[Matrix]:
+        """The matrices of all blocks in one list."""
+        return [matrix for block in self.matrices for matrix in block]
+
+    @property
     def width(self) -> int:
         """The width of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]

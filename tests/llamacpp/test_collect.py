@@ -50,7 +50,7 @@ def test_sums_are_those_of_the_whole_model(tiny, token_file, tmp_path, family):
     entries, about = read(tmp_path / "x.gguf")
     expected, names = (
         direct(tiny(family), tokens),
-        gguf_names([one.name for block in work.skeleton.matrices for one in block], "x"),
+        gguf_names([one.name for one in work.skeleton.all_matrices], "x"),
     )
     assert found["entries"] == len(entries) == len(expected) and about == About(("t",), 6, 16)
     for name, sums in expected.items():

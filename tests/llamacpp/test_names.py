@@ -25,7 +25,7 @@ NAMES = {
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
 def test_names_are_llama_cpps(tiny, family):
-    names = gguf_names([matrix.name for block in opened(tiny(family)).skeleton.matrices for matrix in block], "x")
+    names = gguf_names([matrix.name for matrix in opened(tiny(family)).skeleton.all_matrices], "x")
     assert set(names.values()) == {f"blk.{index}.{kind}.weight" for index in range(3) for kind in NAMES[family]}
 
 
