@@ -26,13 +26,18 @@ if TYPE_CHECKING:
     )
     from lowmem_wanda.evaluation.evaluate import EvaluationReport, ModelReport, evaluate
     from lowmem_wanda.llamacpp.collect import ImatrixReport, imatrix
+    from lowmem_wanda.llamacpp.gguf_file import is_gguf
+    from lowmem_wanda.llamacpp.outline import GGUFOutline, outline
+    from lowmem_wanda.llamacpp.shrink import shrink
+    from lowmem_wanda.llamacpp.shrink_report import ShrinkReport
     from lowmem_wanda.llamacpp.survive import SurvivalReport, survive
+    from lowmem_wanda.llamacpp.verify_gguf import GGUFFindings, check_gguf
     from lowmem_wanda.pruning import ORDERS
     from lowmem_wanda.pruning.compare import ComparisonReport, compare
     from lowmem_wanda.pruning.plan import Plan, plan
     from lowmem_wanda.pruning.prune import prune
     from lowmem_wanda.pruning.report import PruneReport
-    from lowmem_wanda.sparsity import METHODS
+    from lowmem_wanda.sparsity import EXPERT_SCORES, METHODS
     from lowmem_wanda.sparsity.methods import Method, Statistic
     from lowmem_wanda.sparsity.selection import Scaled
     from lowmem_wanda.sparsity.statistics import SquaredNorm
@@ -49,13 +54,18 @@ _PLACES = {
     ),
     "evaluation.evaluate": ("EvaluationReport", "ModelReport", "evaluate"),
     "llamacpp.collect": ("ImatrixReport", "imatrix"),
+    "llamacpp.gguf_file": ("is_gguf",),
+    "llamacpp.outline": ("GGUFOutline", "outline"),
+    "llamacpp.shrink": ("shrink",),
+    "llamacpp.shrink_report": ("ShrinkReport",),
     "llamacpp.survive": ("SurvivalReport", "survive"),
+    "llamacpp.verify_gguf": ("GGUFFindings", "check_gguf"),
     "pruning": ("ORDERS",),
     "pruning.compare": ("ComparisonReport", "compare"),
     "pruning.plan": ("Plan", "plan"),
     "pruning.prune": ("prune",),
     "pruning.report": ("PruneReport",),
-    "sparsity": ("METHODS",),
+    "sparsity": ("EXPERT_SCORES", "METHODS"),
     "sparsity.methods": ("Method", "Statistic"),
     "sparsity.selection": ("Scaled",),
     "sparsity.statistics": ("SquaredNorm",),
@@ -70,8 +80,11 @@ __all__ = [
     "CheckpointError",
     "ComparisonReport",
     "DTYPES",
+    "EXPERT_SCORES",
     "EvaluationReport",
     "Findings",
+    "GGUFFindings",
+    "GGUFOutline",
     "ImatrixReport",
     "LowmemError",
     "METHODS",
@@ -86,16 +99,21 @@ __all__ = [
     "PruneReport",
     "READS",
     "Scaled",
+    "ShrinkReport",
     "SquaredNorm",
     "Statistic",
     "SurvivalReport",
     "byte_size",
     "check",
+    "check_gguf",
     "compare",
     "evaluate",
     "imatrix",
+    "is_gguf",
+    "outline",
     "plan",
     "prune",
+    "shrink",
     "survive",
 ]
 

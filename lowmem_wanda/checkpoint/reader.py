@@ -56,16 +56,18 @@ class Tensor:
         """The number of values."""
         return math.prod(self.shape)
 
-    def pieces(self, size: int = PIECE) -> Iterator[bytearray]:
-        """Yields the tensor's bytes, `size` at a time. Raises CheckpointError if the file has changed."""
+    def pieces(self, size: int = PIECE, spans: Sequence[tuple[int, int]] | None = None) -> Iterator[bytearray]:
+        """Yields the tensor's bytes, at most `size` at a time, or those of its `spans` (start, stop) one after another.
+
+        Raises CheckpointError if the file has changed.
+        """
         with opened(self.file) as file:
-            file.seek(self.offset)
-            left = self.nbytes
-            while left:
-                piece = bytearray(min(left, size))
-                _fill(file, self, memoryview(piece))
-                left -= len(piece)
-                yield piece
+            for start, stop in ((0, self.nbytes),) if spans is None else spans:
+                file.seek(self.offset + start)
+                for at in range(start, stop, size):
+                    piece = bytearray(min(size, stop - at))
+                    _fill(file, self, memoryview(piece))
+                    yield piece
             self.check(file)
 
     def check(self, file: BinaryIO) -> None:

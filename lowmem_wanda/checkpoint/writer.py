@@ -144,7 +144,7 @@ class Growing:
         self.size, self.digest = 0, hashlib.sha256()
         self._handle, self._sent = handle, 0
 
-    def write(self, content: bytes | memoryview) -> None:
+    def write(self, content: bytes | bytearray | memoryview) -> None:
         """Appends all of the content. Raises OSError."""
         self._append(memoryview(content).cast("B"), copied=0)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lowmem_wanda.cli.options import add_command
+from lowmem_wanda.cli.shrink import check_gguf
 from lowmem_wanda.cli.terminal import printable, shown
 
 if TYPE_CHECKING:
@@ -14,13 +15,18 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     command = add_command(commands, "check", "report the sparsity of a checkpoint and prove it", run)
-    command.add_argument("path", metavar="dir", help="folder of any safetensors checkpoint")
-    command.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this checkpoint except for zeros")
+    command.add_argument(
+        "path", metavar="dir", help="folder of any safetensors checkpoint, or a GGUF that shrink wrote"
+    )
+    command.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this checkpoint except for zeros, or "
+        "that a GGUF is this one without some experts")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lowmem_wanda import check
+    from lowmem_wanda import check, is_gguf
 
+    if is_gguf(arguments.path):
+        return check_gguf(arguments)
     findings = check(arguments.path, arguments.against)
     done = shown(arguments, asdict(findings), *lines(findings))
     for problem in findings.problems:

@@ -11,6 +11,7 @@ from lowmem_wanda.errors import LowmemError
 
 COMMANDS = (  # modules of this room, each with an `add`
     "prune",
+    "shrink",
     "imatrix",
     "check",
     "survive",
@@ -21,6 +22,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 EXAMPLE = """example:
   %(prog)s prune llama-3-8b llama-3-8b-2of4 --pattern 2:4
   %(prog)s check llama-3-8b-2of4 --against llama-3-8b
+  %(prog)s shrink qwen3-30b-a3b.gguf small.gguf --drop-experts 25%% --from imatrix.gguf
 
 %(prog)s COMMAND --help says what a command takes."""
 

@@ -1,10 +1,11 @@
 """Parts of report.html: its style, tables, paragraphs, and the document around them. It needs no other file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 Record = Mapping[str, Any]
+Section = tuple[str, str, str]  # identifier, heading, HTML
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #59636e; --line: #d5dae0 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --paper: #14171b; --soft: #9aa5b1; --line: #333a42 } }
@@ -19,6 +20,7 @@ th { overflow-wrap: break-word; max-width: 11rem } .pairs th { min-width: 6rem }
 .figures :not(:first-child) { text-align: right } .figures td:first-child { white-space: normal; min-width: 8.5rem }
 .plots { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 figure { margin: 1rem 0 .4rem; max-width: 36rem; min-width: 0 } figcaption { color: var(--soft) }
+pre { overflow-x: auto; padding: .6rem .8rem; border: 1px solid var(--line); font-size: .85rem }
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round } svg [id*=Quad] { shape-rendering: crispEdges }
 """
 
@@ -34,6 +36,14 @@ def document(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{body}</body></html>"
     )
+
+
+def sections(title: str, parts: Iterable[Section]) -> str:
+    """A whole page of those sections that are not empty."""
+    body = "".join(
+        f'<section id="{name}"><h2>{escape(heading)}</h2>{html}</section>' for name, heading, html in parts if html
+    )
+    return document(title, body)
 
 
 def pairs(values: Record) -> str:

@@ -12,17 +12,17 @@ from lowmem_wanda.cli import plots
 from lowmem_wanda.cli.markup import (
     Best,
     Record,
+    Section,
     beside,
-    document,
     pairs,
     paragraphs,
+    sections,
     table,
     time_unit,
 )
 from lowmem_wanda.cli.terminal import RULES, duration, figure, size
 
 PAGE = "report.html"
-Section = tuple[str, str, str]  # identifier, heading, HTML
 Kinds = Mapping[str, Mapping[int, Any]]  # {kind of matrix: {block: its record}}
 LIMITS = (
     "A perplexity holds for this text, length and convention only; do not compare it with others.",
@@ -46,14 +46,9 @@ DISTANCE = {
 def page(report: Record) -> str:
     """The page of a report of `prune`, `eval` or `compare`."""
     kinds = {"prune": ("Pruned", _pruned), "eval": ("Evaluated", _evaluated), "compare": ("Compared", _compared)}
-    done, sections = kinds[report["kind"]]
+    done, parts = kinds[report["kind"]]
     title = f"{done}: {report.get('source') or ', '.join(_short(report['models']).values())}"
-    body = "".join(
-        f'<section id="{name}"><h2>{escape(heading)}</h2>{html}</section>'
-        for name, heading, html in [*sections(report), *_settings(report)]
-        if html
-    )
-    return document(title, body)
+    return sections(title, [*parts(report), *_settings(report)])
 
 
 def save_page(folder: str | Path, report: Record) -> None:

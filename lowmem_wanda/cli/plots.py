@@ -133,6 +133,43 @@ def stacks(name: str, title: str, parts: Mapping[str, Sequence[float]], y: str) 
     return _figure(name, title, 2.3 + _legend_height(list(parts)), draw)
 
 
+def bars(name: str, title: str, values: Mapping[str, float], x: str, y: str) -> str:
+    """A bar for each name."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.bar(range(len(values)), list(values.values()), color=COLOURS[0], width=0.85)
+        step = max(1, math.ceil(len(values) / 12))
+        axes.set_xticks(range(0, len(values), step), [_label(label, 12) for label in list(values)[::step]])
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(axis="y")
+
+    return _figure(name, title, 2.3, draw)
+
+
+def ranks(name: str, title: str, scores: Mapping[str, Sequence[float | None]], kept: int) -> str:
+    """A line of scores in descending order for each name, relative to the highest, and a line after the `kept` first.
+
+    Scores below zero are shifted, so that the lowest is 0. Earlier names are darker.
+    """
+
+    def draw(figure: Any) -> None:
+        from matplotlib import colormaps
+
+        axes = figure.add_subplot()
+        for place, values in enumerate(scores.values()):
+            known = sorted((value for value in values if value is not None), reverse=True)
+            low = min(0.0, known[-1])
+            top = (known[0] - low) or 1.0
+            shade = colormaps["viridis"](0.12 + 0.85 * place / max(1, len(scores) - 1))
+            axes.plot(range(1, len(known) + 1), [(value - low) / top for value in known], color=shade, linewidth=0.9)
+        axes.axvline(kept + 0.5, color=INK, linestyle="--", linewidth=0.9)
+        axes.set(xlabel="rank of the expert", ylabel="score, relative")
+        axes.grid()
+
+    return _figure(name, title, 2.6, draw)
+
+
 def ranges(name: str, title: str, values: Mapping[str, tuple[float, float]], x: str, level: tuple[str, float]) -> str:
     """A point with its error for each name, and a line at a `level`; logarithmic where values are far apart."""
     names = [textwrap.fill(_label(label, 75), 26) for label in values]

@@ -16,6 +16,7 @@ from lowmem_wanda.cli.options import (
     machine,
     taken,
 )
+from lowmem_wanda.cli.shrink import show_outline
 from lowmem_wanda.cli.terminal import Bar, add_peaks, calibration_text, duration, number, pairs, shown, size
 
 PRUNING = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude",
@@ -78,8 +79,10 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    from lowmem_wanda import plan
+    from lowmem_wanda import is_gguf, plan
 
+    if is_gguf(arguments.source):
+        return show_outline(arguments)
     facts: dict[str, Any] = {}
     found = plan(arguments.source, **taken(arguments, *PRUNING), **machine(arguments), on_start=facts.update)
     return shown(arguments, asdict(found), plan_table(found, facts))

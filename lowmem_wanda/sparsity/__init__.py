@@ -2,3 +2,4 @@
 
 METHODS = ("wanda", "magnitude")  # the names in `methods.METHODS`, for code that must not import torch
 GROUPS = ("row", "matrix")  # what is compared for a share
+EXPERT_SCORES = ("ean", "frequency", "aimer", "random")  # of `experts`; the first is the default where data is given

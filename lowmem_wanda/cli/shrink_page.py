@@ -1,0 +1,73 @@
+"""The page of a report of `shrink`."""
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+
+from lowmem_wanda.checkpoint.writer import write_bytes
+from lowmem_wanda.cli import plots
+from lowmem_wanda.cli.markup import Record, Section, pairs, paragraphs, sections, table
+from lowmem_wanda.cli.shrink import ranges
+from lowmem_wanda.cli.terminal import duration, size
+
+LOST = "Share of a layer's routed tokens that went to experts which are gone, in the text of the importance matrix."
+RANKS = "Scores of each layer's experts by rank, relative to its highest; those right of the dashed line are gone."
+
+
+def save_page(target: str | Path, report: Record) -> Path:
+    """Writes the page beside the target; gives its path."""
+    path = Path(f"{target}.report.html")
+    write_bytes(path, sections(f"Shrunk: {Path(report['target']).name}", _sections(report)).encode())
+    return path
+
+
+def _sections(report: Record) -> Iterator[Section]:
+    experts, tokens, amounts = report["experts"], report["tokens"], report["bytes"]
+    yield "summary", "Summary", pairs({
+        "model": f"{report['source']} ({report['architecture']})",
+        "experts": f"{experts['kept']} of {experts['before']} kept in each of {experts['layers']} layers; "
+                   f"{experts['used']} at work for a token, as before",
+        "chosen by": report["how"],
+        "size": f"{size(amounts['before'])} before, {size(amounts['after'])} now "
+                f"({amounts['after'] / amounts['before']:.1%})",
+        "tokens": tokens and f"{tokens['lost_mean']:.2%} of routed tokens went to dropped experts; at most "
+                             f"{tokens['lost_most']:.2%}, in layer {tokens['lost_most_in']}",
+        "routing": report["routing_text"],
+        "time": duration(report["seconds"]),
+    })  # fmt: skip
+    yield "warnings", "Warnings", paragraphs(report["warnings"])
+    commands = "\n".join(report["commands"])
+    how = paragraphs(["KL divergence from the whole model; your own text after -f is better:"])
+    yield (
+        "costs",
+        "What it costs, and how to know",
+        paragraphs(report["costs"]) + how + f"<pre>{escape(commands)}</pre>",
+    )
+    yield "tokens", "Tokens", _tokens(report["layers"])
+    yield "scores", "Scores", _scores(report["layers"], experts["kept"])
+    yield "layers", "Layers", _layers(report["layers"])
+    files = [(file["name"], size(file["nbytes"]), file["sha256"]) for file in report["files"]]
+    yield "files", "Files", table(("file", "size", "SHA-256"), files)
+    yield "proof", "Proof", f"<pre>{escape(report['proof'])}</pre>"
+    yield "arguments", "Arguments", pairs(report["arguments"])
+    yield "versions", "Versions", pairs(report["versions"])
+
+
+def _tokens(layers: Sequence[Record]) -> str:
+    """A bar for each layer that was measured."""
+    lost = {str(layer["layer"]): 100 * layer["tokens_lost"] for layer in layers if layer["tokens_lost"] is not None}
+    return paragraphs([LOST]) + plots.bars("lost", "tokens of dropped experts", lost, "layer", "%") if lost else ""
+
+
+def _scores(layers: Sequence[Record], kept: int) -> str:
+    """A line for each layer that was scored."""
+    scored = {str(layer["layer"]): layer["scores"] for layer in layers if layer["scores"]}
+    return paragraphs([RANKS]) + plots.ranks("ranks", "scores by rank", scored, kept) if scored else ""
+
+
+def _layers(layers: Sequence[Record]) -> str:
+    rows = []
+    for layer in layers:
+        lost = "" if layer["tokens_lost"] is None else f"{layer['tokens_lost']:.2%}"
+        rows.append((f"layer {layer['layer']}", layer["by"], lost, ranges(layer["kept"])))
+    return table(("", "chosen by", "tokens lost", "experts kept"), rows)

@@ -1,0 +1,108 @@
+"""Which experts of a GGUF are kept: by a plan that is given, or by a score."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowmem_wanda.checkpoint.reader import opened
+from lowmem_wanda.errors import PatternError
+from lowmem_wanda.llamacpp.expert_layers import ExpertLayers
+from lowmem_wanda.llamacpp.expert_scores import ExpertCounts, score_layer
+from lowmem_wanda.llamacpp.gguf_file import GGUF
+from lowmem_wanda.sparsity import EXPERT_SCORES
+from lowmem_wanda.sparsity.expert_plan import Ids, kept_experts
+from lowmem_wanda.sparsity.experts import highest, kept_count
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The ids of the experts that a layer keeps, what chose them, and the scores of all, (experts,) or None."""
+
+    kept: tuple[int, ...]
+    by: str
+    scores: np.ndarray | None
+
+
+def chosen_score(score: str | None, scores_from: Any, plan: Any, imatrix_out: Any) -> str:
+    """The score that decides; "plan" where a plan does. Raises PatternError if the flags do not go together."""
+    if imatrix_out is not None and scores_from is None:
+        raise PatternError("--imatrix-out needs the importance matrix that it is cut from: --from imatrix.gguf")
+    if plan is not None:
+        if score is not None:
+            raise PatternError("--plan says which experts are kept, so --score has no place beside it; leave one out")
+        return "plan"
+    score = score or ("ean" if scores_from is not None else None)
+    if score is None:
+        raise PatternError(
+            "say which experts are kept: --from imatrix.gguf (the importance matrix of this model), --plan plan.json, "
+            "or --score aimer, which needs neither"
+        )
+    if score not in EXPERT_SCORES:
+        raise PatternError(f"score {score!r} is not known; one of {', '.join(EXPERT_SCORES)}")
+    if score in ("ean", "frequency") and scores_from is None:
+        raise PatternError(f"--score {score} needs an importance matrix: --from imatrix.gguf; --score aimer does not")
+    return score
+
+
+def numbers(experts: ExpertLayers, drop: str | float | None, keep: int | None, plan: Path | None) -> tuple[int, Ids]:
+    """How many experts each layer keeps, and which, if a plan says so. Raises PatternError."""
+    if plan is None:
+        return kept_count(experts.count, drop, keep), {}
+    try:
+        ids = kept_experts(_read_plan(plan), list(experts.layers), experts.count, plan.name)
+    except PatternError as error:
+        raise PatternError(f"{plan}: {error}") from None
+    missing = [block for block in experts.layers if block not in ids and block not in experts.predicting]
+    if missing:
+        raise PatternError(f"{plan}: says nothing of layer {missing[0]}; every layer with experts must be in it")
+    sizes = {len(kept): block for block, kept in ids.items()}
+    if len(sizes) > 1:
+        (one, first), (other, second) = list(sizes.items())[:2]
+        raise PatternError(
+            f"{plan}: keeps {one} experts in layer {first} and {other} in layer {second}; llama.cpp loads only models "
+            "with one number for all layers"
+        )
+    (count,) = sizes
+    if (drop is not None or keep is not None) and kept_count(experts.count, drop, keep) != count:
+        raise PatternError(f"{plan}: keeps {count} of {experts.count} experts, the flags say otherwise; leave them out")
+    size = experts.count // experts.groups
+    for block, kept in ids.items():
+        if len({sum(one // size == group for one in kept) for group in range(experts.groups)}) > 1:
+            raise PatternError(
+                f"{plan}: layer {block} does not keep as many experts in each of its {experts.groups} groups, as the "
+                "router needs"
+            )
+    return count, ids
+
+
+def _read_plan(path: Path) -> Any:
+    """The JSON of a plan. Raises PatternError."""
+    with opened(path) as file:
+        content = file.read()
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PatternError(f"is not JSON ({str(error)[:100]})") from None
+
+
+def choose(
+    model: GGUF, experts: ExpertLayers, block: int, keep: int, planned: Ids, score: str,
+    known: ExpertCounts | None, seed: int,
+) -> LayerChoice:  # fmt: skip
+    """The experts of a layer that are kept, and why."""
+    if block in planned:
+        return LayerChoice(planned[block], "plan", None)
+    if score == "plan" or (score in ("ean", "frequency") and known is None):
+        score = "aimer"  # a layer that predicts further tokens, of which plans and importance matrices say nothing
+    scores = score_layer(score, model, experts, block, known, seed)
+    return LayerChoice(highest(scores, keep, experts.groups), score, scores)
+
+
+def plan_text(choices: Mapping[int, LayerChoice]) -> str:
+    """The JSON of a plan, a line for each layer."""
+    lines = (f'  "{block}": {json.dumps(choice.kept)}' for block, choice in choices.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"

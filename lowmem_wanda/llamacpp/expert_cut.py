@@ -1,0 +1,126 @@
+"""Writes a GGUF with fewer experts: slices of tensors are copied byte for byte, in one file or in several."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from lowmem_wanda.checkpoint.reader import Tensor
+from lowmem_wanda.checkpoint.writer import COPIED_PIECE, Growing, ShardFile, replacing
+from lowmem_wanda.errors import OutputError
+from lowmem_wanda.llamacpp.gguf_file import GGUF, header_of, padded, part_name
+from lowmem_wanda.llamacpp.gguf_values import I32, U16, Field
+
+MOST_PARTS = 9999
+ALIGNED = 4096  # bytes that the end of a header may be padded with
+Kept = Mapping[str, tuple[int, ...]]  # {name of a tensor: the experts whose slices are kept, in ascending order}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file to write: its path, its header, its tensors in their new shapes, and its size in bytes."""
+
+    path: Path
+    header: bytes
+    tensors: tuple[Tensor, ...]
+    nbytes: int
+
+
+def parts_of(
+    target: Path, source: GGUF, fields: Mapping[str, Field], kept: Kept, split_size: int | None = None
+) -> list[Part]:
+    """The files of a cut GGUF, none above `split_size` bytes (None: one file).
+
+    `fields` are its metadata. Raises OutputError if one tensor alone is larger than that.
+    """
+    tensors = [_cut(tensor, kept) for tensor in source.tensors.values()]
+    whole = _part(target, source, fields, tensors)
+    if split_size is None or whole.nbytes <= split_size:
+        return [whole]
+    later = {key: field for key, field in fields.items() if key == "general.alignment"}  # as llama.cpp: no other
+    groups = _grouped(tensors, split_size, source.alignment, _metadata_bytes(fields), _metadata_bytes(later))
+    if len(groups) > MOST_PARTS:
+        raise OutputError(f"--split-size {split_size}: would make {len(groups)} files; give a larger size")
+    parts = []
+    for index, group in enumerate(groups):
+        place = {
+            "split.no": Field.number(U16, index),
+            "split.count": Field.number(U16, len(groups)),
+            "split.tensors.count": Field.number(I32, len(tensors)),
+        }
+        path = target.with_name(part_name(target, index, len(groups)))
+        parts.append(_part(path, source, {**(later if index else fields), **place}, group))
+    if (largest := max(part.nbytes for part in parts)) > split_size:
+        raise OutputError(
+            f"--split-size {split_size}: one tensor with its header takes {largest} bytes; give at least that"
+        )
+    return parts
+
+
+def write_parts(
+    stack: ExitStack, parts: Sequence[Part], source: GGUF, kept: Kept, moved: Callable[[int], None]
+) -> Callable[[], list[ShardFile]]:
+    """Writes the files under temporary names; they appear when the stack closes without an error, the first at last.
+
+    `moved` is called with the number of bytes of each piece. Gives a function for the names, sizes and checksums.
+    """
+    files: list[Growing] = []
+    for part in parts:
+        file = stack.enter_context(replacing(part.path, part.nbytes))
+        files.append(file)
+        file.write(part.header)
+        for tensor in part.tensors:
+            for piece in _pieces(source.tensors[tensor.name], kept):
+                file.write(piece)
+                moved(len(piece))
+            file.write(bytes(padded(file.size, source.alignment) - file.size))
+        if file.size != part.nbytes:
+            raise OutputError(f"{part.path}: {file.size} bytes were written instead of {part.nbytes}; report this bug")
+    return lambda: [
+        ShardFile(part.path.name, file.size, file.digest.hexdigest()) for part, file in zip(parts, files, strict=True)
+    ]
+
+
+def _cut(tensor: Tensor, kept: Kept) -> Tensor:
+    """A tensor in its new shape; its place stays that in the source."""
+    if tensor.name not in kept:
+        return tensor
+    count = len(kept[tensor.name])
+    return replace(tensor, shape=(count, *tensor.shape[1:]), nbytes=tensor.nbytes // tensor.shape[0] * count)
+
+
+def _part(path: Path, source: GGUF, fields: Mapping[str, Field], tensors: Sequence[Tensor]) -> Part:
+    header = header_of(fields, tensors, source.version, source.alignment)
+    data = sum(padded(tensor.nbytes, source.alignment) for tensor in tensors)
+    return Part(path, header, tuple(tensors), len(header) + data)
+
+
+def _grouped(tensors: Sequence[Tensor], most: int, alignment: int, first: int, later: int) -> list[list[Tensor]]:
+    """The tensors of each part in their order; `first` and `later` are the bytes of metadata in a part."""
+    groups: list[list[Tensor]] = [[]]
+    size = first
+    for tensor in tensors:
+        entry = 24 + len(tensor.name.encode()) + 8 * len(tensor.shape)
+        added = padded(tensor.nbytes, alignment) + entry
+        if groups[-1] and size + added > most:
+            groups.append([])
+            size = later
+        groups[-1].append(tensor)
+        size += added
+    return groups
+
+
+def _metadata_bytes(fields: Mapping[str, Field]) -> int:
+    """At most so many bytes are beside the entries of tensors: magic, counts, fields, a part's place, padding."""
+    return 200 + ALIGNED + sum(12 + len(key.encode()) + len(field.raw) for key, field in fields.items())
+
+
+def _pieces(tensor: Tensor, kept: Kept) -> Iterator[bytearray]:
+    """Yields the bytes of a tensor, or of the kept slices of it."""
+    if tensor.name not in kept:
+        return tensor.pieces(COPIED_PIECE)
+    ids, size = kept[tensor.name], tensor.nbytes // tensor.shape[0]
+    ends = [place for place, (one, other) in enumerate(pairwise(ids), 1) if other != one + 1]
+    runs = zip([0, *ends], [*ends, len(ids)], strict=True)
+    return tensor.pieces(COPIED_PIECE, [(ids[start] * size, (ids[stop - 1] + 1) * size) for start, stop in runs])

@@ -1,0 +1,174 @@
+"""Scores of a GGUF's experts: from an importance matrix and weights, from weights alone, from counts, at random."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowmem_wanda.checkpoint.reader import Tensor
+from lowmem_wanda.errors import CalibrationError, ModelError
+from lowmem_wanda.llamacpp.expert_layers import IN_BLOCK, ExpertLayers
+from lowmem_wanda.llamacpp.gguf_file import GGUF
+from lowmem_wanda.llamacpp.imatrix import Entry, read
+from lowmem_wanda.llamacpp.names import package
+from lowmem_wanda.sparsity.experts import aimer, output_norms
+
+WEIGHTS = 1 << 18  # that are dequantized at a time
+THREADS = 2  # numpy lets other threads run while it computes
+
+Measure = Callable[[np.ndarray], np.ndarray]  # weights (outputs, inputs) -> sums over outputs, or over all
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """What an importance matrix says of a layer: `counts` (experts,) of tokens, `squares` (experts, width) of inputs of
+    the down projections, as means."""
+
+    counts: np.ndarray
+    squares: np.ndarray
+
+
+def read_counts(path: str | Path, model: GGUF, experts: ExpertLayers) -> dict[int, ExpertCounts]:
+    """{block: what the importance matrix says of it}, for all layers with experts that run in a forward pass.
+
+    A layer that predicts further tokens (MTP) is left out where the file has no entry of it, because llama.cpp does not
+    run it when it measures. Raises CalibrationError, which names the entry, for a file that cannot tell experts apart
+    or that belongs to another model.
+    """
+    entries, _ = read(path)
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CalibrationError(
+                f"{path}: is of the older format, which does not hold how many tokens each expert saw; get the .gguf, "
+                "or make one with llama-imatrix of today"
+            )
+    for name, entry in entries.items():
+        if (match := IN_BLOCK.fullmatch(name)) and "_exps." in name:
+            if int(match[1]) not in experts.layers or name not in experts.tensors:
+                raise CalibrationError(
+                    f"{path}: has an entry {name}, which this model has not; get that of this very model"
+                )
+            if entry.sums.shape[1] != model.tensors[name].shape[-1] and len(entry.counts) == experts.count:
+                raise _other_size(path, name, entry, model.tensors[name])
+    found = {}
+    for block in experts.layers:
+        name = experts.down(block)
+        if name in entries:
+            found[block] = _required(path, name, entries[name], model.tensors[name], experts.count)
+        elif block not in experts.predicting:
+            raise CalibrationError(
+                f"{path}: has no entry {name}; get the importance matrix of this very model, or one that was measured "
+                "on more text"
+            )
+    return found
+
+
+def _required(path: str | Path, name: str, entry: Entry, tensor: Tensor, count: int) -> ExpertCounts:
+    """What an entry says. Raises CalibrationError if it does not say it for each expert."""
+    if count > 1 and len(entry.counts) == 1:
+        raise CalibrationError(
+            f"{path}: entry {name} has one count of tokens for all {count} experts, as a file that was converted from "
+            "the older format has; make one with llama-imatrix of today"
+        )
+    if entry.sums.shape != (count, tensor.shape[-1]):
+        raise _other_size(path, name, entry, tensor)
+    sums, counts = entry.sums.astype(np.float64), entry.counts
+    if not (np.isfinite(sums).all() and (sums >= 0).all() and (counts >= 0).all()):
+        expert = int(np.argmin((np.isfinite(sums) & (sums >= 0)).all(axis=1) & (counts >= 0)))
+        raise CalibrationError(
+            f"{path}: entry {name} holds numbers for expert {expert} that are not sums of squares or counts (NaN, "
+            "infinity, negative); get another file"
+        )
+    if not counts.any():
+        raise CalibrationError(f"{path}: entry {name} was measured on no token; get another file")
+    if count > 1 and (counts == counts[0]).all():
+        raise CalibrationError(
+            f"{path}: entry {name} has the same count of {counts[0]} tokens for every expert, as a file that was "
+            "converted from the older format has; make one with llama-imatrix of today"
+        )
+    return ExpertCounts(counts, sums / np.maximum(counts, 1)[:, None])
+
+
+def _other_size(path: str | Path, name: str, entry: Entry, tensor: Tensor) -> CalibrationError:
+    return CalibrationError(
+        f"{path}: entry {name} is {list(entry.sums.shape)}, the model's has {tensor.shape[0]} experts of "
+        f"{tensor.shape[-1]} inputs; get that of this very model"
+    )
+
+
+def score_layer(
+    score: str, model: GGUF, experts: ExpertLayers, block: int, known: ExpertCounts | None, seed: int = 0
+) -> np.ndarray:
+    """The scores of a layer's experts, float64 (experts,), the highest of which are kept.
+
+    `score` is "ean", "frequency" (both need `known`), "aimer" or "random". At most two experts' matrices are in memory.
+    Raises ModelError for a type that cannot be dequantized.
+    """
+    if score == "random":
+        return np.random.default_rng([seed, block]).random(experts.count)
+    if score == "aimer":
+        sums = np.zeros((3, experts.count))
+        for name in experts.matrices(block):
+            sums += np.array(list(_over_experts(model, name, _sizes))).T
+        return aimer(*sums)
+    assert known is not None
+    if score == "frequency":
+        return known.counts.astype(np.float64)
+    columns = np.array(list(_over_experts(model, experts.down(block), _column_squares)))
+    return output_norms(known.counts, known.squares, columns)
+
+
+def _column_squares(weights: np.ndarray) -> np.ndarray:
+    """The squared norms of columns, float64 (inputs,)."""
+    return np.asarray(np.einsum("oi,oi->i", weights, weights, dtype=np.float64))
+
+
+def _sizes(weights: np.ndarray) -> np.ndarray:
+    """The sum of magnitudes, the sum of squares, and the number of weights."""
+    flat = weights.reshape(-1)
+    return np.array([np.abs(flat).sum(dtype=np.float64), np.einsum("i,i->", flat, flat, dtype=np.float64), flat.size])
+
+
+def _over_experts(model: GGUF, name: str, measure: Measure) -> Iterator[np.ndarray]:
+    """Yields what `measure` gives, summed over an expert's rows, for each expert of a stack in turn."""
+    tensor = model.tensors[name]
+    scales = _scales(model, name.removesuffix("weight") + "scale", tensor.shape[0])
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(lambda expert: _of_expert(tensor, expert, scales[expert], measure), range(tensor.shape[0]))
+
+
+def _of_expert(tensor: Tensor, expert: int, scale: Any, measure: Measure) -> np.ndarray:
+    gguf = package("scores of experts")
+    size = tensor.nbytes // tensor.shape[0]
+    data = np.frombuffer(b"".join(tensor.pieces(spans=[(expert * size, (expert + 1) * size)])), np.uint8)
+    rows = data.reshape(tensor.shape[1], -1)
+    total = None
+    for start in range(0, len(rows), step := max(1, WEIGHTS // tensor.shape[2])):
+        try:
+            weights = gguf.dequantize(rows[start : start + step], gguf.GGMLQuantizationType[tensor.dtype])
+        except NotImplementedError:
+            raise ModelError(
+                f"{tensor.name}: is {tensor.dtype}, which the gguf package cannot read; choose by --score frequency or "
+                "by a --plan, which need no weights"
+            ) from None
+        part = measure(weights.reshape(-1, tensor.shape[2]) * scale if scale != 1 else weights)
+        total = part if total is None else total + part
+    if total is None or not np.isfinite(total).all():
+        raise ModelError(f"{tensor.name}: expert {expert} holds NaN or infinity; download the model again")
+    return total
+
+
+def _scales(model: GGUF, name: str, count: int) -> np.ndarray:
+    """What each expert's weights are multiplied by, float32 (experts,): of NVFP4, or Gemma 4's scale of each expert."""
+    tensor = model.tensors.get(name)
+    if tensor is None or tensor.dtype != "F32":
+        return np.ones(count, np.float32)
+    return np.resize(np.frombuffer(b"".join(tensor.pieces()), "<f4"), count)
+
+
+def unseen(known: Mapping[int, ExpertCounts]) -> int:
+    """The number of experts, of all layers, that no token was sent to."""
+    return sum(int((one.counts == 0).sum()) for one in known.values())

@@ -1,0 +1,208 @@
+"""Makes a GGUF with fewer experts, which is smaller by their share; `shrink` is the command and the library's function.
+
+What is removed are whole experts, the same number in every layer, with their rows of the router. What is kept are the
+source's bytes, in its quantization. Nothing is computed but scores, so neither torch nor a GPU is needed.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_wanda.checkpoint.output import require_disk
+from lowmem_wanda.checkpoint.writer import explained, replacing, require_new, write_json
+from lowmem_wanda.errors import CalibrationError, OutputError
+from lowmem_wanda.llamacpp.expert_choice import LayerChoice, choose, chosen_score, numbers, plan_text
+from lowmem_wanda.llamacpp.expert_cut import Kept, Part, parts_of, write_parts
+from lowmem_wanda.llamacpp.expert_layers import ExpertLayers, counted, expert_layers
+from lowmem_wanda.llamacpp.expert_scores import read_counts
+from lowmem_wanda.llamacpp.gguf_file import GGUF, read_gguf
+from lowmem_wanda.llamacpp.gguf_values import Field
+from lowmem_wanda.llamacpp.shrink_report import ShrinkReport, note, shrink_report
+
+Notify = Callable[[Mapping[str, Any]], None]
+
+
+def _silent(_: Mapping[str, Any]) -> None:
+    """Reports nothing."""
+
+
+def shrink(
+    path: str | Path,
+    target: str | Path,
+    drop_experts: str | float | None = None,
+    keep_experts: int | None = None,
+    scores_from: str | Path | None = None,
+    score: str | None = None,
+    seed: int = 0,
+    plan: str | Path | None = None,
+    write_plan: str | Path | None = None,
+    imatrix_out: str | Path | None = None,
+    split_size: int | None = None,
+    on_start: Notify = _silent,
+    on_progress: Notify = _silent,
+) -> ShrinkReport:
+    """Writes a copy of a GGUF with fewer experts in each layer, and a report beside it.
+
+    Args:
+        path: the GGUF of a mixture of experts; of a split one, the first file.
+        target: the new GGUF.
+        drop_experts: how many experts of each layer are removed: a share ("25%", 0.25), rounded down, or a number.
+        keep_experts: instead, how many are kept (default: what drop_experts or the plan say).
+        scores_from: the importance matrix of this very model, a .gguf with counts for each expert (default: none).
+        score: "ean", the summed norms of outputs, estimated from the importance matrix; "frequency", its counts alone;
+            "aimer", from weights alone; "random" (default: "ean").
+        seed: seed of "random".
+        plan: a JSON file of the experts that each layer keeps, instead of a score (default: none).
+        write_plan: new JSON file for the choice that was made (default: none).
+        imatrix_out: new file for the importance matrix of the small model (default: none).
+        split_size: bytes that no file may exceed (default: one file).
+        on_start: called with the facts before the work.
+        on_progress: called with {"stage", "done", "total"}: layers that are scored, bytes that are written.
+
+    Returns:
+        A `ShrinkReport`, which is also written beside the target as `<target>.report.json`.
+
+    Raises:
+        CheckpointError: a file is not a whole GGUF.
+        ModelError: the model has no experts, or experts in a form that is not supported.
+        PatternError: the number of experts does not work, or a plan is not understood.
+        CalibrationError: the importance matrix cannot tell experts apart, or belongs to another model.
+        OutputError: a file exists, or the disk is full.
+
+    Example:
+        >>> from lowmem_wanda import shrink
+        >>> shrink("model.gguf", "small.gguf", "25%", scores_from="imatrix.gguf")["experts"]["kept"]
+        12
+    """
+    started = time.monotonic()
+    files = _Files(Path(target), _path(write_plan), _path(imatrix_out))
+    score = chosen_score(score, scores_from, plan, imatrix_out)
+    model = read_gguf(path)
+    files.require_new(model)
+    experts = expert_layers(model)
+    keep, planned = numbers(experts, drop_experts, keep_experts, _path(plan))
+    experts.require(keep)
+    known = read_counts(scores_from, model, experts) if scores_from is not None else {}
+    on_start({"source": str(path), "layers": len(experts.layers), "experts": experts.count, "kept": keep})
+    choices = {}
+    for done, block in enumerate(experts.layers, 1):
+        choices[block] = choose(model, experts, block, keep, planned, score, known.get(block), seed)
+        on_progress({"stage": "scoring", "done": done, "total": len(experts.layers)})
+    how = score + (
+        f" {Path(plan).name}" if plan is not None else f" from {Path(scores_from).name}" if scores_from else ""
+    )
+    fields = _fields(model, experts, keep, how)
+    written = _write(files, model, experts, fields, choices, scores_from, split_size, on_progress)
+    arguments = {
+        "drop_experts": drop_experts, "keep_experts": keep_experts, "scores_from": _text(scores_from), "score": score,
+        "seed": seed if score == "random" else None, "plan": _text(plan), "split_size": split_size,
+        "write_plan": _text(write_plan), "imatrix_out": _text(imatrix_out),
+    }  # fmt: skip
+    report = shrink_report(model, experts, choices, known, Path(target), written, how)
+    report |= {"arguments": arguments, "seconds": time.monotonic() - started}
+    write_json(report_path(target), report)
+    return report
+
+
+def report_path(target: str | Path) -> Path:
+    """Where the report of a shrunk GGUF is."""
+    return Path(f"{target}.report.json")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files to write beside each other: the model, a plan and an importance matrix."""
+
+    model: Path
+    plan: Path | None
+    imatrix: Path | None
+
+    def require_new(self, source: GGUF) -> None:
+        """Raises OutputError unless all can be written and none is there yet."""
+        if self.model.suffix != ".gguf":
+            raise OutputError(f"{self.model}: give a name that ends in .gguf")
+        if self.imatrix is not None and self.imatrix.suffix != ".gguf":
+            raise OutputError(f"--imatrix-out {self.imatrix}: give a name that ends in .gguf")
+        named = [file for file in (self.model, self.plan, self.imatrix) if file is not None]
+        if len({file.resolve() for file in named}) != len(named):
+            raise OutputError(f"{self.model}: two of the files to write have one name; give another")
+        for file in named:
+            if any(file.exists() and file.samefile(part) for part in source.files):
+                raise OutputError(f"{file}: is the source, which is never written to; give another name")
+            require_new(file)
+            with explained(file):
+                if not file.resolve().parent.is_dir():
+                    raise OutputError(f"{file}: there is no such directory; make it first")
+
+
+def _fields(model: GGUF, experts: ExpertLayers, keep: int, how: str) -> dict[str, Field]:
+    """The metadata of the small model: another number of experts, and a sentence at the end of its description."""
+    fields = counted(model.fields, model.text("general.architecture"), keep)
+    before = model.text("general.description")
+    said = f"{before} {note(experts, keep, how)}" if before else note(experts, keep, how)
+    if "general.description" in fields:
+        return {**fields, "general.description": Field.text(said)}
+    last = max(place for place, key in enumerate(fields) if key.startswith("general."))
+    items = list(fields.items())
+    return dict([*items[: last + 1], ("general.description", Field.text(said)), *items[last + 1 :]])
+
+
+def _write(
+    files: _Files, model: GGUF, experts: ExpertLayers, fields: Mapping[str, Field], choices: Mapping[int, LayerChoice],
+    scores_from: str | Path | None, split_size: int | None, on_progress: Notify,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Writes all files, or none. Gives the names, sizes and checksums of the model's."""
+    kept = {name: choices[block].kept for name, block in experts.tensors.items()}
+    parts = parts_of(files.model, model, fields, kept, split_size)
+    jobs: list[tuple[list[Part], GGUF, Kept]] = [(parts, model, kept)]
+    if files.imatrix is not None and scores_from is not None:
+        matrix = read_gguf(scores_from)
+        cut = _kept_entries(matrix, kept, experts.count)
+        jobs.insert(0, (parts_of(files.imatrix, matrix, matrix.fields, cut), matrix, cut))
+    total, done = sum(part.nbytes for job in jobs for part in job[0]), 0
+
+    def moved(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress({"stage": "writing", "done": done, "total": total})
+
+    for part in parts:
+        require_new(part.path)
+    require_disk(files.model.resolve().parent, total)
+    new = [part.path for job in jobs for part in job[0]] + ([files.plan] if files.plan else [])
+    try:
+        with ExitStack() as stack:
+            if files.plan is not None:
+                stack.enter_context(replacing(files.plan)).write(plan_text(choices).encode())
+            sums = [write_parts(stack, *job, moved) for job in jobs][-1]
+    except BaseException:
+        for file in new:  # none was there before
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+        raise
+    return [vars(file) for file in sums()]
+
+
+def _kept_entries(matrix: GGUF, kept: Kept, count: int) -> Kept:
+    """{tensor of an importance matrix: experts whose slices are kept}. Raises CalibrationError for another size."""
+    cut = {}
+    for tensor in matrix.tensors.values():
+        name = tensor.name.rpartition(".")[0]
+        if name in kept and "_exps." in name:
+            if tensor.shape[0] != count:
+                raise CalibrationError(
+                    f"{matrix.path}: entry {tensor.name} is not for {count} experts; get another file"
+                )
+            cut[tensor.name] = kept[name]
+    return cut
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _text(given: str | Path | None) -> str | None:
+    return None if given is None else str(given)
