@@ -1,7 +1,7 @@
 """Which experts of a GGUF are kept: by a plan that is given, or by a score."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import numpy as np
 from lowmem_wanda.checkpoint.reader import opened
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.llamacpp.expert_layers import ExpertLayers
-from lowmem_wanda.llamacpp.expert_scores import ExpertCounts, score_layer
+from lowmem_wanda.llamacpp.expert_scores import ExpertCounts
 from lowmem_wanda.llamacpp.gguf_file import GGUF
+from lowmem_wanda.llamacpp.score_processes import score_layers
 from lowmem_wanda.sparsity import EXPERT_SCORES
 from lowmem_wanda.sparsity.expert_plan import Ids, kept_experts
 from lowmem_wanda.sparsity.experts import highest, kept_count
@@ -90,16 +91,26 @@ def _read_plan(path: Path) -> Any:
 
 
 def choose(
-    model: GGUF, experts: ExpertLayers, block: int, keep: int, planned: Ids, score: str,
-    known: ExpertCounts | None, seed: int,
-) -> LayerChoice:  # fmt: skip
-    """The experts of a layer that are kept, and why."""
-    if block in planned:
-        return LayerChoice(planned[block], "plan", None)
-    if score == "plan" or (score in ("ean", "frequency") and known is None):
-        score = "aimer"  # a layer that predicts further tokens, of which plans and importance matrices say nothing
-    scores = score_layer(score, model, experts, block, known, seed)
-    return LayerChoice(highest(scores, keep, experts.groups), score, scores)
+    model: GGUF, experts: ExpertLayers, keep: int, planned: Ids, score: str, matrix: Path | None,
+    known: Mapping[int, ExpertCounts], seed: int,
+) -> Iterator[tuple[int, LayerChoice]]:  # fmt: skip
+    """Yields the block and the choice of each layer in turn: the plan's, or the highest of a score.
+
+    A layer that predicts further tokens, of which plans and importance matrices say nothing, is chosen by its weights.
+    """
+    measured = score in ("ean", "frequency")
+    names = {
+        block: "aimer" if score == "plan" or (measured and block not in known) else score
+        for block in experts.layers
+        if block not in planned
+    }
+    scored = score_layers(model, experts, names, matrix, known, seed)
+    for block in experts.layers:
+        if block in planned:
+            yield block, LayerChoice(planned[block], "plan", None)
+        else:
+            scores = next(scored)
+            yield block, LayerChoice(highest(scores, keep, experts.groups), names[block], scores)
 
 
 def plan_text(choices: Mapping[int, LayerChoice]) -> str:

@@ -1,7 +1,6 @@
 """Scores of a GGUF's experts: from an importance matrix and weights, from weights alone, from counts, at random."""
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from lowmem_wanda.llamacpp.imatrix import Entry, read
 from lowmem_wanda.llamacpp.names import package
 from lowmem_wanda.sparsity.experts import aimer, output_norms
 
-WEIGHTS = 1 << 18  # that are dequantized at a time
-THREADS = 2  # numpy lets other threads run while it computes
+WEIGHTS = 1 << 15  # that are dequantized at a time: 5 ns each in a cache; two threads are slower than one
 
 Measure = Callable[[np.ndarray], np.ndarray]  # weights (outputs, inputs) -> sums over outputs, or over all
 
@@ -100,25 +98,32 @@ def _other_size(path: str | Path, name: str, entry: Entry, tensor: Tensor) -> Ca
 
 
 def score_layer(
-    score: str, model: GGUF, experts: ExpertLayers, block: int, known: ExpertCounts | None, seed: int = 0
+    score: str,
+    model: GGUF,
+    experts: ExpertLayers,
+    block: int,
+    known: ExpertCounts | None,
+    seed: int = 0,
+    some: slice = slice(None),
 ) -> np.ndarray:
-    """The scores of a layer's experts, float64 (experts,), the highest of which are kept.
+    """The scores of `some` of a layer's experts (default: all), float64 (experts,); the highest of a layer are kept.
 
-    `score` is "ean", "frequency" (both need `known`), "aimer" or "random". At most two experts' matrices are in memory.
+    `score` is "ean", "frequency" (both need `known`), "aimer" or "random". At most one expert's matrix is in memory.
     Raises ModelError for a type that cannot be dequantized.
     """
     if score == "random":
-        return np.random.default_rng([seed, block]).random(experts.count)
+        return np.random.default_rng([seed, block]).random(experts.count)[some]
+    ids = range(experts.count)[some]
     if score == "aimer":
-        sums = np.zeros((3, experts.count))
+        sums = np.zeros((3, len(ids)))
         for name in experts.matrices(block):
-            sums += np.array(list(_over_experts(model, name, _sizes))).T
+            sums += np.array(list(_over_experts(model, name, _sizes, ids))).T
         return aimer(*sums)
     assert known is not None
     if score == "frequency":
-        return known.counts.astype(np.float64)
-    columns = np.array(list(_over_experts(model, experts.down(block), _column_squares)))
-    return output_norms(known.counts, known.squares, columns)
+        return known.counts[some].astype(np.float64)
+    columns = np.array(list(_over_experts(model, experts.down(block), _column_squares, ids)))
+    return output_norms(known.counts[some], known.squares[some], columns)
 
 
 def _column_squares(weights: np.ndarray) -> np.ndarray:
@@ -132,12 +137,12 @@ def _sizes(weights: np.ndarray) -> np.ndarray:
     return np.array([np.abs(flat).sum(dtype=np.float64), np.einsum("i,i->", flat, flat, dtype=np.float64), flat.size])
 
 
-def _over_experts(model: GGUF, name: str, measure: Measure) -> Iterator[np.ndarray]:
-    """Yields what `measure` gives, summed over an expert's rows, for each expert of a stack in turn."""
+def _over_experts(model: GGUF, name: str, measure: Measure, ids: Iterable[int]) -> Iterator[np.ndarray]:
+    """Yields what `measure` gives, summed over an expert's rows, for some experts of a stack in turn."""
     tensor = model.tensors[name]
     scales = _scales(model, name.removesuffix("weight") + "scale", tensor.shape[0])
-    with ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(lambda expert: _of_expert(tensor, expert, scales[expert], measure), range(tensor.shape[0]))
+    for expert in ids:
+        yield _of_expert(tensor, expert, scales[expert], measure)
 
 
 def _of_expert(tensor: Tensor, expert: int, scale: Any, measure: Measure) -> np.ndarray:

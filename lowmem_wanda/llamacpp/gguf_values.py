@@ -9,6 +9,7 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 U16, U32, I32, STRING, ARRAY = 2, 4, 5, 8, 9
 WHOLE = "BbHhIiQq"
 DEPTH = 4  # arrays within arrays, at most
+MOST = 256 << 20  # bytes of a header; those of vocabularies of a million tokens have 30 MB
 CHUNK = 1 << 20  # bytes of a header that are read at a time
 
 
@@ -84,11 +85,12 @@ class Cursor:
             self._hold(size := count * struct.calcsize(f"<{NUMBERS[kind]}"))
             self.at += size
         elif kind == STRING:
-            for _ in range(count):
-                self._hold(8)
-                (length,) = struct.unpack_from("<Q", self._held, self.at)
-                self._hold(8 + length)
-                self.at += 8 + length
+            length_of = struct.Struct("<Q").unpack_from
+            for _ in range(count):  # of a vocabulary hundreds of thousands
+                if self.at + 8 > len(self._held):
+                    self._hold(8)
+                self.at += 8 + length_of(self._held, self.at)[0]
+            self._hold(0)
         elif kind == ARRAY and depth < DEPTH:
             for _ in range(count):
                 inner, size = self.unpacked("I"), self.unpacked("Q")
@@ -100,6 +102,8 @@ class Cursor:
         """Reads on until `count` bytes after this place are held. Raises ValueError where the file ends before."""
         if self.at + count > self.size:
             raise ValueError("it ends within its header")
+        if self.at + count > MOST:
+            raise ValueError(f"its header is longer than {MOST >> 20} MiB")
         while len(self._held) < self.at + count:
             piece = self._read(max(CHUNK, self.at + count - len(self._held)))
             if not piece:

@@ -87,10 +87,10 @@ def shrink(
     experts.require(keep)
     known = read_counts(scores_from, model, experts) if scores_from is not None else {}
     on_start({"source": str(path), "layers": len(experts.layers), "experts": experts.count, "kept": keep})
-    choices = {}
-    for done, block in enumerate(experts.layers, 1):
-        choices[block] = choose(model, experts, block, keep, planned, score, known.get(block), seed)
-        on_progress({"stage": "scoring", "done": done, "total": len(experts.layers)})
+    choices: dict[int, LayerChoice] = {}
+    for block, choice in choose(model, experts, keep, planned, score, _path(scores_from), known, seed):
+        choices[block] = choice
+        on_progress({"stage": "scoring", "done": len(choices), "total": len(experts.layers)})
     how = score + (
         f" {Path(plan).name}" if plan is not None else f" from {Path(scores_from).name}" if scores_from else ""
     )
