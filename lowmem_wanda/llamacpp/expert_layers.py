@@ -99,7 +99,7 @@ def expert_layers(model: GGUF) -> ExpertLayers:
                 "model again with a new llama.cpp"
             )
         if match := IN_BLOCK.fullmatch(tensor.name):
-            if _role(match[2], roles.stacked) and count < 1:
+            if _role(match[2], roles.stacked | roles.router) and count < 1:
                 raise ModelError(f"{tensor.name}: has experts, but {architecture}.expert_count says none")
             if _has_slices(model, tensor, match[2], roles, count):
                 found.setdefault(int(match[1]), []).append(tensor.name)

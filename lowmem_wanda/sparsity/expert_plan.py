@@ -93,7 +93,7 @@ def _as_mapping(node: Sequence[Any], layers: Sequence[int]) -> dict[str, Any]:
                 raise PatternError(f"an entry of its list does not say its layer, or says another one's; {FORMS}")
             numbered[str(place)] = {key: value for key, value in one.items() if key not in LAYER}
         return numbered
-    if any(one is not None and _ids(one) is None for one in node):
+    if any(one not in (None, []) and _ids(one) is None for one in node):
         return {}
     if len(node) == len(layers) and all(node):
         return dict(zip(map(str, layers), node, strict=True))

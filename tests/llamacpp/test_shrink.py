@@ -1,0 +1,651 @@
+"""Experts removed from a GGUF: the slices of every family, the choice, every refusal, and nothing left half done."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import moe_ggufs
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Q
+from helpers import ROOT
+
+from lowmem_wanda import check_gguf, outline, shrink
+from lowmem_wanda.checkpoint import output, writer
+from lowmem_wanda.errors import CalibrationError, CheckpointError, ModelError, OutputError, PatternError
+from lowmem_wanda.llamacpp import score_processes
+from lowmem_wanda.llamacpp.imatrix import About, Entry, read
+from lowmem_wanda.llamacpp.imatrix import write as write_entries
+
+COUNT = 16
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function: architecture -> (its GGUF of 16 experts, an importance matrix), made once."""
+    found: dict[str, tuple[Path, Path]] = {}
+
+    def get(architecture):
+        if architecture not in found:
+            folder = tmp_path_factory.mktemp(architecture)
+            kind = Q.MXFP4 if architecture == "gpt-oss" else Q.Q8_0
+            model = moe_ggufs.write(folder / "model.gguf", architecture, COUNT, kind)
+            found[architecture] = model, moe_ggufs.write_imatrix(folder / "imatrix.gguf", model)
+        return found[architecture]
+
+    return get
+
+
+def tensors(path):
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def fields(path):
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if not key.startswith("GGUF.")}
+
+
+def is_cut(name):
+    return "_exps." in name or "ffn_gate_inp." in name or "exp_probs_b" in name
+
+
+def kept_of(report):
+    return {layer["layer"]: layer["kept"] for layer in report["layers"]}
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("architecture", moe_ggufs.FAMILIES)
+def test_kept_experts_are_the_sources_slices_and_all_else_is_the_source(made, tmp_path, architecture):
+    model, matrix = made(architecture)
+    small = tmp_path / "small.gguf"
+    report = shrink(model, small, "25%", scores_from=matrix)
+    kept, before, after = kept_of(report), tensors(model), tensors(small)
+    assert list(after) == list(before) and report["experts"]["kept"] == 12
+    for name, tensor in before.items():
+        ids = kept[int(name.split(".")[1])] if is_cut(name) else slice(None)
+        assert after[name].data.tobytes() == tensor.data[ids].tobytes(), name
+        assert after[name].tensor_type == tensor.tensor_type
+    said, was = fields(small), fields(model)
+    note = said.pop("general.description")
+    assert "kept 12 of 16 experts" in note and "ean from imatrix.gguf" in note
+    assert said == {**was, f"{architecture}.expert_count": 12}
+    assert sum(is_cut(name) for name in before) > 0 and small.stat().st_size == report["bytes"]["after"]
+    findings = check_gguf(small, model)
+    assert not findings.problems and findings.kept == kept and findings.report_verified
+
+
+def reference(model, matrix, keep):
+    """The rule in plain numpy: count x sqrt(sum_i E[h_i^2] |W_down[:, i]|^2)."""
+    stored, entries, kept = tensors(model), tensors(matrix), {}
+    for name, tensor in stored.items():
+        if "ffn_down_exps.weight" in name and name + ".in_sum2" in entries:
+            weight = np.stack([gguf.dequantize(one, tensor.tensor_type) for one in tensor.data]).astype(np.float64)
+            sums, counts = (np.array(entries[name + end].data, np.float64) for end in (".in_sum2", ".counts"))
+            scores = counts[:, 0] * np.sqrt((sums / counts * np.square(weight).sum(1)).sum(1))
+            kept[int(name.split(".")[1])] = np.sort(np.argsort(-scores, kind="stable")[:keep]).tolist()
+    return kept
+
+
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q5_1, Q.Q8_0, Q.MXFP4])
+def test_scores_are_counts_times_norms(tmp_path, kind):
+    model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", COUNT, kind)
+    matrix = moe_ggufs.write_imatrix(tmp_path / "imatrix.gguf", model)
+    report = shrink(model, tmp_path / "small.gguf", keep_experts=6, scores_from=matrix)
+    assert kept_of(report) == reference(model, matrix, 6)
+
+
+def test_k_quants_are_cut_and_scored(tmp_path, monkeypatch):
+    """The gguf package cannot quantize to them, so their bytes are random with ordinary scales."""
+
+    def random_q4_k(weight, kind):
+        blocks = np.random.default_rng(0).integers(0, 256, (weight.size // 256, 144), np.uint8)
+        blocks[:, :4] = np.float16([0.001, 0.002]).view(np.uint8)
+        return blocks.reshape(*weight.shape[:-1], -1)
+
+    monkeypatch.setattr(moe_ggufs.gguf, "quantize", random_q4_k)
+    model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 8, Q.Q4_K, width=256, inner=256)
+    matrix = moe_ggufs.write_imatrix(tmp_path / "imatrix.gguf", model)
+    report = shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix)
+    assert kept_of(report) == reference(model, matrix, 4) and not check_gguf(tmp_path / "small.gguf", model).problems
+
+
+def test_other_scores(made, tmp_path):
+    model, matrix = made("qwen3moe")
+    counts = {block: tensors(matrix)[f"blk.{block}.ffn_down_exps.weight.counts"].data.ravel() for block in (0, 1)}
+    by_count = shrink(model, tmp_path / "a.gguf", "50%", scores_from=matrix, score="frequency")
+    assert kept_of(by_count) == {
+        block: sorted(np.argsort(-seen, kind="stable")[:8].tolist()) for block, seen in counts.items()
+    }
+    assert any("counts alone" in warning for warning in by_count["warnings"])
+    first, again, other = (
+        shrink(model, tmp_path / f"r{place}.gguf", "50%", score="random", seed=seed)
+        for place, seed in enumerate((1, 1, 2))
+    )
+    assert kept_of(first) == kept_of(again) != kept_of(other) and first["tokens"] is None
+    aimer = shrink(model, tmp_path / "b.gguf", "50%", score="aimer")
+    stored = tensors(model)
+    for block, kept in kept_of(aimer).items():
+        flat = [
+            np.concatenate([
+                gguf.dequantize(stored[f"blk.{block}.ffn_{part}_exps.weight"].data[expert], Q.Q8_0).ravel()
+                for part in ("gate", "up", "down")
+            ])
+            for expert in range(COUNT)
+        ]  # fmt: skip
+        ratio = [np.abs(one).mean() / np.sqrt(np.square(one).mean()) for one in flat]
+        assert kept == sorted(np.argsort(ratio)[:8].tolist())
+
+
+def test_scales_of_experts_count(tmp_path):
+    """Of NVFP4, and Gemma 4: each expert's weights are multiplied by a number of its own."""
+    scale = "blk.0.ffn_down_exps.scale"
+    model = moe_ggufs.write(tmp_path / "model.gguf", "llama", 4, layers=1, used=1, more=[(scale, (4,))])
+    matrix = moe_ggufs.write_imatrix(tmp_path / "imatrix.gguf", model)
+    plain = moe_ggufs.write(tmp_path / "plain.gguf", "llama", 4, layers=1, used=1)
+    scored, unscaled = (
+        shrink(path, tmp_path / f"{path.stem}-s.gguf", 1, scores_from=matrix) for path in (model, plain)
+    )
+    factors = np.abs(tensors(model)[scale].data)
+    assert scored["layers"][0]["scores"] == pytest.approx(factors * unscaled["layers"][0]["scores"], rel=1e-5)
+    small = tensors(tmp_path / "model-s.gguf")
+    assert small[scale].data.tolist() == tensors(model)[scale].data[kept_of(scored)[0]].tolist()
+
+
+def test_several_processes_score_as_one_does(made, tmp_path, monkeypatch):
+    model, matrix = made("qwen3moe")
+    alone = shrink(model, tmp_path / "a.gguf", "50%", scores_from=matrix)
+    monkeypatch.setattr(score_processes, "WORTH", 0)
+    monkeypatch.setattr(score_processes.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    together = shrink(model, tmp_path / "b.gguf", "50%", scores_from=matrix)
+    assert together["layers"] == alone["layers"]
+
+
+def test_an_error_of_a_scoring_process_is_shown(tmp_path, monkeypatch):
+    model = moe_ggufs.write(tmp_path / "model.gguf", "llama", COUNT)
+    data = bytearray(model.read_bytes())
+    tensor = tensors(model)["blk.1.ffn_down_exps.weight"]
+    data[tensor.data_offset : tensor.data_offset + 4] = np.float32(np.nan).tobytes()
+    model.write_bytes(data)
+    matrix = moe_ggufs.write_imatrix(tmp_path / "imatrix.gguf", model)
+    for worth in (1 << 30, 0):
+        monkeypatch.setattr(score_processes, "WORTH", worth)
+        with pytest.raises(ModelError, match="blk.1.ffn_down_exps.weight: expert 0 holds NaN or infinity"):
+            shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix)
+    assert names(tmp_path) == ["imatrix.gguf", "model.gguf"]
+
+
+def test_each_group_keeps_as_many_experts(made, tmp_path):
+    model, matrix = made("deepseek2")
+    report = shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix)
+    for kept in kept_of(report).values():
+        assert np.bincount(np.array(kept) // 4).tolist() == [2, 2, 2, 2]
+
+
+def test_a_layer_for_further_tokens_is_cut_alike_by_its_weights(made, tmp_path):
+    model, matrix = made("glm4moe")
+    report = shrink(model, tmp_path / "small.gguf", "25%", scores_from=matrix)
+    assert [layer["by"] for layer in report["layers"]] == ["ean", "aimer"]
+    assert any("layer 2 predicts further tokens" in warning for warning in report["warnings"])
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"1": list(range(12))}))
+    planned = shrink(model, tmp_path / "planned.gguf", plan=plan)
+    assert kept_of(planned)[1] == list(range(12)) and kept_of(planned)[2] == kept_of(report)[2]
+
+
+def test_a_width_that_equals_the_number_of_experts_is_no_stack(tmp_path):
+    model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 64, inner=64, used=4)  # as wide as it has experts
+    shrink(model, tmp_path / "small.gguf", "50%", score="random")
+    before, after = tensors(model), tensors(tmp_path / "small.gguf")
+    assert before["blk.0.attn_q.weight"].data.shape == after["blk.0.attn_q.weight"].data.shape == (64, 64)
+    assert after["blk.0.ffn_norm.weight"].data.shape == (64,) and after["blk.0.ffn_gate_inp.weight"].data.shape == (
+        32,
+        64,
+    )
+
+
+def test_a_cut_of_a_cut_is_the_cut(made, tmp_path):
+    model, matrix = made("qwen3moe")
+    at_once = tmp_path / "once.gguf"
+    shrink(model, at_once, keep_experts=8, scores_from=matrix, imatrix_out=tmp_path / "once.imatrix.gguf")
+    shrink(model, tmp_path / "a.gguf", keep_experts=12, scores_from=matrix, imatrix_out=tmp_path / "a.imatrix.gguf")
+    shrink(tmp_path / "a.gguf", tmp_path / "b.gguf", keep_experts=8, scores_from=tmp_path / "a.imatrix.gguf",
+           imatrix_out=tmp_path / "b.imatrix.gguf")  # fmt: skip
+    one, two = tensors(at_once), tensors(tmp_path / "b.gguf")
+    assert all(one[name].data.tobytes() == two[name].data.tobytes() for name in one)
+    assert (tmp_path / "once.imatrix.gguf").read_bytes() == (tmp_path / "b.imatrix.gguf").read_bytes()
+    assert not check_gguf(tmp_path / "b.gguf", model).problems
+    assert fields(tmp_path / "b.gguf")["general.description"].count("lowmem-wanda") == 2
+
+
+def test_the_importance_matrix_is_cut_alike(made, tmp_path):
+    model, matrix = made("gpt-oss")
+    report = shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix, imatrix_out=tmp_path / "out.gguf")
+    before, about = read(matrix)
+    after, same = read(tmp_path / "out.gguf")
+    assert list(after) == list(before) and same == about
+    for name, entry in before.items():
+        ids = kept_of(report)[int(name.split(".")[1])] if "_exps" in name else slice(None)
+        assert np.array_equal(after[name].sums, entry.sums[ids]) and np.array_equal(
+            after[name].counts, entry.counts[ids]
+        )
+
+
+def test_a_plan_that_was_written_gives_the_same_file(made, tmp_path):
+    model, matrix = made("qwen3moe")
+    report = shrink(model, tmp_path / "a.gguf", "25%", scores_from=matrix, write_plan=tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan == {str(block): kept for block, kept in kept_of(report).items()}
+    planned = shrink(model, tmp_path / "b.gguf", "25%", plan=tmp_path / "plan.json")
+    one, two = tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf")
+    assert all(one[name].data.tobytes() == two[name].data.tobytes() for name in one)
+    assert planned["how"] == "plan plan.json" and planned["layers"][0]["scores"] is None
+
+
+def test_split_files_in_and_out(made, tmp_path):
+    whole, matrix = made("qwen3moe")
+    moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", COUNT, Q.Q8_0, split=9)
+    first = min(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    small = tmp_path / "out/small.gguf"
+    report = shrink(first, small, "50%", scores_from=matrix, split_size=80_000)
+    parts = [tmp_path / "out" / file["name"] for file in report["files"]]
+    assert parts == sorted((tmp_path / "out").glob("small-0*.gguf")) and len(parts) > 2
+    assert all(part.stat().st_size <= 80_000 for part in parts)
+    assert [fields(part)["split.no"] for part in parts] == list(range(len(parts)))
+    held = {name: tensor for part in parts for name, tensor in tensors(part).items()}
+    assert fields(parts[0])["split.tensors.count"] == len(held) and fields(parts[1])["split.count"] == len(parts)
+    shrink(whole, tmp_path / "one.gguf", "50%", scores_from=matrix)
+    one = tensors(tmp_path / "one.gguf")
+    assert all(one[name].data.tobytes() == held[name].data.tobytes() for name in one)
+    findings = check_gguf(parts[0], first)
+    assert not findings.problems and findings.report_verified
+    joined = shrink(first, tmp_path / "joined.gguf", "50%", scores_from=matrix, split_size=10**9)
+    assert [file["name"] for file in joined["files"]] == ["joined.gguf"] and "split.count" not in fields(
+        tmp_path / "joined.gguf"
+    )
+    with pytest.raises(OutputError, match="give at least that"):
+        shrink(first, tmp_path / "tiny.gguf", "50%", scores_from=matrix, split_size=10_000)
+
+
+def test_alignment_of_the_source_is_kept(tmp_path):
+    model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 8, values={"general.alignment": 64})
+    report = shrink(model, tmp_path / "small.gguf", "50%", score="random", split_size=100_000)
+    for file in report["files"]:
+        reader = gguf.GGUFReader(tmp_path / file["name"])
+        assert all(tensor.data_offset % 64 == 0 for tensor in reader.tensors)
+    assert not check_gguf(tmp_path / report["files"][0]["name"], model).problems
+
+
+BAD_MODELS = {
+    "no experts": ({"count": 8, "skip": None}, "has no experts"),
+    "a number for each layer": ({"values": {"qwen3moe.expert_count": [8, 8]}}, "a number for each layer"),
+    "no number": ({"expert_count": None}, "expert_count says none"),
+    "layers that differ": (
+        {"reshape": {"blk.1.ffn_up_exps.weight": (6, 32, 64)}},
+        "is for 6 experts where the file says 8",
+    ),
+    "a router that differs": ({"reshape": {"blk.1.ffn_gate_inp.weight": (10, 64)}}, "is for 10 experts"),
+    "another number": ({"expert_count": 16}, "is for 8 experts where the file says 16"),
+    "hash routing": ({"more": [("blk.0.ffn_gate_tid2eid.weight", (96, 2))]}, "hash routing"),
+    "chunks of experts": ({"more": [("blk.0.ffn_up_chexps.weight", (4, 16, 64))]}, "others share in groups"),
+    "an unknown tensor": ({"more": [("blk.0.ffn_new_exps_thing.weight", (8, 64))]}, "pip install --upgrade gguf"),
+    "no router": ({"skip": ["blk.0.ffn_gate_inp.weight"]}, "has experts but no ffn_gate_inp.weight"),
+    "experts elsewhere": ({"more": [("dec.blk.0.ffn_up_exps.weight", (8, 32, 64))]}, "in a place that is not known"),
+    "the old layout": ({"more": [("blk.0.ffn_up.3.weight", (32, 64))]}, "a tensor for each expert"),
+    "groups that are unequal": ({"expert_group_count": 3}, "do not lie in 3 equal groups"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_MODELS.values(), ids=list(BAD_MODELS))
+def test_models_that_are_not_understood_are_refused(tmp_path, changes, message):
+    changes = dict(changes)
+    if changes.get("skip", ()) is None:
+        changes["skip"] = [name for name, _ in moe_ggufs.qwen3moe(8, 64, 32, 2) if is_cut(name)]
+    model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", **{"count": 8, **changes})
+    for work in (lambda: shrink(model, tmp_path / "small.gguf", "50%", score="aimer"), lambda: outline(model)):
+        with pytest.raises(ModelError, match=message):
+            work()
+    assert names(tmp_path) == ["model.gguf"]
+
+
+BAD_NUMBERS = {
+    "fewer than are used": ("qwen3moe", {"keep_experts": 1}, "the router chooses 2"),
+    "none left": ("qwen3moe", {"drop_experts": 16}, "none would be kept"),
+    "more than there are": ("qwen3moe", {"keep_experts": 17}, "none is removed"),
+    "no number": ("qwen3moe", {}, "one of both"),
+    "unequal groups": ("deepseek2", {"keep_experts": 10}, "in 4 groups, .* --keep-experts 8 or 12"),
+    "unequal groups by share": ("deepseek2", {"drop_experts": "37.5%"}, "--keep-experts 8 or 12"),
+    "groups of one": ("deepseek2", {"keep_experts": 4}, "at least 2 each"),
+}
+
+
+@pytest.mark.parametrize(("architecture", "number", "message"), BAD_NUMBERS.values(), ids=list(BAD_NUMBERS))
+def test_numbers_that_do_not_work_are_refused(made, tmp_path, architecture, number, message):
+    with pytest.raises(PatternError, match=message):
+        shrink(made(architecture)[0], tmp_path / "small.gguf", **number, score="aimer")
+    assert names(tmp_path) == []
+
+
+BAD_FLAGS = {
+    "no choice": ({}, "say which experts are kept"),
+    "a score without its matrix": ({"score": "ean"}, "needs an importance matrix"),
+    "counts without a matrix": ({"score": "frequency"}, "needs an importance matrix"),
+    "an unknown score": ({"score": "best"}, "one of ean, frequency, aimer, random"),
+    "a plan and a score": ({"plan": "plan.json", "score": "aimer"}, "leave one out"),
+    "a matrix out of none": ({"score": "aimer", "imatrix_out": "out.gguf"}, "--imatrix-out needs"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS.values(), ids=list(BAD_FLAGS))
+def test_flags_that_do_not_go_together_are_refused(made, tmp_path, flags, message):
+    with pytest.raises(PatternError, match=message):
+        shrink(made("qwen3moe")[0], tmp_path / "small.gguf", "50%", **flags)
+
+
+BAD_PLANS = {
+    "not JSON": ("{", "is not JSON"),
+    "another form": ({"a": 1}, "no ids of experts"),
+    "layers that differ": ({"0": [0, 1, 2], "1": [0, 1]}, "keeps 3 experts in layer 0 and 2 in layer 1"),
+    "a layer is missing": ({"0": [0, 1, 2]}, "says nothing of layer 1"),
+    "another layer": ({"0": [0, 1], "1": [0, 1], "2": [0, 1]}, "it names layer 2, which has no experts"),
+    "another number": ({"0": [0, 1, 2], "1": [0, 1, 2]}, "keeps 3 of 16 experts, the flags say otherwise"),
+}
+
+
+@pytest.mark.parametrize(("plan", "message"), BAD_PLANS.values(), ids=list(BAD_PLANS))
+def test_plans_that_do_not_fit_are_refused(made, tmp_path, plan, message):
+    file = tmp_path / "plan.json"
+    file.write_text(plan if isinstance(plan, str) else json.dumps(plan))
+    with pytest.raises(PatternError, match=f"plan.json: {message}"):
+        shrink(made("qwen3moe")[0], tmp_path / "small.gguf", "50%", plan=file)
+
+
+def test_a_plan_must_keep_groups_equal(made, tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"1": list(range(8)), "2": [0, 1, 4, 5, 8, 9, 12, 13]}))
+    with pytest.raises(PatternError, match="layer 1 does not keep as many experts in each of its 4 groups"):
+        shrink(made("deepseek2")[0], tmp_path / "small.gguf", plan=file)
+
+
+DOWN = "blk.1.ffn_down_exps.weight"
+
+
+def spoiled(value, where):
+    def change(name, sums, counts):
+        if name == DOWN:
+            (sums if where == "sums" else counts)[3] = value
+        return sums, counts
+
+    return change
+
+
+def one_count(name, sums, counts):
+    return (sums.reshape(1, -1), counts[:1]) if "_exps" in name else (sums, counts)
+
+
+def same_counts(name, sums, counts):
+    return sums, np.full_like(counts, 7)
+
+
+def no_tokens(name, sums, counts):
+    return sums * 0, counts * 0
+
+
+BAD_MATRICES = {
+    "NaN": ({"change": spoiled(np.nan, "sums")}, f"{DOWN} holds numbers for expert 3"),
+    "a negative sum": ({"change": spoiled(-1, "sums")}, f"{DOWN} holds numbers for expert 3"),
+    "a negative count": ({"change": spoiled(-1, "counts")}, f"{DOWN} holds numbers for expert 3"),
+    "an infinite sum": ({"change": spoiled(np.inf, "sums")}, f"{DOWN} holds numbers for expert 3"),
+    "a missing entry": ({"skip": [DOWN]}, f"has no entry {DOWN}"),
+    "one count for all": (
+        {"change": one_count},
+        "one count of tokens for all 16 experts, as a file that was converted",
+    ),
+    "the same count": (
+        {"change": same_counts},
+        "the same count of 7 tokens for every expert, as a file that was converted",
+    ),
+    "no token": ({"change": no_tokens}, "measured on no token"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_MATRICES.values(), ids=list(BAD_MATRICES))
+@pytest.mark.parametrize("score", ["ean", "frequency"])
+def test_importance_matrices_that_cannot_tell_are_refused(made, tmp_path, changes, message, score):
+    model = made("qwen3moe")[0]
+    matrix = moe_ggufs.write_imatrix(tmp_path / "imatrix.gguf", model, **changes)
+    with pytest.raises(CalibrationError, match=f"imatrix.gguf: .*{message}"):
+        shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix, score=score)
+
+
+def test_importance_matrices_of_other_models_are_refused(made, tmp_path):
+    model = made("qwen3moe")[0]
+    others = {
+        "deeper": {"layers": 3}, "wider": {"inner": 64}, "of fewer experts": {"count": 8},
+    }  # fmt: skip
+    for name, changes in others.items():
+        other = moe_ggufs.write(tmp_path / f"{name}.gguf", "qwen3moe", **{"count": COUNT, **changes})
+        matrix = moe_ggufs.write_imatrix(tmp_path / f"{name}-imatrix.gguf", other)
+        with pytest.raises(CalibrationError, match="of this very model"):
+            shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix)
+    with pytest.raises(CheckpointError, match="is not an importance matrix"):
+        shrink(model, tmp_path / "small.gguf", "50%", scores_from=model)
+
+
+def test_the_older_format_is_refused(made, tmp_path):
+    model, matrix = made("qwen3moe")
+    entries = {name: Entry(entry.sums.reshape(1, -1), entry.counts[:1]) for name, entry in read(matrix)[0].items()}
+    shapes = {name: (1, entry.sums.size) for name, entry in entries.items()}
+    write_entries(tmp_path / "old.dat", shapes, entries.items(), About(("a",), 1, 512))
+    with pytest.raises(CalibrationError, match="older format, which does not hold how many tokens each expert saw"):
+        shrink(model, tmp_path / "small.gguf", "50%", scores_from=tmp_path / "old.dat")
+
+
+def test_what_was_measured_on_little_is_said(made, tmp_path):
+    model = made("qwen3moe")[0]
+
+    def few(name, sums, counts):
+        return sums, np.arange(len(counts), dtype=np.float32)
+
+    matrix = moe_ggufs.write_imatrix(tmp_path / "imatrix.gguf", model, change=few)
+    report = shrink(model, tmp_path / "small.gguf", "25%", scores_from=matrix)
+    assert (
+        "7.5 tokens of an expert in the median" in report["warnings"][0]
+        and "2 of 32 experts saw no token" in report["warnings"][1]
+    )
+    assert report["tokens"]["unseen"] == 2 and all(0 not in kept for kept in kept_of(report).values())
+    lost = sum(seen for seen in range(16) if seen not in report["layers"][0]["kept"]) / sum(range(16))
+    assert report["layers"][0]["tokens_lost"] == pytest.approx(lost)
+
+
+def test_targets_that_must_not_be_written_are_refused(made, tmp_path):
+    source, matrix = made("qwen3moe")
+    model = tmp_path / "model.gguf"
+    model.write_bytes(source.read_bytes())
+    (tmp_path / "held.gguf").write_bytes(b"mine")
+    os.link(model, tmp_path / "link.gguf")
+    cases = [
+        ({"target": model}, "is the source"), ({"target": tmp_path / "link.gguf"}, "is the source"),
+        ({"target": tmp_path / "held.gguf"}, "exists, and is not replaced"), ({"target": tmp_path / "small"}, "ends in .gguf"),
+        ({"target": tmp_path / "none/small.gguf"}, "no such directory"),
+        ({"imatrix_out": tmp_path / "out.dat"}, "ends in .gguf"), ({"imatrix_out": tmp_path / "held.gguf"}, "exists"),
+        ({"write_plan": tmp_path / "small.gguf"}, "two of the files"), ({"write_plan": tmp_path / "held.gguf"}, "exists"),
+    ]  # fmt: skip
+    for changes, message in cases:
+        with pytest.raises(OutputError, match=message):
+            shrink(model, **{"target": tmp_path / "small.gguf", **changes}, drop_experts="50%", scores_from=matrix)
+    assert (
+        names(tmp_path) == ["held.gguf", "link.gguf", "model.gguf"] and (tmp_path / "held.gguf").read_bytes() == b"mine"
+    )
+
+
+def everything(model, matrix, folder, **more):
+    """A cut that writes all it can: two parts or more, a matrix, a plan."""
+    return shrink(model, folder / "small.gguf", "50%", scores_from=matrix, imatrix_out=folder / "out.gguf",
+                  write_plan=folder / "plan.json", split_size=80_000, **more)  # fmt: skip
+
+
+def test_a_full_disk_is_found_before_and_leaves_nothing(made, tmp_path, monkeypatch):
+    model, matrix = made("qwen3moe")
+    free = output.shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patched, pytest.raises(OutputError, match="are free there"):
+        patched.setattr(output.shutil, "disk_usage", lambda _: free)
+        everything(model, matrix, tmp_path)
+    assert names(tmp_path) == []
+    write, calls = os.write, [12]
+
+    def full(handle, data):
+        calls[0] -= 1
+        if calls[0] < 0:
+            raise OSError(errno.ENOSPC, "full")
+        return write(handle, data)
+
+    monkeypatch.setattr(writer.os, "write", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        everything(model, matrix, tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("function", ["write", "fsync", "replace"])
+def test_ctrl_c_leaves_nothing_wherever_it_comes(made, tmp_path, monkeypatch, function):
+    model, matrix = made("qwen3moe")
+    original = getattr(os, function)
+    for at in range(0, 6 if function == "replace" else 12, 1):
+        left = [at]
+
+        def stopped(*args, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(writer.os, function, stopped)
+            try:
+                everything(model, matrix, tmp_path)
+            except KeyboardInterrupt:
+                assert names(tmp_path) == [], at
+            else:
+                for file in tmp_path.iterdir():
+                    file.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
+def test_a_kill_leaves_nothing_that_looks_finished(made, tmp_path):
+    model, matrix = made("qwen3moe")
+    program = """
+import os, signal, sys
+from lowmem_wanda import shrink
+from lowmem_wanda.checkpoint import writer
+left, write = [int(sys.argv[4])], os.write
+def dying(*args):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*args)
+writer.os.write = dying
+shrink(sys.argv[1], sys.argv[3], "50%", scores_from=sys.argv[2])
+"""
+    for calls in (0, 1, 5):
+        done = subprocess.run(
+            [sys.executable, "-c", program, model, matrix, tmp_path / "small.gguf", str(calls)], cwd=ROOT
+        )
+        assert done.returncode == -signal.SIGKILL
+        assert all(name.startswith(".") and name.endswith(".partial") for name in names(tmp_path))
+    report = shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix)
+    assert (
+        names(tmp_path) == ["small.gguf", "small.gguf.report.json"] and not check_gguf(report["target"], model).problems
+    )
+
+
+def test_outline_says_what_is_in_it_and_what_cuts_take(made, tmp_path):
+    model, matrix = made("glm4moe")
+    facts = outline(model)
+    assert (facts["architecture"], facts["blocks"], facts["layers"], facts["predicting"]) == ("glm4moe", 3, 2, 1)
+    assert (facts["experts"], facts["used"], facts["shared"], facts["groups"]) == (16, 2, 1, 1)
+    assert facts["expert_bytes"] == sum(one.n_bytes for name, one in tensors(model).items() if is_cut(name))
+    assert [cut["kept"] for cut in facts["cuts"]] == [14, 12, 10, 8]
+    report = shrink(model, tmp_path / "small.gguf", "25%", scores_from=matrix)
+    assert abs(facts["cuts"][1]["bytes"] - report["bytes"]["after"]) < 300  # but for the note in its description
+    grouped = outline(made("deepseek2")[0])["cuts"]
+    assert grouped[1]["bytes"] and "in 4 groups" in grouped[0]["refused"] and "in 4 groups" in grouped[2]["refused"]
+
+
+def test_what_a_number_of_experts_means_for_programs(made, tmp_path):
+    model, matrix = made("qwen3moe")
+    eight, twelve = (
+        shrink(model, tmp_path / f"{keep}.gguf", keep_experts=keep, scores_from=matrix) for keep in (8, 12)
+    )
+    assert eight["routing"] == {"power_of_two": True, "fused_cuda_routing": True, "multiple_of_8": True}
+    assert twelve["routing"] == {"power_of_two": False, "fused_cuda_routing": False, "multiple_of_8": False}
+    assert "12 is not a power of two: llama.cpp's fused CUDA routing does not run" in twelve["routing_text"]
+
+
+def flipped(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_check_finds_whatever_differs(made, tmp_path):
+    model, matrix = made("deepseek2")
+    small = tmp_path / "small.gguf"
+    shrink(model, small, "50%", scores_from=matrix)
+    whole, places = small.read_bytes(), {name: one.data_offset for name, one in tensors(small).items()}
+    cases = {
+        "blk.1.ffn_up_exps.weight": "blk.1.ffn_up_exps.weight: expert 0 is not the source's",
+        "blk.2.ffn_gate_inp.weight": "blk.2.ffn_gate_inp.weight: expert 0 is not the source's",
+        "blk.2.exp_probs_b.bias": "blk.2.exp_probs_b.bias: expert 0 is not the source's",
+        "blk.0.ffn_up.weight": "blk.0.ffn_up.weight: is not the source's",
+        "output_norm.weight": "output_norm.weight: is not the source's",
+    }
+    for name, message in cases.items():
+        flipped(small, places[name])
+        findings = check_gguf(small, model)
+        assert message in findings.problems[0] and "checksum" in findings.problems[-1] and len(findings.problems) >= 2
+        small.write_bytes(whole)
+    Path(f"{small}.report.json").unlink()
+    flipped(small, whole.index(b"tiny deepseek2"))
+    assert check_gguf(small, model).problems == ["general.name: is not the source's"]
+    assert check_gguf(model, model).problems == [] and check_gguf(model, model).experts_kept == 16
+
+
+def test_check_finds_experts_in_wrong_groups_and_twice(made, tmp_path):
+    model, _ = made("deepseek2")
+    other = moe_ggufs.write(tmp_path / "other.gguf", "qwen3moe", COUNT, Q.Q8_0)
+    small = tmp_path / "small.gguf"
+    shrink(other, small, keep_experts=2, score="random")
+    held = tensors(small)
+    data = bytearray(small.read_bytes())
+    for name, one in held.items():
+        if name.startswith("blk.0") and is_cut(name):
+            size = one.n_bytes // 2
+            data[one.data_offset + size : one.data_offset + 2 * size] = data[one.data_offset : one.data_offset + size]
+    small.write_bytes(data)
+    assert any("once more" in problem for problem in check_gguf(small, other).problems)
+    with pytest.raises(ModelError, match="has no experts"):
+        dense = [name for name, _ in moe_ggufs.qwen3moe(8, 64, 32, 2) if is_cut(name)]
+        check_gguf(small, moe_ggufs.write(tmp_path / "dense.gguf", "qwen3moe", 8, skip=dense))
+    assert check_gguf(model, other).problems
+
+
+def test_a_damaged_report_is_named(made, tmp_path):
+    model, matrix = made("qwen3moe")
+    small = tmp_path / "small.gguf"
+    shrink(model, small, "50%", scores_from=matrix)
+    report = Path(f"{small}.report.json")
+    said = json.loads(report.read_text())
+    said["layers"][0]["kept"][0] += 1
+    report.write_text(json.dumps(said))
+    assert any("does not hold the experts that" in problem for problem in check_gguf(small, model).problems)
+    report.write_text("{}")
+    with pytest.raises(CheckpointError, match="report.json: is damaged"):
+        check_gguf(small, model)
