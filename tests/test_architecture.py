@@ -46,7 +46,15 @@ ONLY = {  # packages that some modules of a room alone may import
     "jinja2": {"evaluation": {"harness"}},
     "tqdm": {"evaluation": {"harness"}},
 }
-WITHOUT_TORCH = ("cli.main", "checkpoint.verify", "llamacpp.survive")
+WITHOUT_TORCH = (
+    "cli.main",
+    "checkpoint.verify",
+    "llamacpp.survive",
+    "llamacpp.shrink",
+    "llamacpp.outline",
+    "llamacpp.verify_gguf",
+    "llamacpp.score_processes",
+)
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 IN_ROOMS = [path for path in FILES if path.parent != PACKAGE]
 

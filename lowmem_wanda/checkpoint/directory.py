@@ -37,6 +37,11 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_file():
+            raise CheckpointError(
+                f"{path}: is a file; give the folder of a safetensors checkpoint (of a GGUF, `shrink`, `plan` and `check` "
+                "take the file)"
+            )
         if not self.path.is_dir():
             raise CheckpointError(f"{path}: no such directory; give the folder that a checkpoint was downloaded to")
         weight_map = self._weight_map()

@@ -18,6 +18,7 @@ from lowmem_wanda.llamacpp.expert_scores import ExpertCounts
 from lowmem_wanda.llamacpp.gguf_file import GGUF
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "held-out.txt"
+WINDOW = 512  # tokens of a window, as llama-perplexity takes them unless it is told otherwise
 FEW = 100  # tokens of an expert; with fewer, its rank is chance (docs/llama-cpp.md)
 COSTS = (
     "A quarter of the experts is near free on models with many; a half is a cliff for some: Moonlight-16B (64 experts) "
@@ -79,7 +80,7 @@ def shrink_report(
         "layers": layers,
         "warnings": list(_warnings(experts, choices, known)),
         "costs": list(COSTS),
-        "commands": commands(model.path, small),
+        "commands": commands(model, small),
         "proof": shlex.join(["lowmem-wanda", "check", str(small), "--against", str(model.path)]),
         "versions": {
             "lowmem-wanda": __version__, "python": sys.version.split()[0], "gguf": metadata.version("gguf"),
@@ -96,12 +97,13 @@ def note(experts: ExpertLayers, keep: int, how: str) -> str:
     )
 
 
-def commands(model: Path, small: Path) -> list[str]:
+def commands(model: GGUF, small: Path) -> list[str]:
     """The two commands that measure how far the small model is from the whole one, ready to paste."""
-    base = small.with_name(f"{small.name}.kld")
-    dense = ["llama-perplexity", "-m", str(model), "-f", str(TEXT), "--kl-divergence-base", str(base)]
-    cut = ["llama-perplexity", "-m", str(small), "--kl-divergence-base", str(base), "--kl-divergence"]
-    return [shlex.join(dense), shlex.join(cut)]
+    base = ["--kl-divergence-base", str(small.with_name(f"{small.name}.kld"))]
+    length = min(WINDOW, model.number(f"{model.text('general.architecture')}.context_length", WINDOW))
+    both = ["llama-perplexity", "-c", str(length)]
+    dense = [*both, "-m", str(model.path), "-f", str(TEXT), *base]
+    return [shlex.join(dense), shlex.join([*both, "-m", str(small), *base, "--kl-divergence"])]
 
 
 def routing_text(keep: int) -> str:
