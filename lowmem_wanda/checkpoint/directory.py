@@ -39,8 +39,8 @@ class Checkpoint:
         self.path = Path(path)
         if self.path.is_file():
             raise CheckpointError(
-                f"{path}: is a file; give the folder of a safetensors checkpoint (of a GGUF, `shrink`, `plan` and `check` "
-                "take the file)"
+                f"{path}: is a file; give the folder of a safetensors checkpoint (`shrink`, `plan` and `check` take "
+                "the file of a GGUF)"
             )
         if not self.path.is_dir():
             raise CheckpointError(f"{path}: no such directory; give the folder that a checkpoint was downloaded to")

@@ -15,6 +15,7 @@ from lowmem_wanda.cli.terminal import Bar, duration, pairs, printable, shown, si
 if TYPE_CHECKING:
     from lowmem_wanda import GGUFFindings
 
+MEGA = 10**6  # bytes
 SHRINKING = ("drop_experts", "keep_experts", "scores_from", "score", "seed", "plan", "write_plan", "imatrix_out",
              "split_size")  # fmt: skip
 
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lowmem_wanda import shrink
     from lowmem_wanda.cli.shrink_page import save_page
 
-    with Bar("scoring layers") as bar:
+    with Bar("writing MB") as bar:
         report = shrink(
             arguments.source,
             arguments.target,
@@ -62,18 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Progress:
-    """Moves a bar: layers while they are scored, megabytes while they are written."""
+    """Moves a bar by megabytes that were written."""
 
     def __init__(self, bar: Bar) -> None:
-        self.bar, self.stage, self.at = bar, "", -1
+        self.bar, self.at = bar, -1
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        unit = 1 if record["stage"] == "scoring" else 10**6
-        if record["stage"] != self.stage:
-            self.stage, self.at = record["stage"], -1
-            self.bar.title = "scoring layers" if unit == 1 else "writing MB"
-            self.bar.begin(-(-record["total"] // unit))
-        if (done := record["done"] // unit) != self.at:
+        if self.at < 0:
+            self.bar.begin(-(-record["total"] // MEGA))
+        if (done := record["done"] // MEGA) != self.at:
             self.at = done
             self.bar.show({"index": done - 1})
 

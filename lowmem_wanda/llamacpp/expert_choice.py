@@ -1,7 +1,8 @@
 """Which experts of a GGUF are kept: by a plan that is given, or by a score."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,30 @@ class LayerChoice:
     kept: tuple[int, ...]
     by: str
     scores: np.ndarray | None
+
+
+class Choices(Mapping[int, LayerChoice]):
+    """{block: its choice}, each taken from an iterator over all `blocks` when it is first asked for."""
+
+    def __init__(self, found: Generator[tuple[int, LayerChoice], None, None], blocks: Collection[int]) -> None:
+        self._found, self._blocks = found, blocks
+        self._known: dict[int, LayerChoice] = {}
+
+    def __getitem__(self, block: int) -> LayerChoice:
+        while block not in self._known:
+            place, choice = next(self._found)
+            self._known[place] = choice
+        return self._known[block]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def close(self) -> None:
+        """Ends the processes that score."""
+        self._found.close()
 
 
 def chosen_score(score: str | None, scores_from: Any, plan: Any, imatrix_out: Any) -> str:
@@ -93,7 +118,7 @@ def _read_plan(path: Path) -> Any:
 def choose(
     model: GGUF, experts: ExpertLayers, keep: int, planned: Ids, score: str, matrix: Path | None,
     known: Mapping[int, ExpertCounts], seed: int,
-) -> Iterator[tuple[int, LayerChoice]]:  # fmt: skip
+) -> Generator[tuple[int, LayerChoice], None, None]:  # fmt: skip
     """Yields the block and the choice of each layer in turn: the plan's, or the highest of a score.
 
     A layer that predicts further tokens, of which plans and importance matrices say nothing, is chosen by its weights.
@@ -104,13 +129,13 @@ def choose(
         for block in experts.layers
         if block not in planned
     }
-    scored = score_layers(model, experts, names, matrix, known, seed)
-    for block in experts.layers:
-        if block in planned:
-            yield block, LayerChoice(planned[block], "plan", None)
-        else:
-            scores = next(scored)
-            yield block, LayerChoice(highest(scores, keep, experts.groups), names[block], scores)
+    with closing(score_layers(model, experts, names, matrix, known, seed)) as scored:
+        for block in experts.layers:
+            if block in planned:
+                yield block, LayerChoice(planned[block], "plan", None)
+            else:
+                scores = next(scored)
+                yield block, LayerChoice(highest(scores, keep, experts.groups), names[block], scores)
 
 
 def plan_text(choices: Mapping[int, LayerChoice]) -> str:

@@ -14,7 +14,7 @@ from lowmem_wanda.llamacpp.gguf_values import I32, U16, Field
 
 MOST_PARTS = 9999
 ALIGNED = 4096  # bytes that the end of a header may be padded with
-Kept = Mapping[str, tuple[int, ...]]  # {name of a tensor: the experts whose slices are kept, in ascending order}
+Stacks = Mapping[str, int]  # {name of a tensor that has a slice for each expert: number of its block}
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,35 @@ class Part:
     nbytes: int
 
 
-def parts_of(
-    target: Path, source: GGUF, fields: Mapping[str, Field], kept: Kept, split_size: int | None = None
-) -> list[Part]:
-    """The files of a cut GGUF, none above `split_size` bytes (None: one file).
+@dataclass(frozen=True)
+class Copy:
+    """A GGUF to write without some experts: its files, the source, and which of the source's tensors are cut."""
+
+    parts: Sequence[Part]
+    source: GGUF
+    stacks: Stacks
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all files."""
+        return sum(part.nbytes for part in self.parts)
+
+
+def copy_of(
+    target: Path, source: GGUF, fields: Mapping[str, Field], stacks: Stacks, keep: int, split_size: int | None = None
+) -> Copy:
+    """The GGUF with `keep` experts in each of the `stacks`, in files of at most `split_size` bytes (None: one file).
 
     `fields` are its metadata. Raises OutputError if one tensor alone is larger than that.
     """
-    tensors = [_cut(tensor, kept) for tensor in source.tensors.values()]
+    tensors = [_cut(tensor, keep) if tensor.name in stacks else tensor for tensor in source.tensors.values()]
+    return Copy(_parts(target, source, fields, tensors, split_size), source, stacks)
+
+
+def _parts(
+    target: Path, source: GGUF, fields: Mapping[str, Field], tensors: Sequence[Tensor], split_size: int | None
+) -> list[Part]:
+    """The files of a GGUF whose tensors have their new shapes."""
     whole = _part(target, source, fields, tensors)
     if split_size is None or whole.nbytes <= split_size:
         return [whole]
@@ -58,36 +79,36 @@ def parts_of(
     return parts
 
 
-def write_parts(
-    stack: ExitStack, parts: Sequence[Part], source: GGUF, kept: Kept, moved: Callable[[int], None]
+def write_copy(
+    stack: ExitStack, copy: Copy, kept: Callable[[int], tuple[int, ...]], moved: Callable[[int], None]
 ) -> Callable[[], list[ShardFile]]:
     """Writes the files under temporary names; they appear when the stack closes without an error, the first at last.
 
-    `moved` is called with the number of bytes of each piece. Gives a function for the names, sizes and checksums.
+    `kept` gives the ids that a block keeps, in ascending order, when they are needed. `moved` is called with the bytes
+    of each piece. Gives a function for the names, sizes and checksums.
     """
     files: list[Growing] = []
-    for part in parts:
+    for part in copy.parts:
         file = stack.enter_context(replacing(part.path, part.nbytes))
         files.append(file)
         file.write(part.header)
         for tensor in part.tensors:
-            for piece in _pieces(source.tensors[tensor.name], kept):
+            block = copy.stacks.get(tensor.name)
+            for piece in _pieces(copy.source.tensors[tensor.name], None if block is None else kept(block)):
                 file.write(piece)
                 moved(len(piece))
-            file.write(bytes(padded(file.size, source.alignment) - file.size))
+            file.write(bytes(padded(file.size, copy.source.alignment) - file.size))
         if file.size != part.nbytes:
             raise OutputError(f"{part.path}: {file.size} bytes were written instead of {part.nbytes}; report this bug")
     return lambda: [
-        ShardFile(part.path.name, file.size, file.digest.hexdigest()) for part, file in zip(parts, files, strict=True)
+        ShardFile(part.path.name, file.size, file.digest.hexdigest())
+        for part, file in zip(copy.parts, files, strict=True)
     ]
 
 
-def _cut(tensor: Tensor, kept: Kept) -> Tensor:
-    """A tensor in its new shape; its place stays that in the source."""
-    if tensor.name not in kept:
-        return tensor
-    count = len(kept[tensor.name])
-    return replace(tensor, shape=(count, *tensor.shape[1:]), nbytes=tensor.nbytes // tensor.shape[0] * count)
+def _cut(tensor: Tensor, keep: int) -> Tensor:
+    """A stack in its new shape; its place stays that in the source."""
+    return replace(tensor, shape=(keep, *tensor.shape[1:]), nbytes=tensor.nbytes // tensor.shape[0] * keep)
 
 
 def _part(path: Path, source: GGUF, fields: Mapping[str, Field], tensors: Sequence[Tensor]) -> Part:
@@ -116,11 +137,11 @@ def _metadata_bytes(fields: Mapping[str, Field]) -> int:
     return 200 + ALIGNED + sum(12 + len(key.encode()) + len(field.raw) for key, field in fields.items())
 
 
-def _pieces(tensor: Tensor, kept: Kept) -> Iterator[bytearray]:
-    """Yields the bytes of a tensor, or of the kept slices of it."""
-    if tensor.name not in kept:
+def _pieces(tensor: Tensor, ids: Sequence[int] | None) -> Iterator[bytearray]:
+    """Yields the bytes of a tensor, or of some slices of it."""
+    if ids is None:
         return tensor.pieces(COPIED_PIECE)
-    ids, size = kept[tensor.name], tensor.nbytes // tensor.shape[0]
+    size = tensor.nbytes // tensor.shape[0]
     ends = [place for place, (one, other) in enumerate(pairwise(ids), 1) if other != one + 1]
     runs = zip([0, *ends], [*ends, len(ids)], strict=True)
     return tensor.pieces(COPIED_PIECE, [(ids[start] * size, (ids[stop - 1] + 1) * size) for start, stop in runs])

@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 
 from lowmem_wanda.checkpoint.output import FORMAT
 from lowmem_wanda.errors import PatternError
-from lowmem_wanda.llamacpp.expert_cut import parts_of
+from lowmem_wanda.llamacpp.expert_cut import copy_of
 from lowmem_wanda.llamacpp.expert_layers import counted, expert_layers, routing_facts
 from lowmem_wanda.llamacpp.gguf_file import read_gguf
 from lowmem_wanda.sparsity.experts import kept_count
@@ -66,9 +66,9 @@ def outline(path: str | Path) -> GGUFOutline:
         try:
             cut["kept"] = keep = kept_count(experts.count, share)
             experts.require(keep)
-            kept = dict.fromkeys(experts.tensors, tuple(range(keep)))
             fields = counted(model.fields, architecture, keep)
-            cut |= {"bytes": parts_of(model.path, model, fields, kept)[0].nbytes, **routing_facts(keep)}
+            nbytes = copy_of(model.path, model, fields, experts.tensors, keep).nbytes
+            cut |= {"bytes": nbytes, **routing_facts(keep)}
         except PatternError as error:
             cut["refused"] = str(error)
         cuts.append(cut)

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from lowmem_wanda.llamacpp.expert_layers import ExpertLayers, expert_layers
 from lowmem_wanda.llamacpp.expert_scores import ExpertCounts, read_counts, score_layer
 from lowmem_wanda.llamacpp.gguf_file import GGUF, read_gguf
 
-WORTH = 1 << 28  # weights to read, about 1.3 s in one process, from which on several are worth their start
+WORTH = 1 << 28  # weights to read, about 0.8 s in one process, from which on several are worth their start
 MOST = 8  # processes; each holds about 60 MB and the header
 
 Named = Mapping[int, str]  # {block of a layer: its score}
@@ -29,7 +29,7 @@ Named = Mapping[int, str]  # {block of a layer: its score}
 
 def score_layers(
     model: GGUF, experts: ExpertLayers, scores: Named, matrix: Path | None, known: Mapping[int, ExpertCounts], seed: int
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Yields the scores of each layer of `scores` in its order, float64 (experts,).
 
     `matrix` is the importance matrix whose content is `known`. Raises ModelError for weights that cannot be read.

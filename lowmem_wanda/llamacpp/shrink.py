@@ -1,12 +1,13 @@
 """Makes a GGUF with fewer experts, which is smaller by their share; `shrink` is the command and the library's function.
 
 What is removed are whole experts, the same number in every layer, with their rows of the router. What is kept are the
-source's bytes, in its quantization. Nothing is computed but scores, so neither torch nor a GPU is needed.
+source's bytes, in its quantization. Nothing is computed but scores, so neither torch nor a GPU is needed;
+layers are scored while those before them are written.
 """
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 from lowmem_wanda.checkpoint.output import require_disk
 from lowmem_wanda.checkpoint.writer import explained, replacing, require_new, write_json
 from lowmem_wanda.errors import CalibrationError, OutputError
-from lowmem_wanda.llamacpp.expert_choice import LayerChoice, choose, chosen_score, numbers, plan_text
-from lowmem_wanda.llamacpp.expert_cut import Kept, Part, parts_of, write_parts
+from lowmem_wanda.llamacpp.expert_choice import Choices, choose, chosen_score, numbers, plan_text
+from lowmem_wanda.llamacpp.expert_cut import Stacks, copy_of, write_copy
 from lowmem_wanda.llamacpp.expert_layers import ExpertLayers, counted, expert_layers
 from lowmem_wanda.llamacpp.expert_scores import read_counts
 from lowmem_wanda.llamacpp.gguf_file import GGUF, read_gguf
@@ -60,7 +61,7 @@ def shrink(
         imatrix_out: new file for the importance matrix of the small model (default: none).
         split_size: bytes that no file may exceed (default: one file).
         on_start: called with the facts before the work.
-        on_progress: called with {"stage", "done", "total"}: layers that are scored, bytes that are written.
+        on_progress: called with {"done", "total"}, the bytes that were written and that will be.
 
     Returns:
         A `ShrinkReport`, which is also written beside the target as `<target>.report.json`.
@@ -87,15 +88,12 @@ def shrink(
     experts.require(keep)
     known = read_counts(scores_from, model, experts) if scores_from is not None else {}
     on_start({"source": str(path), "layers": len(experts.layers), "experts": experts.count, "kept": keep})
-    choices: dict[int, LayerChoice] = {}
-    for block, choice in choose(model, experts, keep, planned, score, _path(scores_from), known, seed):
-        choices[block] = choice
-        on_progress({"stage": "scoring", "done": len(choices), "total": len(experts.layers)})
+    choices = Choices(choose(model, experts, keep, planned, score, _path(scores_from), known, seed), experts.layers)
     how = score + (
         f" {Path(plan).name}" if plan is not None else f" from {Path(scores_from).name}" if scores_from else ""
     )
     fields = _fields(model, experts, keep, how)
-    written = _write(files, model, experts, fields, choices, scores_from, split_size, on_progress)
+    written = _write(files, model, experts, fields, keep, choices, scores_from, split_size, on_progress)
     arguments = {
         "drop_experts": drop_experts, "keep_experts": keep_experts, "scores_from": _text(scores_from), "score": score,
         "seed": seed if score == "random" else None, "plan": _text(plan), "split_size": split_size,
@@ -151,33 +149,35 @@ def _fields(model: GGUF, experts: ExpertLayers, keep: int, how: str) -> dict[str
 
 
 def _write(
-    files: _Files, model: GGUF, experts: ExpertLayers, fields: Mapping[str, Field], choices: Mapping[int, LayerChoice],
+    files: _Files, model: GGUF, experts: ExpertLayers, fields: Mapping[str, Field], keep: int, choices: Choices,
     scores_from: str | Path | None, split_size: int | None, on_progress: Notify,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Writes all files, or none. Gives the names, sizes and checksums of the model's."""
-    kept = {name: choices[block].kept for name, block in experts.tensors.items()}
-    parts = parts_of(files.model, model, fields, kept, split_size)
-    jobs: list[tuple[list[Part], GGUF, Kept]] = [(parts, model, kept)]
+    """Writes all files, or none. Gives the names, sizes and checksums of the model's.
+
+    A layer is scored when it is needed; processes that score run ahead. The first is needed before a file is made.
+    """
+    stacks = experts.tensors
+    copies = [copy_of(files.model, model, fields, stacks, keep, split_size)]
     if files.imatrix is not None and scores_from is not None:
         matrix = read_gguf(scores_from)
-        cut = _kept_entries(matrix, kept, experts.count)
-        jobs.insert(0, (parts_of(files.imatrix, matrix, matrix.fields, cut), matrix, cut))
-    total, done = sum(part.nbytes for job in jobs for part in job[0]), 0
+        copies.append(copy_of(files.imatrix, matrix, matrix.fields, _entries(matrix, stacks, experts.count), keep))
+    total, done = sum(copy.nbytes for copy in copies), 0
 
     def moved(count: int) -> None:
         nonlocal done
         done += count
-        on_progress({"stage": "writing", "done": done, "total": total})
+        on_progress({"done": done, "total": total})
 
-    for part in parts:
-        require_new(part.path)
+    new = [part.path for copy in copies for part in copy.parts] + ([files.plan] if files.plan else [])
+    for file in new:
+        require_new(file)
     require_disk(files.model.resolve().parent, total)
-    new = [part.path for job in jobs for part in job[0]] + ([files.plan] if files.plan else [])
     try:
-        with ExitStack() as stack:
+        with ExitStack() as stack, closing(choices):
+            choices[next(iter(choices))]
+            sums = [write_copy(stack, copy, lambda block: choices[block].kept, moved) for copy in copies][0]
             if files.plan is not None:
                 stack.enter_context(replacing(files.plan)).write(plan_text(choices).encode())
-            sums = [write_parts(stack, *job, moved) for job in jobs][-1]
     except BaseException:
         for file in new:  # none was there before
             with suppress(OSError):
@@ -186,18 +186,18 @@ def _write(
     return [vars(file) for file in sums()]
 
 
-def _kept_entries(matrix: GGUF, kept: Kept, count: int) -> Kept:
-    """{tensor of an importance matrix: experts whose slices are kept}. Raises CalibrationError for another size."""
-    cut = {}
+def _entries(matrix: GGUF, stacks: Stacks, count: int) -> Stacks:
+    """{tensor of an importance matrix with a row for each expert: block}. Raises CalibrationError for another size."""
+    found = {}
     for tensor in matrix.tensors.values():
         name = tensor.name.rpartition(".")[0]
-        if name in kept and "_exps." in name:
+        if name in stacks and "_exps." in name:
             if tensor.shape[0] != count:
                 raise CalibrationError(
                     f"{matrix.path}: entry {tensor.name} is not for {count} experts; get another file"
                 )
-            cut[tensor.name] = kept[name]
-    return cut
+            found[tensor.name] = stacks[name]
+    return found
 
 
 def _path(given: str | Path | None) -> Path | None:
