@@ -32,3 +32,20 @@ def test_overlap_in_a_small_size(tmp_path):
     result = run(tmp_path, "overlap.py", *flags)
     assert result["rows"].keys() == {"1 pread", "3 pread", "1 mmap", "3 mmap"}
     assert result["serial_over_overlapped"].keys() == {"pread", "mmap"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_shrink_in_a_small_size(tmp_path):
+    flags = ("--layers", "2", "--width", "256", "--inner", "256", "--vocabulary", "512", "--rounds", "1")
+    rows = run(tmp_path, "shrink.py", *flags)["rows"]
+    assert len(rows) == 5 and all(row["seconds"] > 0 and row["written_gb"] >= 0 for row in rows.values())
+
+
+@pytest.mark.real
+def test_experts_are_as_in_the_documents(shared, tmp_path):
+    folder = shared / "models"
+    files = ("mixed-moe-2.6m-gguf/moe-q8.gguf", "mixed-moe-2.6m-gguf/moe.imatrix.gguf", "mixed-moe-2.6m")
+    rows = run(tmp_path, "experts.py", *(folder / file for file in files), shared / "corpora/moe-eval.npy")["rows"]
+    page = (BENCHMARKS.parent / "lowmem_wanda/docs/llama-cpp.md").read_text("utf-8")
+    for row in rows[1:]:
+        assert (f"{row['kl']:.4f}" if row["score"][0] != "r" else f"{row['kl']:.3f}") in page

@@ -63,15 +63,18 @@ def test_the_commands_on_the_way_to_llama_cpp(checkout, monkeypatch, capsys):
     page = (DOCS / "llama-cpp.md").read_text("utf-8")
     monkeypatch.chdir(checkout)
     ours = re.findall(r"^python (cli.py .*)$", page, re.M)
-    assert [command.split()[1] for command in ours] == ["prune", "survive"]
+    assert [command.split()[1] for command in ours] == ["prune", "survive", "plan", "shrink", "check"]
     shutil.copytree(ROOT / "lowmem_wanda/data/demo", checkout / "stories260K")
     shutil.rmtree(checkout / "pruned", ignore_errors=True)  # of README's commands
-    (checkout / "pruned.imatrix.gguf").unlink(missing_ok=True)
+    for made in ("pruned.imatrix.gguf", "small.gguf"):
+        (checkout / made).unlink(missing_ok=True)
     for command in ours:
         shown = run(command, capsys)
         if " prune " in command:
             convert(checkout / "pruned", checkout / "pruned-Q4_K_M.gguf", GGMLQuantizationType.Q4_0)
-    assert "Every pruned weight is zero in this GGUF" in shown
+        if " survive " in command:
+            assert "Every pruned weight is zero in this GGUF" in shown
+    assert "nothing else differs" in shown and (checkout / "small.imatrix.gguf").exists()
 
 
 def test_the_library_as_the_readme_shows_it(checkout, monkeypatch):

@@ -89,6 +89,8 @@ def routing_facts(keep: int) -> dict[str, bool]:
 def expert_layers(model: GGUF) -> ExpertLayers:
     """The expert layers of a GGUF. Raises ModelError if it has none, or has experts that are not understood."""
     architecture = model.text("general.architecture")
+    if "imatrix" in (model.text("general.type"), architecture):
+        raise ModelError(f"{model.path}: is an importance matrix, not a model; give it as --from")
     count, used = (_count(model, f"{architecture}.{key}") for key in ("expert_count", "expert_used_count"))
     roles = _roles()
     found: dict[int, list[str]] = {}
