@@ -66,8 +66,9 @@ def _scores(layers: Sequence[Record], kept: int) -> str:
 
 
 def _layers(layers: Sequence[Record]) -> str:
-    rows = []
+    """A row for each layer: what chose, the tokens that it loses, the experts that it keeps."""
+    rows = {}
     for layer in layers:
-        lost = "" if layer["tokens_lost"] is None else f"{layer['tokens_lost']:.2%}"
-        rows.append((f"layer {layer['layer']}", layer["by"], lost, ranges(layer["kept"])))
-    return table(("", "chosen by", "tokens lost", "experts kept"), rows)
+        lost = "" if layer["tokens_lost"] is None else f"{layer['tokens_lost']:.2%} of its tokens lost; "
+        rows[f"layer {layer['layer']}"] = f"{layer['by']}; {lost}keeps {ranges(layer['kept'])}"
+    return pairs(rows)

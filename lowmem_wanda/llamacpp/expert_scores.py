@@ -22,11 +22,18 @@ Measure = Callable[[np.ndarray], np.ndarray]  # weights (outputs, inputs) -> sum
 
 @dataclass(frozen=True)
 class ExpertCounts:
-    """What an importance matrix says of a layer: `counts` (experts,) of tokens, `squares` (experts, width) of inputs of
-    the down projections, as means."""
+    """What an importance matrix says of a layer.
+
+    `counts` (experts,) are the tokens that each expert saw, `sums` (experts, width) the sums of squares of what enters
+    its down projection. The sums stay in the file until they are used.
+    """
 
     counts: np.ndarray
-    squares: np.ndarray
+    sums: np.ndarray
+
+    def squares(self, some: slice) -> np.ndarray:
+        """The mean squares of `some` experts, float64 (experts, width)."""
+        return np.asarray(self.sums[some].astype(np.float64) / np.maximum(self.counts[some], 1)[:, None])
 
 
 def read_counts(path: str | Path, model: GGUF, experts: ExpertLayers) -> dict[int, ExpertCounts]:
@@ -73,7 +80,7 @@ def _required(path: str | Path, name: str, entry: Entry, tensor: Tensor, count: 
         )
     if entry.sums.shape != (count, tensor.shape[-1]):
         raise _other_size(path, name, entry, tensor)
-    sums, counts = entry.sums.astype(np.float64), entry.counts
+    sums, counts = entry.sums, entry.counts
     if not (np.isfinite(sums).all() and (sums >= 0).all() and (counts >= 0).all()):
         expert = int(np.argmin((np.isfinite(sums) & (sums >= 0)).all(axis=1) & (counts >= 0)))
         raise CalibrationError(
@@ -87,7 +94,7 @@ def _required(path: str | Path, name: str, entry: Entry, tensor: Tensor, count: 
             f"{path}: entry {name} has the same count of {counts[0]} tokens for every expert, as a file that was "
             "converted from the older format has; make one with llama-imatrix of today"
         )
-    return ExpertCounts(counts, sums / np.maximum(counts, 1)[:, None])
+    return ExpertCounts(counts, sums)
 
 
 def _other_size(path: str | Path, name: str, entry: Entry, tensor: Tensor) -> CalibrationError:
@@ -123,7 +130,7 @@ def score_layer(
     if score == "frequency":
         return known.counts[some].astype(np.float64)
     columns = np.array(list(_over_experts(model, experts.down(block), _column_squares, ids)))
-    return output_norms(known.counts[some], known.squares[some], columns)
+    return output_norms(known.counts[some], known.squares(some), columns)
 
 
 def _column_squares(weights: np.ndarray) -> np.ndarray:

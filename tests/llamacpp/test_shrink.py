@@ -17,7 +17,14 @@ from helpers import ROOT
 
 from lowmem_wanda import check_gguf, outline, shrink
 from lowmem_wanda.checkpoint import output, writer
-from lowmem_wanda.errors import CalibrationError, CheckpointError, ModelError, OutputError, PatternError
+from lowmem_wanda.errors import (
+    CalibrationError,
+    CheckpointError,
+    LowmemError,
+    ModelError,
+    OutputError,
+    PatternError,
+)
 from lowmem_wanda.llamacpp import score_processes
 from lowmem_wanda.llamacpp.imatrix import About, Entry, read
 from lowmem_wanda.llamacpp.imatrix import write as write_entries
@@ -649,3 +656,40 @@ def test_a_damaged_report_is_named(made, tmp_path):
     report.write_text("{}")
     with pytest.raises(CheckpointError, match="report.json: is damaged"):
         check_gguf(small, model)
+
+
+def test_headers_changed_at_random_give_a_model_or_a_sentence(tmp_path):
+    """Every error is one of ours, and a file that is written is whole."""
+    model = moe_ggufs.write(tmp_path / "model.gguf", "deepseek2", 8, layers=2, used=1)
+    data, random = model.read_bytes(), np.random.default_rng(0)
+    head = len(data) - sum(tensor.n_bytes for tensor in tensors(model).values())
+    bad, small, refused = tmp_path / "bad.gguf", tmp_path / "small.gguf", 0
+    for _ in range(300):
+        changed = bytearray(data)
+        for place in random.integers(4, head, random.integers(1, 4)):
+            changed[place] = random.integers(256)
+        bad.write_bytes(changed)
+        try:
+            outline(bad)
+            report = shrink(bad, small, keep_experts=4, score="aimer", split_size=200_000)
+            assert not check_gguf(report["target"], bad).problems
+        except LowmemError:
+            refused += 1
+        assert not list(tmp_path.glob(".*"))
+        for file in tmp_path.glob("small*"):
+            file.unlink()
+    assert refused > 100
+
+
+ODD = {
+    "a string": ("eight", "expert_count is not one whole number"),
+    "a share": (0.5, "expert_count is not one whole number"),
+    "true": (True, "expert_count is not one whole number"),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), ODD.values(), ids=list(ODD))
+def test_metadata_of_another_type_is_refused(tmp_path, value, message):
+    model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 8, expert_count=value)
+    with pytest.raises(CheckpointError, match=message):
+        shrink(model, tmp_path / "small.gguf", "50%", score="random")
