@@ -53,7 +53,7 @@ class Choices(Mapping[int, LayerChoice]):
         self._found.close()
 
 
-def chosen_score(score: str | None, scores_from: Any, plan: Any, imatrix_out: Any) -> str:
+def chosen_score(score: str | None, scores_from: Any, plan: Any, imatrix_out: Any, seed: int) -> str:
     """The score that decides; "plan" where a plan does. Raises PatternError if the flags do not go together."""
     if imatrix_out is not None and scores_from is None:
         raise PatternError("--imatrix-out needs the importance matrix that it is cut from: --from imatrix.gguf")
@@ -61,6 +61,8 @@ def chosen_score(score: str | None, scores_from: Any, plan: Any, imatrix_out: An
         if score is not None:
             raise PatternError("--plan says which experts are kept, so --score has no place beside it; leave one out")
         return "plan"
+    if seed < 0:
+        raise PatternError(f"seed {seed}: give 0 or a number above")
     score = score or ("ean" if scores_from is not None else None)
     if score is None:
         raise PatternError(
@@ -110,9 +112,18 @@ def _read_plan(path: Path) -> Any:
     with opened(path) as file:
         content = file.read()
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise PatternError(f"is not JSON ({str(error)[:100]})") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises PatternError for a key that stands in it twice."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:place]])
+        raise PatternError(f"{twice!r} stands in it twice")
+    return content
 
 
 def choose(

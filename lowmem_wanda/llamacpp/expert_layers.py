@@ -19,10 +19,8 @@ IN_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 SEPARATE = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")  # one tensor for each expert, until 2024
 PARTS = ("weight", "bias")
 IDS = ("I8", "I16", "I32", "I64")  # types of whole numbers, which may be ids of experts
-FUSED_MOST, FUSED_BESIDE = (
-    512,
-    576,
-)  # counts that llama.cpp's fused CUDA routing takes: powers of two up to 512, and 576
+# llama.cpp's fused CUDA routing takes powers of two up to 512, and 576 (ggml-cuda/topk-moe.cu)
+FUSED_MOST, FUSED_BESIDE = 512, 576
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,8 @@ def _count(model: GGUF, key: str) -> int:
     """A number of experts. Raises ModelError where layers have different numbers."""
     field = model.fields.get(key)
     value = field.value if field else 0
-    if isinstance(value, list) and key.endswith("used_count"):
-        return max((int(one) for one in value), default=0)
+    if isinstance(value, list) and key.endswith("used_count") and all(type(one) is int for one in value):
+        return max(value, default=0)
     if isinstance(value, list):
         raise ModelError(f"{model.path}: {key} says a number for each layer, which is not supported")
     return model.number(key)

@@ -50,9 +50,10 @@ def read_counts(path: str | Path, model: GGUF, experts: ExpertLayers) -> dict[in
                 f"{path}: is of the older format, which does not hold how many tokens each expert saw; get the .gguf, "
                 "or make one with llama-imatrix of today"
             )
+    stacks = experts.tensors
     for name, entry in entries.items():
-        if (match := IN_BLOCK.fullmatch(name)) and "_exps." in name:
-            if int(match[1]) not in experts.layers or name not in experts.tensors:
+        if IN_BLOCK.fullmatch(name) and "_exps." in name:
+            if name not in stacks:
                 raise CalibrationError(
                     f"{path}: has an entry {name}, which this model has not; get that of this very model"
                 )

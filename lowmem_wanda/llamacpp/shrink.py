@@ -80,7 +80,7 @@ def shrink(
     """
     started = time.monotonic()
     files = _Files(Path(target), _path(write_plan), _path(imatrix_out))
-    score = chosen_score(score, scores_from, plan, imatrix_out)
+    score = chosen_score(score, scores_from, plan, imatrix_out, seed)
     model = read_gguf(path)
     files.require_new(model)
     experts = expert_layers(model)

@@ -292,6 +292,7 @@ def test_alignment_of_the_source_is_kept(tmp_path):
 
 BAD_MODELS = {
     "no experts": ({"count": 8, "skip": None}, "has no experts"),
+    "strings for numbers": ({"values": {"qwen3moe.expert_used_count": ["a", "b"]}}, "a number for each layer"),
     "a number for each layer": ({"values": {"qwen3moe.expert_count": [8, 8]}}, "a number for each layer"),
     "no number": ({"expert_count": None}, "expert_count says none"),
     "layers that differ": (
@@ -346,6 +347,7 @@ BAD_FLAGS = {
     "counts without a matrix": ({"score": "frequency"}, "needs an importance matrix"),
     "an unknown score": ({"score": "best"}, "one of ean, frequency, aimer, random"),
     "a plan and a score": ({"plan": "plan.json", "score": "aimer"}, "leave one out"),
+    "a seed below 0": ({"score": "random", "seed": -1}, "seed -1: give 0"),
     "a matrix out of none": ({"score": "aimer", "imatrix_out": "out.gguf"}, "--imatrix-out needs"),
 }
 
@@ -358,6 +360,7 @@ def test_flags_that_do_not_go_together_are_refused(made, tmp_path, flags, messag
 
 BAD_PLANS = {
     "not JSON": ("{", "is not JSON"),
+    "a layer twice": ('{"0": [0, 1], "0": [0, 2], "1": [0, 1]}', "'0' stands in it twice"),
     "another form": ({"a": 1}, "no ids of experts"),
     "layers that differ": ({"0": [0, 1, 2], "1": [0, 1]}, "keeps 3 experts in layer 0 and 2 in layer 1"),
     "a layer is missing": ({"0": [0, 1, 2]}, "says nothing of layer 1"),
