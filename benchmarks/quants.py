@@ -22,7 +22,8 @@ from measure import ROOT, commit, machine
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.pruned import pruned_matrices, read_report
 from lowmem_wanda.llamacpp import survive as survival
-from lowmem_wanda.llamacpp.names import gguf_names, open_gguf
+from lowmem_wanda.llamacpp.gguf_file import read_gguf
+from lowmem_wanda.llamacpp.names import gguf_names
 
 KINDS = (
     "F32", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_S",
@@ -105,7 +106,7 @@ def positive(path: Path, model: Path) -> float:
     """The share of the pruned weights that are positive in a GGUF."""
     matrices = pruned_matrices(Checkpoint(path), read_report(path))
     names = gguf_names(list(matrices), "this")
-    tensors, above, all_ = {tensor.name: tensor for tensor in open_gguf(model).tensors}, 0, 0
+    tensors, above, all_ = read_gguf(model).tensors, 0, 0
     for name, matrix in matrices.items():
         rows, read, tensor = matrix.shape[0], matrix.reader(), tensors[names[name]]
         order = survival._order(matrix, read, tensor, model)

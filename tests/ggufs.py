@@ -16,10 +16,10 @@ def weights(path):
     return {name: read_tensor(t).float().numpy() for name, t in tensors.items() if ".layers." in name and t.shape[1:]}
 
 
-def convert(path, model, kind, change=lambda name, weight: weight, skip=(), order=True):
+def convert(path, model, kind, change=lambda name, weight: weight, skip=(), order=True, split=0):
     """A GGUF of a Llama: q and k in the row order of llama.cpp's rotary embedding, which takes each head's two halves
-    in turn where transformers takes one after the other."""
-    writer, made = gguf.GGUFWriter(model, "llama"), weights(path)
+    in turn where transformers takes one after the other. `split` is the number of tensors in a file (0: one file)."""
+    writer, made = gguf.GGUFWriter(model, "llama", split_max_tensors=split), weights(path)
     names = gguf_names(list(made), "x")
     for name, weight in made.items():
         heads = HEADS.get(name.split(".")[-2]) if order else None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from lowmem_wanda.checkpoint.reader import Tensor, opened, stamp
 from lowmem_wanda.errors import CheckpointError
 from lowmem_wanda.llamacpp.gguf_values import NUMBERS, STRING, WHOLE, Cursor, Field
@@ -106,6 +108,12 @@ def read_gguf(path: str | Path) -> GGUF:
         raise CheckpointError(f"{path}: its {count} parts do not hold each tensor once; download them again")
     files = tuple(part.path for part in parts)
     return GGUF(path, files, first.version, first.alignment, first.fields, tensors, sum(part.nbytes for part in parts))
+
+
+def mapped(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor's rows, uint8 (rows, bytes of a row), which stay in the file until they are used."""
+    rows = math.prod(tensor.shape[:-1])
+    return np.memmap(tensor.file, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows))
 
 
 def part_name(path: Path, index: int, count: int) -> str:

@@ -18,7 +18,8 @@ from lowmem_wanda.checkpoint.output import require_outside
 from lowmem_wanda.checkpoint.reader import opened
 from lowmem_wanda.checkpoint.writer import named_partial
 from lowmem_wanda.errors import CheckpointError, OutputError
-from lowmem_wanda.llamacpp.names import open_gguf, package
+from lowmem_wanda.llamacpp.gguf_file import mapped, read_gguf
+from lowmem_wanda.llamacpp.names import package
 
 SUFFIXES = (".gguf", ".dat")
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -136,28 +137,28 @@ def _write_legacy(path: Path, count: int, entries: Iterable[tuple[str, Entry]], 
 
 
 def _read_gguf(path: Path) -> tuple[dict[str, Entry], About]:
-    reader = open_gguf(path)
-    tensors, entries = {tensor.name: tensor.data for tensor in reader.tensors}, {}
-    for name in (name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)):
-        sums, counts = tensors[name + SUMS], tensors.get(name + COUNTS, np.empty(0))
-        kinds = {sums.dtype, counts.dtype}
-        if (
-            kinds != {np.dtype(np.float32)}
-            or not counts.size
-            or sums.size % counts.size
-            or not np.isfinite(counts).all()
-        ):
-            raise CheckpointError(f"{path}: {name} has no {COUNTS} that go with its {SUMS}; get the file again")
-        entries[name] = Entry(sums.reshape(counts.size, -1), np.rint(counts.reshape(-1)).astype(np.int64))
+    file, entries = read_gguf(path), {}
+    for name in (name.removesuffix(SUMS) for name in file.tensors if name.endswith(SUMS)):
+        sums, counts = file.tensors[name + SUMS], file.tensors.get(name + COUNTS)
+        if counts is None or {sums.dtype, counts.dtype} != {"F32"} or sums.numel % counts.numel:
+            raise _unlike(path, name)
+        seen = mapped(counts).view("<f4").reshape(-1)
+        if not np.isfinite(seen).all():
+            raise _unlike(path, name)
+        entries[name] = Entry(mapped(sums).view("<f4").reshape(seen.size, -1), np.rint(seen).astype(np.int64))
     if not entries:
         raise CheckpointError(f"{path}: holds no {SUMS} tensors, so it is not an importance matrix")
-    found = {key: reader.get_field(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size")}
+    found = {key: file.fields.get(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size")}
     try:
-        values = {key: field.contents() for key, field in found.items() if field}
+        values = {key: field.value for key, field in found.items() if field}
         texts = tuple(map(_shown, values.get("datasets") or ()))
         return entries, About(texts, int(values.get("chunk_count", 0)), int(values.get("chunk_size", 0)))
     except (ValueError, TypeError, OverflowError):
         raise CheckpointError(f"{path}: says in an unknown form what it was computed on; get the file again") from None
+
+
+def _unlike(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {name} has no {COUNTS} that go with its {SUMS}; get the file again")
 
 
 def _read_legacy(path: Path) -> tuple[dict[str, Entry], About]:

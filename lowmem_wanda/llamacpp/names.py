@@ -1,4 +1,4 @@
-"""The names of GGUF tensors, by which llama.cpp calls a model's weights, and a reader of GGUF files.
+"""The names of GGUF tensors, by which llama.cpp calls a model's weights.
 
 The names are those of llama.cpp's own converter: the `gguf` package has a table for each architecture. No model family
 is named here. A model has the names of those architectures whose tables know all its matrices; where these tables
@@ -9,12 +9,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from lowmem_wanda.errors import CheckpointError, LowmemError, ModelError
+from lowmem_wanda.errors import LowmemError, ModelError
 
-NEEDED = ("GGUFReader", "GGUFWriter", "ReaderField", "MODEL_ARCH", "get_tensor_name_map", "quantize", "dequantize")
+NEEDED = (
+    "GGUFWriter", "GGMLQuantizationType", "GGML_QUANT_SIZES", "MODEL_ARCH", "MODEL_TENSOR", "TENSOR_NAMES",
+    "get_tensor_name_map", "quantize", "dequantize",
+)  # fmt: skip
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
@@ -24,7 +26,7 @@ def package(what: str) -> Any:
         import gguf
     except ImportError:
         raise LowmemError(f"{what} needs a package that is not installed: pip install gguf") from None
-    if not all(hasattr(gguf, part) for part in NEEDED) or not hasattr(gguf.ReaderField, "contents"):
+    if not all(hasattr(gguf, part) for part in NEEDED):
         raise LowmemError(f"{what} needs a newer gguf package: pip install --upgrade gguf")
     return gguf
 
@@ -81,23 +83,3 @@ def _most_common(kinds: Iterable[str], what: str) -> dict[str, str] | None:
 def _tables(gguf: Any) -> list[Any]:
     """The name maps of all architectures, each for a model of one block."""
     return [gguf.get_tensor_name_map(kind, 1) for kind in gguf.MODEL_ARCH]
-
-
-def open_gguf(path: Path) -> Any:
-    """A memory-mapped reader of a GGUF file. Raises CheckpointError if the file is not a whole GGUF."""
-    gguf = package("reading a GGUF file")
-
-    class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
-        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
-            """The items at an offset. Raises ValueError if the file is too short, which GGUFReader does not check."""
-            found = super()._get(offset, dtype, count, *rest, **named)
-            if len(found) < count:
-                raise ValueError("it is shorter than its header says")
-            return found
-
-    try:
-        return Reader(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not a whole GGUF file ({str(error)[:100]}); get it again") from None

@@ -4,7 +4,6 @@ This needs numpy and the gguf package, but neither torch nor transformers. The t
 memory mapping, some rows at a time.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -15,8 +14,9 @@ from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.output import FORMAT, require_finished
 from lowmem_wanda.checkpoint.pruned import PrunedMatrix, Rows, holds, pruned_matrices, read_report
 from lowmem_wanda.errors import CheckpointError, LowmemError
+from lowmem_wanda.llamacpp.gguf_file import PART, mapped, part_name, read_gguf
 from lowmem_wanda.llamacpp.imatrix import read as read_imatrix
-from lowmem_wanda.llamacpp.names import gguf_names, open_gguf, package
+from lowmem_wanda.llamacpp.names import gguf_names, package
 from lowmem_wanda.llamacpp.quant_types import KEEPS, TYPES, Survival, advice
 
 Importance = Callable[[str], np.ndarray]  # name of a matrix -> factor of errors in its columns, (columns,) or (1,)
@@ -149,24 +149,17 @@ def _compared(
     matrices: Mapping[str, PrunedMatrix], names: Mapping[str, str], importance: Importance, model: Path
 ) -> Iterator[dict[str, Any]]:
     """Yields a record for each matrix. Raises CheckpointError if the GGUF does not hold a matrix in its shape."""
-    stored = {tensor.name: tensor for path in _files_of(model) for tensor in open_gguf(path).tensors}
+    match = PART.fullmatch(model.name)  # any part stands for the whole
+    stored = read_gguf(model.with_name(part_name(model, 0, int(match[3]))) if match else model).tensors
     for name, matrix in matrices.items():
         tensor = stored.get(names[name])
-        if tensor is None or tuple(int(size) for size in tensor.shape[::-1]) != matrix.shape:
-            shape = "no such tensor" if tensor is None else f"{[int(size) for size in tensor.shape[::-1]]}"
+        if tensor is None or tensor.shape != matrix.shape:
+            shape = "no such tensor" if tensor is None else f"{list(tensor.shape)}"
             raise CheckpointError(
                 f"{model}: {names[name]} should be {list(matrix.shape)}, it has {shape}: give the GGUF that was made "
                 "of this very checkpoint"
             )
         yield {"name": name, "tensor": tensor.name, **_survival_of(matrix, tensor, importance(name), model)}
-
-
-def _files_of(model: Path) -> list[Path]:
-    """All files of a GGUF, which may be split into several."""
-    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", model.name)
-    if not match:
-        return [model]
-    return [model.with_name(f"{match[1]}-{part + 1:05d}-of-{match[2]}.gguf") for part in range(int(match[2]))]
 
 
 def _survival_of(matrix: PrunedMatrix, tensor: Any, importance: np.ndarray, model: Path) -> dict[str, Any]:
@@ -185,7 +178,7 @@ def _survival_of(matrix: PrunedMatrix, tensor: Any, importance: np.ndarray, mode
         survival.add(weight, matrix.gone(weight), stored, importance)
         held = held and nm is not None and holds(stored == 0, *nm)
     pattern = matrix.promise.pattern if nm else ""
-    figures, kind = survival.figures(), tensor.tensor_type.name
+    figures, kind = survival.figures(), tensor.dtype
     if (
         not matrix.promise.tiny
         and figures["pruned"]
@@ -202,12 +195,12 @@ def _survival_of(matrix: PrunedMatrix, tensor: Any, importance: np.ndarray, mode
 
 def _dequantized(tensor: Any, rows: Any) -> np.ndarray:
     """Some rows of a GGUF's tensor, float32 (rows, columns). Raises CheckpointError if its type cannot be read."""
-    data = np.ascontiguousarray(tensor.data[rows])
+    gguf, data = package("survive"), np.ascontiguousarray(mapped(tensor)[rows])
     try:
-        values: np.ndarray = package("survive").dequantize(data, tensor.tensor_type)
+        values: np.ndarray = gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.dtype])
     except NotImplementedError:
         raise CheckpointError(
-            f"{tensor.name}: is {tensor.tensor_type.name}, which the gguf package cannot read; take another type"
+            f"{tensor.name}: is {tensor.dtype}, which the gguf package cannot read; take another type"
         ) from None
     return values.reshape(len(data), -1).astype(np.float32, copy=False)
 

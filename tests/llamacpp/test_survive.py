@@ -165,10 +165,11 @@ def test_doubles_get_no_tiny_numbers(token_file, tmp_path):
 
 
 def test_a_gguf_in_parts_is_one(pruned, tmp_path):
-    names = list(weights(pruned))
-    for part, half in enumerate((names[10:], names[:10])):
-        convert(pruned, tmp_path / f"m-0000{part + 1}-of-00002.gguf", KIND.Q8_0, skip=half)
-    assert survive(pruned, tmp_path / "m-00002-of-00002.gguf")["types"][0]["linears"] == 21
+    convert(pruned, tmp_path / "m.gguf", KIND.Q8_0, split=10)
+    parts = sorted(tmp_path.iterdir())
+    assert [part.name for part in parts] == [f"m-0000{place}-of-00003.gguf" for place in (1, 2, 3)]
+    for part in parts:
+        assert survive(pruned, part)["types"][0]["linears"] == 21
 
 
 def test_an_importance_matrix_of_something_else_is_refused(pruned, tmp_path):
