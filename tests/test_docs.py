@@ -66,7 +66,7 @@ def test_the_commands_on_the_way_to_llama_cpp(checkout, monkeypatch, capsys):
     assert [command.split()[1] for command in ours] == ["prune", "survive", "plan", "shrink", "check"]
     shutil.copytree(ROOT / "lowmem_wanda/data/demo", checkout / "stories260K")
     shutil.rmtree(checkout / "pruned", ignore_errors=True)  # of README's commands
-    for made in ("pruned.imatrix.gguf", "small.gguf"):
+    for made in ("pruned.imatrix.gguf", "small.gguf", "small.gguf.report.json", "small.gguf.report.html"):
         (checkout / made).unlink(missing_ok=True)
     for command in ours:
         shown = run(command, capsys)

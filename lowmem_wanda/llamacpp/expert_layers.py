@@ -18,6 +18,7 @@ from lowmem_wanda.llamacpp.names import package
 IN_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 SEPARATE = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")  # one tensor for each expert, until 2024
 PARTS = ("weight", "bias")
+MOST_RAW = 1 << 16  # bytes of a value; of numbers for each layer far fewer
 IDS = ("I8", "I16", "I32", "I64")  # types of whole numbers, which may be ids of experts
 # llama.cpp's fused CUDA routing takes powers of two up to 512, and 576 (ggml-cuda/topk-moe.cu)
 FUSED_MOST, FUSED_BESIDE = 512, 576
@@ -126,6 +127,8 @@ def expert_layers(model: GGUF) -> ExpertLayers:
 def _count(model: GGUF, key: str) -> int:
     """A number of experts. Raises ModelError where layers have different numbers."""
     field = model.fields.get(key)
+    if field is not None and len(field.raw) > MOST_RAW:  # an array, which is not decoded
+        raise ModelError(f"{model.path}: {key} says a number for each layer, which is not supported")
     value = field.value if field else 0
     if isinstance(value, list) and key.endswith("used_count") and all(type(one) is int for one in value):
         return max(value, default=0)
@@ -154,7 +157,7 @@ def _roles() -> _Roles:
 
     return _Roles(
         stacked=of("FFN_GATE_EXP", "FFN_UP_EXP", "FFN_DOWN_EXP", "FFN_GATE_UP_EXP"),
-        router=of("FFN_GATE_INP", "FFN_EXP_PROBS_B"),
+        router=of("FFN_GATE_INP", "FFN_EXP_PROBS_B", "FFN_EXP_PROBS_B_VL"),
         chunks=of("FFN_GATE_CHEXP", "FFN_UP_CHEXP", "FFN_DOWN_CHEXP"),
         known=frozenset(name.removeprefix(start) for name in names.values() if name.startswith(start)),
     )

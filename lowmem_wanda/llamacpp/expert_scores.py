@@ -1,6 +1,6 @@
 """Scores of a GGUF's experts: from an importance matrix and weights, from weights alone, from counts, at random."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,11 +179,8 @@ def _of_expert(tensor: Tensor, expert: int, scale: Any, measure: Measure) -> np.
 def _scales(model: GGUF, name: str, count: int) -> np.ndarray:
     """What each expert's weights are multiplied by, float32 (experts,): of NVFP4, or Gemma 4's scale of each expert."""
     tensor = model.tensors.get(name)
-    if tensor is None or tensor.dtype != "F32":
+    if tensor is None:
         return np.ones(count, np.float32)
+    if tensor.dtype != "F32":
+        raise ModelError(f"{name}: is {tensor.dtype}, where a scale is F32; not supported, choose by a --plan")
     return np.resize(np.frombuffer(b"".join(tensor.pieces()), "<f4"), count)
-
-
-def unseen(known: Mapping[int, ExpertCounts]) -> int:
-    """The number of experts, of all layers, that no token was sent to."""
-    return sum(int((one.counts == 0).sum()) for one in known.values())

@@ -56,12 +56,17 @@ def _read(experts: ExpertLayers, block: int, score: str) -> list[str]:
 
 @contextmanager
 def _process(job: Mapping[str, Any]) -> Iterator[BinaryIO]:
-    """The output of a process that does a job; it ends with the context. Ctrl-C reaches the first process alone."""
+    """The output of a process that does a job; it ends with the context. Ctrl-C reaches the first process alone.
+
+    It is started by its path, because `-m` would look for modules in the user's folder first.
+    """
     search = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.Popen(
-        [sys.executable, "-m", __name__, json.dumps(job)], stdout=subprocess.PIPE, start_new_session=True,
+        [sys.executable, str(Path(__file__).resolve()), json.dumps(job)],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": search},
-    )  # fmt: skip
+    )
     try:
         assert child.stdout is not None
         yield child.stdout  # type: ignore[misc]

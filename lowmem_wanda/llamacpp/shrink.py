@@ -89,9 +89,9 @@ def shrink(
     known = read_counts(scores_from, model, experts) if scores_from is not None else {}
     on_start({"source": str(path), "layers": len(experts.layers), "experts": experts.count, "kept": keep})
     choices = Choices(choose(model, experts, keep, planned, score, _path(scores_from), known, seed), experts.layers)
-    how = score + (
-        f" {Path(plan).name}" if plan is not None else f" from {Path(scores_from).name}" if scores_from else ""
-    )
+    how = f"plan {Path(plan).name}" if plan is not None else score
+    if scores_from is not None and score in ("ean", "frequency"):
+        how += f" from {Path(scores_from).name}"
     fields = _fields(model, experts, keep, how)
     written = _write(files, model, experts, fields, keep, choices, scores_from, split_size, on_progress)
     arguments = {
@@ -124,7 +124,8 @@ class _Files:
             raise OutputError(f"{self.model}: give a name that ends in .gguf")
         if self.imatrix is not None and self.imatrix.suffix != ".gguf":
             raise OutputError(f"--imatrix-out {self.imatrix}: give a name that ends in .gguf")
-        named = [file for file in (self.model, self.plan, self.imatrix) if file is not None]
+        reports = [report_path(self.model), report_path(self.model).with_suffix(".html")]
+        named = [file for file in (self.model, self.plan, self.imatrix, *reports) if file is not None]
         if len({file.resolve() for file in named}) != len(named):
             raise OutputError(f"{self.model}: two of the files to write have one name; give another")
         for file in named:
@@ -143,7 +144,7 @@ def _fields(model: GGUF, experts: ExpertLayers, keep: int, how: str) -> dict[str
     said = f"{before} {note(experts, keep, how)}" if before else note(experts, keep, how)
     if "general.description" in fields:
         return {**fields, "general.description": Field.text(said)}
-    last = max(place for place, key in enumerate(fields) if key.startswith("general."))
+    last = max((place for place, key in enumerate(fields) if key.startswith("general.")), default=-1)
     items = list(fields.items())
     return dict([*items[: last + 1], ("general.description", Field.text(said)), *items[last + 1 :]])
 

@@ -154,7 +154,7 @@ def _warnings(
     """What makes the choice doubtful."""
     found = []
     by = {choice.by for block, choice in choices.items() if block not in experts.predicting}
-    if known:
+    if known and by & {"ean", "frequency"}:
         counts = np.concatenate([one.counts for one in known.values()])
         if (few := np.median(counts)) < FEW:
             found.append(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowmem_wanda.checkpoint.reader import PIECE, Tensor, opened
+from lowmem_wanda.checkpoint.reader import PIECE, Tensor
+from lowmem_wanda.checkpoint.writer import sha256_of
 from lowmem_wanda.errors import CheckpointError
 from lowmem_wanda.llamacpp.expert_layers import ExpertLayers, expert_layers
 from lowmem_wanda.llamacpp.gguf_file import GGUF, read_gguf
@@ -148,17 +149,17 @@ def _compare_report(small: GGUF, findings: GGUFFindings) -> None:
         return
     try:
         report: Any = json.loads(path.read_bytes())
-        said = {layer["layer"]: layer["kept"] for layer in report["layers"]}
+        said = {int(layer["layer"]): layer["kept"] for layer in report["layers"]}
         before = report["experts"]["before"]
         sums = {file["name"]: file["sha256"] for file in report["files"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged ({str(error)[:100]}); remove it to check without it") from None
     known = said.keys() | findings.kept.keys() if before == findings.experts else ()  # else it is a cut of a cut
     for block in sorted(known):
         if said.get(block) != findings.kept.get(block):
             findings.problems.append(f"blk.{block}: does not hold the experts that {path.name} says it kept")
     for file in small.files:
-        if sums.get(file.name) != _sha256(file):
+        if sums.get(file.name) != sha256_of(file):
             findings.problems.append(f"{file.name}: is not the file whose checksum {path.name} gives")
     findings.report_verified = True
 
@@ -168,11 +169,3 @@ def _names(path: Path) -> Iterator[Path]:
     yield path
     if len(path.name) > 20 and path.name[:-5].rpartition("-of-")[1]:
         yield path.with_name(path.name[: path.name.rindex("-of-") - 6] + ".gguf")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with opened(path) as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -12,14 +12,17 @@ from typing import Any
 from lowmem_wanda.errors import PatternError
 
 KEPT = re.compile(r"keep|kept|retain|surviv|preserv", re.I)
-DROPPED = re.compile(r"prun(ed|e_)|to_prune|drop|remov|discard", re.I)
+DROPPED = re.compile(r"prun|drop|remov|discard", re.I)
+NEGATED = re.compile(r"(un|non?|not)[ _-]?(prun|drop|remov|discard|keep|kept|retain|surviv|preserv)", re.I)
+FIGURES = re.compile(r"count|score|freq|rank|token|share|ratio|size", re.I)  # lists of these are not ids
 AROUND = re.compile(r"layers?|plan|selection|selected|experts?|blocks?", re.I)
 NUMBER = re.compile(r"\d+")
 LAYER = ("layer", "layer_index", "layer_idx", "layer_id", "block", "index")
 FORMS = 'the form is {"layer": [ids that are kept]}, such as {"0": [0, 2, 3], "1": [1, 2, 5]}'
 
 Ids = Mapping[int, tuple[int, ...]]  # {number of a layer: ids in ascending order}
-Found = tuple[dict[int, list[int]], dict[int, list[int]]]  # {layer: ids that are kept}, {layer: ids that are dropped}
+# {layer: kept ids}, {layer: dropped ids}, and what keys said of them: dropped, kept, or None for nothing
+Found = tuple[dict[int, list[int]], dict[int, list[int]], set[bool | None]]
 
 
 def kept_experts(content: Any, layers: Sequence[int], count: int, name: str = "") -> Ids:
@@ -28,15 +31,15 @@ def kept_experts(content: Any, layers: Sequence[int], count: int, name: str = ""
     `name` is the file's, which may say that it lists what is dropped. Layers that a plan does not name are left out.
     Raises PatternError, in words, for a form that is not read or that has two meanings.
     """
-    found: Found = ({}, {})
+    found: Found = ({}, {}, set())
     _gather(content, layers, None, found)
-    kept, dropped = found
+    kept, dropped, _ = found
     if not kept and not dropped:
         raise PatternError(f"no ids of experts are found in it; {FORMS}")
-    if (unclear := _unclear(content)) and DROPPED.search(name) and not KEPT.search(name):
+    if None in found[2] and (DROPPED.search(name) and not KEPT.search(name) or _speaks_of_dropping(content)):
         raise PatternError(
-            f"its name says that it lists what is dropped, its content does not say which; put {unclear} into "
-            '{"dropped_experts": ...} or {"kept_experts": ...}'
+            "its name says that it lists what is dropped, or its content speaks of that, but not whether these ids are "
+            'dropped; put them into {"dropped_experts": ...} or {"kept_experts": ...}'
         )
     for layer, ids in dropped.items():
         rest = set(range(count)) - set(ids)
@@ -62,9 +65,11 @@ def _gather(node: Any, layers: Sequence[int], drops: bool | None, into: Found) -
     if isinstance(node, list):
         node = _as_mapping(node, layers)
     for key, value in node.items() if isinstance(node, dict) else ():
-        number, meaning = NUMBER.search(key), _meaning(key)
+        number, meaning = NUMBER.search(key[:200]), _meaning(key)
+        if "layer" in key.lower() and _ids(value) and not number and list(value) != list(layers):
+            raise PatternError(f"{key!r} lists layers in another order or number than the model's; {FORMS}")
         if number:
-            _gather_layer(int(number[0]), value, drops, into)
+            _gather_layer(int(number[0]), value, drops if meaning is None else meaning, into)
         elif meaning is not None or AROUND.fullmatch(key):
             _gather(value, layers, drops if meaning is None else meaning, into)
 
@@ -73,8 +78,10 @@ def _gather_layer(layer: int, value: Any, drops: bool | None, into: Found) -> No
     """Adds what is said of one layer: a list of ids, or an object that holds such lists by name."""
     for word, ids in value.items() if isinstance(value, dict) else [("experts", value)]:
         meaning = _meaning(word)
-        if (meaning is not None or AROUND.fullmatch(word)) and _ids(ids):
-            _add(into[bool(drops if meaning is None else meaning)], layer, ids)
+        if (meaning is not None or AROUND.fullmatch(word)) and _ids(ids) and not FIGURES.search(word):
+            said = drops if meaning is None else meaning
+            into[2].add(said)
+            _add(into[1] if said else into[0], layer, ids)
 
 
 def _add(into: dict[int, list[int]], layer: int, ids: Sequence[int]) -> None:
@@ -112,20 +119,20 @@ def _ids(value: Any) -> list[int] | None:
 
 
 def _meaning(key: str) -> bool | None:
-    """Whether a key says that ids are dropped; None if it says neither."""
+    """Whether a key says that ids are dropped; None if it says neither. Raises PatternError for a key that negates."""
+    if NEGATED.search(key):
+        raise PatternError(f"{key[:60]!r} could mean what is kept or what is dropped; {FORMS}")
     if KEPT.search(key):
         return False
     return True if DROPPED.search(key) else None
 
 
-def _unclear(content: Any) -> str:
-    """What holds the ids where no key says that they are kept or dropped; "" where one does."""
-    if isinstance(content, list):
-        bare = not any(isinstance(one, dict) for one in content)
-        return "the list" if bare else ""
-    words = [key for key in content if not NUMBER.search(key)]
-    inner = [key for value in content.values() if isinstance(value, dict) for key in value]
-    return "" if any(_meaning(key) is not None for key in [*words, *inner]) else "the object"
+def _speaks_of_dropping(content: Any) -> bool:
+    """Whether a key that holds no figure, or a text, speaks of dropping at the top of a plan."""
+    entries = content.items() if isinstance(content, dict) else ()
+    words = [key for key, value in entries if type(value) not in (int, float)]
+    words += [value for _, value in entries if isinstance(value, str)]
+    return any(DROPPED.search(word) for word in words)
 
 
 def _brief(layers: Sequence[int]) -> str:

@@ -107,3 +107,32 @@ def test_a_bare_list_in_a_file_named_for_what_is_dropped_is_refused():
     for name in ("plan.json", "retained_expert_indices.json", "pruned_model_kept.json"):
         assert kept_experts(bare, [1, 2], 6, name) == KEPT
     assert kept_experts({"kept": bare}, [1, 2], 6, "pruned_experts.json") == KEPT
+
+
+A, B = [0, 1, 2], [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"pruned_experts_layer_1": B, "pruned_experts_layer_2": A}, {"layer_1_dropped": B, "layer_2_dropped": A},
+        {"model.layers.1.mlp.pruned_experts": B, "model.layers.2.mlp.pruned_experts": A},
+    ],
+)  # fmt: skip
+def test_the_word_in_a_numbered_key_counts(content):
+    assert kept_experts(content, [1, 2], 6) == {1: (0, 1, 2), 2: (3, 4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ({"unpruned_experts": {"1": A, "2": B}}, ""), ({"not_kept": {"1": A, "2": B}}, ""),
+        ({"prune_ratio": 0.5, "layers": {"1": A, "2": B}}, "pruned_experts.json"),
+        ([{"layer": 1, "experts": A}, {"layer": 2, "experts": B}], "dropped.json"),
+        ({"action": "drop", "layers": {"1": A, "2": B}}, ""), ({"pruned": True, "experts": {"1": A, "2": B}}, ""),
+        ({"layers": [2, 1], "experts": [A, B]}, ""), ({"layers": {"1": {"kept_counts": A}, "2": {"kept_counts": B}}}, ""),
+    ],
+)  # fmt: skip
+def test_what_could_mean_two_things_is_refused(content, name):
+    with pytest.raises(PatternError):
+        kept_experts(content, [1, 2], 6, name)
