@@ -1,13 +1,11 @@
 """The command `check`."""
 
 import argparse
-import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lowmem_wanda.cli.options import add_command
 from lowmem_wanda.cli.shrink import check_gguf
-from lowmem_wanda.cli.terminal import printable, shown
+from lowmem_wanda.cli.terminal import verdict
 
 if TYPE_CHECKING:
     from lowmem_wanda import Findings
@@ -28,10 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     if is_gguf(arguments.path):
         return check_gguf(arguments)
     findings = check(arguments.path, arguments.against)
-    done = shown(arguments, asdict(findings), *lines(findings))
-    for problem in findings.problems:
-        print(f"error: {printable(problem)}", file=sys.stderr)
-    return 1 if findings.problems else done
+    return verdict(arguments, findings, *lines(findings))
 
 
 def lines(findings: "Findings") -> list[str]:

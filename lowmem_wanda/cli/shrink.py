@@ -1,16 +1,14 @@
 """The command `shrink`, and what `plan` and `check` show of a GGUF."""
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from lowmem_wanda import EXPERT_SCORES
 from lowmem_wanda.cli.options import add_command, positive, taken
 from lowmem_wanda.cli.options import size as byte_count
-from lowmem_wanda.cli.terminal import Bar, duration, pairs, printable, shown, size
+from lowmem_wanda.cli.terminal import Bar, duration, pairs, printable, shown, size, verdict
 
 if TYPE_CHECKING:
     from lowmem_wanda import GGUFFindings
@@ -172,10 +170,7 @@ def check_gguf(arguments: argparse.Namespace) -> int:
             f"{arguments.path}: is a GGUF, which is proved against the one it was made of: add --against"
         )
     findings = check_gguf(arguments.path, arguments.against)
-    done = shown(arguments, asdict(findings), *proved(findings))
-    for problem in findings.problems:
-        print(f"error: {printable(problem)}", file=sys.stderr)
-    return 1 if findings.problems else done
+    return verdict(arguments, findings, *proved(findings))
 
 
 def proved(findings: "GGUFFindings") -> list[str]:

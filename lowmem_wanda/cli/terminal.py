@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 RULES = {"keeps": "zeros stay", "offset": "an offset moves zeros", "codebook": "no zero in codebook"}  # of GGUF types
@@ -64,6 +66,14 @@ def shown(arguments: argparse.Namespace, result: Any, *parts: Any) -> int:
     else:
         show(*parts)
     return 0
+
+
+def verdict(arguments: argparse.Namespace, findings: Any, *parts: Any) -> int:
+    """Prints the findings of a proof, and its problems to stderr; gives the exit code, 1 if there are any."""
+    shown(arguments, asdict(findings), *parts)
+    for problem in findings.problems:
+        print(f"error: {printable(problem)}", file=sys.stderr)
+    return 1 if findings.problems else 0
 
 
 def show(*parts: Any) -> None:

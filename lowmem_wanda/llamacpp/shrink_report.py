@@ -61,6 +61,7 @@ def shrink_report(
     keep = len(next(iter(choices.values())).kept)
     small = target.with_name(files[0]["name"])
     layers = [_layer(block, choice, known.get(block)) for block, choice in choices.items()]
+    tokens = _tokens(known, layers)
     return {
         "format": FORMAT,
         "kind": "shrink",
@@ -76,9 +77,9 @@ def shrink_report(
         "routing": routing_facts(keep),
         "routing_text": routing_text(keep),
         "how": how,
-        "tokens": _tokens(known, layers),
+        "tokens": tokens,
         "layers": layers,
-        "warnings": list(_warnings(experts, choices, known)),
+        "warnings": _warnings(experts, choices, tokens, len(known)),
         "costs": list(COSTS),
         "commands": commands(model, small),
         "proof": shlex.join(["lowmem-wanda", "check", str(small), "--against", str(model.path)]),
@@ -149,20 +150,21 @@ def _tokens(known: Mapping[int, ExpertCounts], layers: Sequence[Mapping[str, Any
 
 
 def _warnings(
-    experts: ExpertLayers, choices: Mapping[int, LayerChoice], known: Mapping[int, ExpertCounts]
-) -> "Sequence[str]":
-    """What makes the choice doubtful."""
+    experts: ExpertLayers, choices: Mapping[int, LayerChoice], tokens: Mapping[str, Any] | None, measured: int
+) -> list[str]:
+    """What makes the choice doubtful; `tokens` are the facts of the `measured` layers."""
     found = []
     by = {choice.by for block, choice in choices.items() if block not in experts.predicting}
-    if known and by & {"ean", "frequency"}:
-        counts = np.concatenate([one.counts for one in known.values()])
-        if (few := np.median(counts)) < FEW:
+    if tokens and by & {"ean", "frequency"}:
+        if (few := tokens["median"]) < FEW:
             found.append(
                 f"the importance matrix saw {few:g} tokens of an expert in the median, fewer than {FEW}: the choice is "
                 "partly chance; take one that was measured on more text"
             )
-        if unseen := int((counts == 0).sum()):
-            found.append(f"{unseen} of {counts.size} experts saw no token of the importance matrix; they go first")
+        if unseen := tokens["unseen"]:
+            found.append(
+                f"{unseen} of {measured * experts.count} experts saw no token of the importance matrix; they go first"
+            )
     if "frequency" in by:
         found.append(
             "counts alone say little where the router spreads tokens evenly; --score ean weighs what experts put out"

@@ -12,7 +12,7 @@ from lowmem_wanda.checkpoint.reader import PIECE, Tensor
 from lowmem_wanda.checkpoint.writer import sha256_of
 from lowmem_wanda.errors import CheckpointError
 from lowmem_wanda.llamacpp.expert_layers import ExpertLayers, expert_layers
-from lowmem_wanda.llamacpp.gguf_file import GGUF, read_gguf
+from lowmem_wanda.llamacpp.gguf_file import GGUF, PART, read_gguf
 from lowmem_wanda.llamacpp.shrink import report_path
 
 NOTE = "general.description"
@@ -167,5 +167,5 @@ def _compare_report(small: GGUF, findings: GGUFFindings) -> None:
 def _names(path: Path) -> Iterator[Path]:
     """A GGUF's name, and that without its part, by which `shrink` was called."""
     yield path
-    if len(path.name) > 20 and path.name[:-5].rpartition("-of-")[1]:
-        yield path.with_name(path.name[: path.name.rindex("-of-") - 6] + ".gguf")
+    if match := PART.fullmatch(path.name):
+        yield path.with_name(f"{match[1]}.gguf")
