@@ -38,6 +38,7 @@ PARTS = ("read", "upload", "measure", "prune", "onward", "download", "write")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["70b", "405b"], choices=SHAPES)
+    parser.add_argument("--cap", nargs="+", help="values of --max-vram (default: 24GB, for 70b 12GB and 8GB too)")
     parser.add_argument("--blocks", type=int, help="blocks of each checkpoint (default: 4 of 70b, 2 of others)")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
@@ -68,7 +69,7 @@ def measure(folder: Path, shape: str, arguments: argparse.Namespace, device: tor
     rates = {"product": product_rate(device, sizes), **mask_rates(device, sizes)}
     print(f"\n{shape}: " + ", ".join(f"{key} {value:.4g}" for key, value in rates.items()))
     runs = []
-    for cap in CAPS[shape]:
+    for cap in arguments.cap or CAPS[shape]:
         command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json", "--text",
                    str(tokens), "--sequences", str(arguments.sequences), "--length", str(arguments.length),
                    "--statistics", arguments.statistics, "--device", arguments.device, "--max-vram", cap]  # fmt: skip

@@ -21,11 +21,13 @@ from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.resources import SMALL, anonymous, free_memory
 
 CPU_TOKENS, DEVICE_TOKENS = 256, 2048  # of a micro-batch; more make the products hardly faster
-LATE, LATE_CUDA = 12 << 20, 128 << 20  # bytes that torch and transformers take on the host for their first products
-SLACK = 64 << 20  # bytes of a GPU, for the workspace of its products and the rounding up of its allocator
-# Plan with at most 95 % of free memory. Of what a placement leaves, at most 80 % may hold waiting micro-batches: they
-# are freed in another order than they were made, which leaves holes.
-SPARE, SPARE_HELD = 0.95, 0.8
+# Bytes that torch and transformers take on the host for their first products. CUDA took 652 MB (torch 2.11, H100).
+LATE, LATE_CUDA = 12 << 20, 640 << 20
+SLACK = 128 << 20  # bytes of a GPU, for the workspace of its products (H100: 104 MB) and its allocator's rounding up
+# Plan with at most 95 % of free memory. Of what a placement leaves, at most 80 % (GPU: 50 %) may hold waiting
+# micro-batches: they are freed in another order than they were made, which leaves holes. With 80 % of 24 GB, a 70B
+# block left holes of 3.8 GB on a GPU and ran out of memory.
+SPARE, SPARE_HELD, SPARE_HELD_DEVICE = 0.95, 0.8, 0.5
 MAPPED = (32 << 20, SMALL)  # bytes, for `limited`: the first is faster, the second takes less memory
 
 
@@ -231,7 +233,8 @@ def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Plac
     if not work.holds_micro_batches:
         return placement
     micro_batches = -(-work.sequences // placement.batch)
-    fitting = int(free * SPARE_HELD) // max(1, sizes.waiting(placement))
+    spare = SPARE_HELD if work.on_host else SPARE_HELD_DEVICE
+    fitting = int(free * spare) // max(1, sizes.waiting(placement))
     limit = work.model.budget.held
     return replace(placement, held=min(micro_batches, fitting if limit is None else limit))
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from lowmem_wanda.checkpoint.writer import library
+from lowmem_wanda.errors import BudgetError
 
 COMPUTING = ("embed", "measure", "prune", "onward", "compare", "head")  # the other parts read, copy and write meanwhile
 SAMPLES = 200  # of memory over time: up to twice as many are kept, then every second one goes
@@ -39,7 +40,7 @@ def free_memory(device: torch.device) -> int:
 def limited(device: torch.device, max_vram: int | None, mapped: int) -> Iterator[None]:
     """Limits memory while blocks are walked: that of torch on a GPU, and the holes that glibc keeps on the host.
 
-    torch raises OutOfMemoryError where tensors would take more than `max_vram` bytes of the GPU. Allocations of at
+    Raises BudgetError where tensors would take more than `max_vram` bytes of the GPU, or all of it. Allocations of at
     least `mapped` bytes are mapped on their own (see `map_blocks_from`).
     """
     limits = max_vram is not None and device.type == "cuda"
@@ -49,6 +50,11 @@ def limited(device: torch.device, max_vram: int | None, mapped: int) -> Iterator
     map_blocks_from(mapped)
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"memory of {device} ran out though the plan had room ({' '.join(str(error).split()[:9])}): end other "
+            "programs that use it, or give fewer or shorter sequences (--sequences, --length)"
+        ) from error
     finally:
         if limits:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
