@@ -180,7 +180,9 @@ def proved(findings: "GGUFFindings") -> list[str]:
     if findings.report_verified:
         made.append("ids and checksums were compared with the report beside it")
     made.append(f"{findings.experts_kept} of {findings.experts} experts in each of {len(findings.kept)} layers")
-    if not findings.problems:
+    if not findings.problems and findings.experts_kept == findings.experts:
+        made.append("it is the source with all of its experts: none was removed, and nothing differs")
+    elif not findings.problems:
         made.append(
             f"{findings.identical} tensors are the source's to the byte; {findings.cut} are the source's slices of the "
             "kept experts; nothing else differs"

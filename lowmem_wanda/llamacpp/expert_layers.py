@@ -19,6 +19,7 @@ IN_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 SEPARATE = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")  # one tensor for each expert, until 2024
 PARTS = ("weight", "bias")
 MOST_RAW = 1 << 16  # bytes of a value; of numbers for each layer far fewer
+SUSPECT = re.compile(r"ffn|exp|rout|moe")  # names that may speak of experts
 IDS = ("I8", "I16", "I32", "I64")  # types of whole numbers, which may be ids of experts
 # llama.cpp's fused CUDA routing takes powers of two up to 512, and 576 (ggml-cuda/topk-moe.cu)
 FUSED_MOST, FUSED_BESIDE = 512, 576
@@ -91,6 +92,11 @@ def expert_layers(model: GGUF) -> ExpertLayers:
     if "imatrix" in (model.text("general.type"), architecture):
         raise ModelError(f"{model.path}: is an importance matrix, not a model; give it as --from")
     count, used = (_count(model, f"{architecture}.{key}") for key in ("expert_count", "expert_used_count"))
+    if count and not 0 < used <= count:
+        raise ModelError(
+            f"{model.path}: {architecture}.expert_used_count says that {used} of {count} experts are at work for a "
+            "token, which no model has; convert it again, or download it again"
+        )
     roles = _roles()
     found: dict[int, list[str]] = {}
     for tensor in model.tensors.values():
@@ -139,12 +145,12 @@ def _count(model: GGUF, key: str) -> int:
 
 @dataclass(frozen=True)
 class _Roles:
-    """Names of tensors within a block: stacks of experts, routers and their biases, shared chunks, all known ones."""
+    """Names of tensors within a block: stacks of experts, routers and their biases, shared chunks, and all others."""
 
     stacked: frozenset[str]
     router: frozenset[str]
     chunks: frozenset[str]
-    known: frozenset[str]
+    others: frozenset[str]
 
 
 def _roles() -> _Roles:
@@ -155,12 +161,16 @@ def _roles() -> _Roles:
     def of(*wanted: str) -> frozenset[str]:
         return frozenset(names[getattr(kinds, kind)].removeprefix(start) for kind in wanted if hasattr(kinds, kind))
 
+    known = {name.removeprefix(start) for name in names.values() if name.startswith(start)}
     return _Roles(
         stacked=of("FFN_GATE_EXP", "FFN_UP_EXP", "FFN_DOWN_EXP", "FFN_GATE_UP_EXP"),
         router=of("FFN_GATE_INP", "FFN_EXP_PROBS_B", "FFN_EXP_PROBS_B_VL"),
         chunks=of("FFN_GATE_CHEXP", "FFN_UP_CHEXP", "FFN_DOWN_CHEXP"),
-        known=frozenset(name.removeprefix(start) for name in names.values() if name.startswith(start)),
-    )
+        others=of(
+            "FFN_GATE", "FFN_UP", "FFN_DOWN", "FFN_ACT", "FFN_GATE_SHEXP", "FFN_UP_SHEXP", "FFN_DOWN_SHEXP",
+            "FFN_GATE_INP_SHEXP", "FFN_LATENT_UP", "FFN_LATENT_DOWN",
+        ) | {name for name in known if "norm" in name or not SUSPECT.search(name)},
+    )  # fmt: skip
 
 
 def _role(rest: str, roles: frozenset[str]) -> tuple[str, str] | None:
@@ -220,10 +230,11 @@ def _require_understood(tensor: Tensor, layers: Mapping[int, Any], count: int, r
             f"{tensor.name}: holds whole numbers in a layer with experts, as layers that route by a table of expert "
             "ids do (hash routing); they are not supported"
         )
-    if tensor.shape[0] == count and not _role(match[2], roles.known):
+    understood = roles.stacked | roles.router | roles.others
+    if tensor.shape[0] == count and not _role(match[2], understood):
         raise ModelError(
-            f"{tensor.name}: the gguf package does not know it, and it may have a slice for each of {count} experts: "
-            "pip install --upgrade gguf"
+            f"{tensor.name}: it is not known whether it has a slice for each of {count} experts; not supported. A "
+            "newer gguf package may know it: pip install --upgrade gguf"
         )
 
 

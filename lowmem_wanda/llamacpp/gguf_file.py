@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +34,8 @@ class GGUF:
 
     `fields` are {key: value} of the first file without those that say how it is split. `tensors` are {name: tensor} in
     the order of the files; a tensor's `dtype` is the name of its type, such as Q4_K, and its `shape` has the outermost
-    dimension first, so that a stack of experts is (experts, outputs, inputs). `nbytes` are those of all files.
+    dimension first, so that a stack of experts is (experts, outputs, inputs). `nbytes` are those of all files,
+    `headers` those of each file's header without the padding after it.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class GGUF:
     fields: Mapping[str, Field]
     tensors: Mapping[str, Tensor]
     nbytes: int
+    headers: tuple[int, ...]
 
     def text(self, key: str) -> str:
         """The string of a key; "" where there is none. Raises CheckpointError for another type."""
@@ -106,8 +108,13 @@ def read_gguf(path: str | Path) -> GGUF:
     held = sum(len(part.tensors) for part in parts)
     if len(tensors) != held or split.get("split.tensors.count", held) != held:
         raise CheckpointError(f"{path}: its {count} parts do not hold each tensor once; download them again")
-    files = tuple(part.path for part in parts)
-    return GGUF(path, files, first.version, first.alignment, first.fields, tensors, sum(part.nbytes for part in parts))
+    return replace(
+        first,
+        files=tuple(part.path for part in parts),
+        tensors=tensors,
+        nbytes=sum(part.nbytes for part in parts),
+        headers=tuple(part.headers[0] for part in parts),
+    )
 
 
 def mapped(tensor: Tensor) -> np.ndarray:
@@ -180,10 +187,11 @@ def _parsed(path: Path, file: BinaryIO, gguf: Any) -> tuple[GGUF, dict[str, int]
     if alignment < 1 or alignment & (alignment - 1) or ("general.alignment" in fields) > ("general.alignment" in whole):
         raise ValueError("its alignment is not a power of two")
     entries = [_entry(cursor, gguf) for _ in range(tensor_count)]
-    tensors = _placed(path, entries, padded(cursor.at, alignment), alignment, when)
+    header = cursor.at
+    tensors = _placed(path, entries, padded(header, alignment), alignment, when)
     split = {key: number for key, number in whole.items() if key.startswith("split.")}
     kept = {key: field for key, field in fields.items() if not key.startswith("split.")}
-    return GGUF(path, (path,), version, alignment, kept, tensors, when[0]), split
+    return GGUF(path, (path,), version, alignment, kept, tensors, when[0], (header,)), split
 
 
 def _entry(cursor: "Cursor", gguf: Any) -> tuple[str, str, tuple[int, ...], int, int]:
