@@ -213,3 +213,23 @@ def write_imatrix(path, model, seed=1, skip=(), change=lambda name, sums, counts
         writer.add_tensor(tensor.name + ".counts", seen.reshape(-1, 1))
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     return path
+
+
+def tensors_of(path):
+    """{name: tensor} of a file, as the gguf package reads it."""
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def fields_of(path):
+    """{key: value} of a file."""
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if not key.startswith("GGUF.")}
+
+
+def kept_of(report):
+    """{layer: ids that it keeps}."""
+    return {layer["layer"]: layer["kept"] for layer in report["layers"]}
+
+
+def is_cut(name):
+    """Whether a tensor has a slice for each expert."""
+    return "_exps." in name or "ffn_gate_inp." in name or "exp_probs_b" in name

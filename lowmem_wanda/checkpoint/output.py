@@ -225,8 +225,9 @@ def require_disk(path: Path, needed: int) -> None:
     """Raises OutputError if fewer than `needed` bytes of disk are free."""
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
+        unit, name = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
         raise OutputError(
-            f"{path}: needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free there; "
+            f"{path}: needs {needed / unit:.2f} {name} but {free / unit:.2f} {name} are free there; "
             "free some or give another disk"
         )
 

@@ -74,7 +74,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, indented by two spaces, with a newline at its end. Raises OutputError."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"{path.name}: the disk is full; free some space and run the same command again to continue"
+                f"{path.name}: the disk is full; free some space and run the same command again"
             ) from None
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}); make the directory writable and run again"

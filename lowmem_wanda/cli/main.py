@@ -1,8 +1,13 @@
 """The command line: arguments in, results on stdout, progress and errors on stderr, an exit code."""
 
 import argparse
+import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from lowmem_wanda import __version__
@@ -28,7 +33,7 @@ EXAMPLE = """example:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and gives its exit code: 0, 1 (an error, in one sentence), 2 (usage) or 130 (Ctrl-C)."""
+    """Runs one command and gives its exit code: 0, 1 (an error, in one sentence), 2 (usage), 130 or 143 (ended)."""
     argv = sys.argv[1:] if argv is None else argv
     top = parser()
     if not argv:
@@ -38,8 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     texts = {*getattr(arguments, "text", ()), *getattr(arguments, "calibration", ())}
     if not {"c4", "wikitext2"} & texts and not getattr(arguments, "tasks", ()):
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded unless it was asked for
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any byte
     try:
-        return int(arguments.run(arguments))
+        with _interrupting():
+            return int(arguments.run(arguments))
     except LowmemError as error:
         if arguments.debug:
             raise
@@ -54,10 +62,30 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {printable(' '.join(str(error).split()) or 'memory is full')}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         how = "; run the same command again to continue" if arguments.command in ("prune", "compare") else ""
         print(f"\nstopped{how}", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + stop.args[0] if stop.args else INTERRUPTED
+
+
+@contextmanager
+def _interrupting() -> Iterator[None]:
+    """Has signals that end this process (of `kill`, or a terminal that closes) stop it as Ctrl-C does."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    usable = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if usable and hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number, handler in before.items():
+            if handler == signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parser() -> argparse.ArgumentParser:

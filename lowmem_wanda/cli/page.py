@@ -54,7 +54,7 @@ def page(report: Record) -> str:
 def save_page(folder: str | Path, report: Record) -> None:
     """Writes report.html into a folder, which is made if it does not exist."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_bytes(Path(folder) / PAGE, page(report).encode("utf-8"))
+    write_bytes(Path(folder) / PAGE, page(report).encode("utf-8", "backslashreplace"))
 
 
 def _pruned(report: Record) -> Iterator[Section]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lowmem_wanda import METHODS, ORDERS
 from lowmem_wanda.cli.options import (
+    MACHINE,
     add_calibration,
     add_command,
     add_machine,
@@ -18,6 +19,7 @@ from lowmem_wanda.cli.options import (
 )
 from lowmem_wanda.cli.shrink import show_outline
 from lowmem_wanda.cli.terminal import Bar, add_peaks, calibration_text, duration, number, pairs, shown, size
+from lowmem_wanda.errors import PatternError
 
 PRUNING = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude",
            "norms", "imatrix", "zeros")  # fmt: skip
@@ -32,6 +34,7 @@ def add(commands: Any) -> None:
     for command in (prune, plan):
         add_pruning(command)
         add_machine(command)
+    plan.set_defaults(default_of=plan.get_default)
 
 
 def add_pruning(command: argparse.ArgumentParser) -> None:
@@ -82,10 +85,21 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from lowmem_wanda import is_gguf, plan
 
     if is_gguf(arguments.source):
+        _require_defaults(arguments)
         return show_outline(arguments)
     facts: dict[str, Any] = {}
     found = plan(arguments.source, **taken(arguments, *PRUNING), **machine(arguments), on_start=facts.update)
     return shown(arguments, asdict(found), plan_table(found, facts))
+
+
+def _require_defaults(arguments: argparse.Namespace) -> None:
+    """Raises PatternError for a flag of pruning beside a GGUF, which is not pruned."""
+    for name in (*PRUNING, *MACHINE):
+        if getattr(arguments, name) != arguments.default_of(name):
+            raise PatternError(
+                f"--{name.replace('_', '-')} says how a checkpoint is pruned, and {arguments.source} is a GGUF, whose "
+                "experts `shrink` removes; leave it out, or give the checkpoint's folder"
+            )
 
 
 def about(facts: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         "what each expert does")  # fmt: skip
     add("--score", choices=EXPERT_SCORES, help="how experts are scored: summed norms of outputs, estimated from --from "
         "(ean); its counts alone (frequency); weights alone, without data (aimer); random (default: ean)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="seed of --score random (default: 0)")
+    add("--seed", type=int, metavar="N", help="seed of --score random (default: 0)")
     add("--plan", metavar="FILE", help='JSON of the experts to keep, {"layer": [ids]}, instead of a score')
     add("--write-plan", metavar="FILE", help="write the choice as such a plan, too")
     add(
@@ -120,12 +120,19 @@ def table(report: Mapping[str, Any]) -> Any:
 def closing(report: Mapping[str, Any], page: Any) -> list[str]:
     """The lines after the table: how to measure, how to prove, where the report is."""
     return [
-        "Measure what it costs (KL divergence from the whole model; better on your own text):",
+        measuring(report),
         *(f"  {command}" for command in report["commands"]),
         "Prove it:",
         f"  {report['proof']}",
         f"report: {page}",
     ]
+
+
+def measuring(report: Mapping[str, Any]) -> str:
+    """The line before the commands that measure."""
+    written = report["commands_write"]
+    disk = f"; the first command writes about {size(written)}" if written else ""
+    return f"Measure what it costs (KL divergence from the whole model; your own text after -f is better{disk}):"
 
 
 def show_outline(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lowmem_wanda.checkpoint.writer import write_bytes
 from lowmem_wanda.cli import plots
 from lowmem_wanda.cli.markup import Record, Section, pairs, paragraphs, sections, table
-from lowmem_wanda.cli.shrink import ranges
+from lowmem_wanda.cli.shrink import measuring, ranges
 from lowmem_wanda.cli.terminal import duration, size
 
 LOST = "Share of a layer's routed tokens that went to experts which are gone, in the text of the importance matrix."
@@ -17,7 +17,9 @@ RANKS = "Scores of each layer's experts by rank, relative to its highest; those 
 def save_page(target: str | Path, report: Record) -> Path:
     """Writes the page beside the target; gives its path."""
     path = Path(f"{target}.report.html")
-    write_bytes(path, sections(f"Shrunk: {Path(report['target']).name}", _sections(report)).encode())
+    write_bytes(
+        path, sections(f"Shrunk: {Path(report['target']).name}", _sections(report)).encode("utf-8", "backslashreplace")
+    )
     return path
 
 
@@ -37,7 +39,7 @@ def _sections(report: Record) -> Iterator[Section]:
     })  # fmt: skip
     yield "warnings", "Warnings", paragraphs(report["warnings"])
     commands = "\n".join(report["commands"])
-    how = paragraphs(["KL divergence from the whole model; your own text after -f is better:"])
+    how = paragraphs([measuring(report)])
     yield (
         "costs",
         "What it costs, and how to know",

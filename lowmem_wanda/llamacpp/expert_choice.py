@@ -53,15 +53,17 @@ class Choices(Mapping[int, LayerChoice]):
         self._found.close()
 
 
-def chosen_score(score: str | None, scores_from: Any, plan: Any, imatrix_out: Any, seed: int) -> str:
+def chosen_score(score: str | None, scores_from: Any, plan: Any, imatrix_out: Any, seed: int | None) -> str:
     """The score that decides; "plan" where a plan does. Raises PatternError if the flags do not go together."""
     if imatrix_out is not None and scores_from is None:
         raise PatternError("--imatrix-out needs the importance matrix that it is cut from: --from imatrix.gguf")
+    if seed is not None and score != "random":
+        raise PatternError(f"seed {seed} has no effect without --score random; leave it out")
     if plan is not None:
         if score is not None:
             raise PatternError("--plan says which experts are kept, so --score has no place beside it; leave one out")
         return "plan"
-    if seed < 0:
+    if seed is not None and seed < 0:
         raise PatternError(f"seed {seed}: give 0 or a number above")
     score = score or ("ean" if scores_from is not None else None)
     if score is None:
@@ -81,7 +83,8 @@ def numbers(experts: ExpertLayers, drop: str | float | None, keep: int | None, p
     if plan is None:
         return kept_count(experts.count, drop, keep), {}
     try:
-        ids = kept_experts(_read_plan(plan), list(experts.layers), experts.count, plan.name)
+        running = [block for block in experts.layers if block not in experts.predicting]
+        ids = kept_experts(_read_plan(plan), list(experts.layers), experts.count, plan.name, running)
     except PatternError as error:
         raise PatternError(f"{plan}: {error}") from None
     missing = [block for block in experts.layers if block not in ids and block not in experts.predicting]

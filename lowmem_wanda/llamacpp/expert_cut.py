@@ -13,7 +13,6 @@ from lowmem_wanda.llamacpp.gguf_file import GGUF, header_of, padded, part_name
 from lowmem_wanda.llamacpp.gguf_values import I32, U16, Field
 
 MOST_PARTS = 9999
-ALIGNED = 4096  # bytes that the end of a header may be padded with
 Stacks = Mapping[str, int]  # {name of a tensor that has a slice for each expert: number of its block}
 
 
@@ -65,11 +64,7 @@ def _parts(
         raise OutputError(f"--split-size {split_size}: would make {len(groups)} files; give a larger size")
     parts = []
     for index, group in enumerate(groups):
-        place = {
-            "split.no": Field.number(U16, index),
-            "split.count": Field.number(U16, len(groups)),
-            "split.tensors.count": Field.number(I32, len(tensors)),
-        }
+        place = _place(index, len(groups), len(tensors))
         path = target.with_name(part_name(target, index, len(groups)))
         parts.append(_part(path, source, {**(later if index else fields), **place}, group))
     if (largest := max(part.nbytes for part in parts)) > split_size:
@@ -77,6 +72,15 @@ def _parts(
             f"--split-size {split_size}: one tensor with its header takes {largest} bytes; give at least that"
         )
     return parts
+
+
+def _place(index: int, count: int, tensors: int) -> dict[str, Field]:
+    """What a part says of its place among `count` parts, which hold so many tensors in all."""
+    return {
+        "split.no": Field.number(U16, index),
+        "split.count": Field.number(U16, count),
+        "split.tensors.count": Field.number(I32, tensors),
+    }
 
 
 def write_copy(
@@ -120,21 +124,21 @@ def _part(path: Path, source: GGUF, fields: Mapping[str, Field], tensors: Sequen
 def _grouped(tensors: Sequence[Tensor], most: int, alignment: int, first: int, later: int) -> list[list[Tensor]]:
     """The tensors of each part in their order; `first` and `later` are the bytes of metadata in a part."""
     groups: list[list[Tensor]] = [[]]
-    size = first
+    header, data = first, 0
     for tensor in tensors:
         entry = 24 + len(tensor.name.encode()) + 8 * len(tensor.shape)
-        added = padded(tensor.nbytes, alignment) + entry
-        if groups[-1] and size + added > most:
+        nbytes = padded(tensor.nbytes, alignment)
+        if groups[-1] and padded(header + entry, alignment) + data + nbytes > most:
             groups.append([])
-            size = later
+            header, data = later, 0
         groups[-1].append(tensor)
-        size += added
+        header, data = header + entry, data + nbytes
     return groups
 
 
 def _metadata_bytes(fields: Mapping[str, Field]) -> int:
-    """At most so many bytes are beside the entries of tensors: magic, counts, fields, a part's place, padding."""
-    return 200 + ALIGNED + sum(12 + len(key.encode()) + len(field.raw) for key, field in fields.items())
+    """The bytes of a part's header beside the entries of its tensors: magic, counts, fields, and the part's place."""
+    return len(header_of({**fields, **_place(0, 0, 0)}, (), 0, 1))
 
 
 def _pieces(tensor: Tensor, ids: Sequence[int] | None) -> Iterator[bytearray]:

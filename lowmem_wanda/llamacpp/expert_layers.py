@@ -90,13 +90,10 @@ def expert_layers(model: GGUF) -> ExpertLayers:
     """The expert layers of a GGUF. Raises ModelError if it has none, or has experts that are not understood."""
     architecture = model.text("general.architecture")
     if "imatrix" in (model.text("general.type"), architecture):
-        raise ModelError(f"{model.path}: is an importance matrix, not a model; give it as --from")
-    count, used = (_count(model, f"{architecture}.{key}") for key in ("expert_count", "expert_used_count"))
-    if count and not 0 < used <= count:
         raise ModelError(
-            f"{model.path}: {architecture}.expert_used_count says that {used} of {count} experts are at work for a "
-            "token, which no model has; convert it again, or download it again"
+            f"{model.path}: is an importance matrix, not a model; give the model here (and this to shrink as --from)"
         )
+    count, used = _counts(model, architecture)
     roles = _roles()
     found: dict[int, list[str]] = {}
     for tensor in model.tensors.values():
@@ -128,6 +125,17 @@ def expert_layers(model: GGUF) -> ExpertLayers:
     if count % groups:
         raise ModelError(f"{model.path}: its {count} experts do not lie in {groups} equal groups")
     return ExpertLayers(count, used, groups, groups_used, layers, tuple(block for block in layers if block >= after))
+
+
+def _counts(model: GGUF, architecture: str) -> tuple[int, int]:
+    """The number of experts, and how many of them are at work for a token. Raises ModelError where it cannot be."""
+    count, used = (_count(model, f"{architecture}.{key}") for key in ("expert_count", "expert_used_count"))
+    if count and not 0 < used <= count:
+        raise ModelError(
+            f"{model.path}: {architecture}.expert_used_count says that {used} of {count} experts are at work for a "
+            "token, which no model has; convert it again, or download it again"
+        )
+    return count, used
 
 
 def _count(model: GGUF, key: str) -> int:

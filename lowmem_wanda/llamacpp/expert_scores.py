@@ -165,8 +165,8 @@ def _of_expert(tensor: Tensor, expert: int, scale: Any, measure: Measure) -> np.
             weights = gguf.dequantize(rows[start : start + step].reshape(1, -1), kind)
         except NotImplementedError:
             raise ModelError(
-                f"{tensor.name}: is {tensor.dtype}, which the gguf package cannot read; choose by --score frequency or "
-                "by a --plan, which need no weights"
+                f"{tensor.name}: is {tensor.dtype}, which the gguf package cannot read; give a --plan that says what "
+                "this layer keeps, too, or choose by --score frequency where the importance matrix has the layer"
             ) from None
         weights = weights.reshape(-1, tensor.shape[2])
         part = measure(weights if scale == 1 else weights * scale).astype(np.float64)

@@ -25,6 +25,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # bytes, where general.alignment does not say otherwise
 MAX_DIMENSIONS = 4
+REMOVED = (4, 5, 31, 32, 33, 36, 37, 38)  # numbers of types (ggml.h): Q4_2, Q4_3, Q4_0_4_4 and alike, IQ4_NL_4_4
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -172,8 +173,7 @@ def _parsed(path: Path, file: BinaryIO, gguf: Any) -> tuple[GGUF, dict[str, int]
     if magic != MAGIC:
         raise ValueError("it does not begin with GGUF")
     if version not in VERSIONS:
-        big = version in [int.from_bytes(one.to_bytes(4, "little"), "big") for one in VERSIONS]
-        raise ValueError("it is big-endian, which is not read" if big else f"version {version} is not read")
+        raise CheckpointError(f"{path}: {_other_version(version)}")
     tensor_count, field_count = cursor.unpacked("Q"), cursor.unpacked("Q")
     fields: dict[str, Field] = {}
     for _ in range(field_count):
@@ -194,6 +194,15 @@ def _parsed(path: Path, file: BinaryIO, gguf: Any) -> tuple[GGUF, dict[str, int]
     return GGUF(path, (path,), version, alignment, kept, tensors, when[0], (header,)), split
 
 
+def _other_version(version: int) -> str:
+    """Why a version is not read, and what to do."""
+    if version in [int.from_bytes(one.to_bytes(4, "little"), "big") for one in VERSIONS]:
+        return "is big-endian, which is not read; get the little-endian file"
+    if version < min(VERSIONS):
+        return f"is GGUF version {version}, of 2023; convert the model again with a llama.cpp of today"
+    return f"is GGUF version {version}, which is not read; download it again, or use a newer lowmem-wanda"
+
+
 def _entry(cursor: "Cursor", gguf: Any) -> tuple[str, str, tuple[int, ...], int, int]:
     """Name, type, shape (outermost first), bytes and offset of one tensor."""
     name, dimensions = cursor.string(), cursor.unpacked("I")
@@ -204,8 +213,13 @@ def _entry(cursor: "Cursor", gguf: Any) -> tuple[str, str, tuple[int, ...], int,
     try:
         kind = gguf.GGMLQuantizationType(number)
     except ValueError:
+        move = (
+            "llama.cpp has removed it: get the model in another quantization"
+            if number in REMOVED
+            else "pip install --upgrade gguf"
+        )
         raise CheckpointError(
-            f"tensor {name}: is of type {number}, which the gguf package does not know: pip install --upgrade gguf"
+            f"tensor {name}: is of type {number}, which the gguf package does not know; {move}"
         ) from None
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     if min(dims) < 1 or dims[0] % block:

@@ -8,7 +8,6 @@ from typing import Any
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct formats
 U16, U32, I32, STRING, ARRAY = 2, 4, 5, 8, 9
 WHOLE = "BbHhIiQq"
-DEPTH = 4  # arrays within arrays, at most
 MOST = 256 << 20  # bytes of a header; those of vocabularies of a million tokens have 30 MB
 CHUNK = 1 << 20  # bytes of a header that are read at a time
 
@@ -28,7 +27,7 @@ class Field:
     @classmethod
     def text(cls, text: str) -> "Field":
         """A string."""
-        content = text.encode()
+        content = text.encode("utf-8", "backslashreplace")  # names of files may hold any byte
         return cls(STRING, struct.pack("<Q", len(content)) + content)
 
     @classmethod
@@ -80,7 +79,7 @@ class Cursor:
             return [self.decoded(inner) for _ in range(count)]
         return self.unpacked(NUMBERS[kind])
 
-    def _skip(self, kind: int, count: int, depth: int = 0) -> None:
+    def _skip(self, kind: int, count: int, within: bool = False) -> None:
         if kind in NUMBERS:
             self._hold(size := count * struct.calcsize(f"<{NUMBERS[kind]}"))
             self.at += size
@@ -91,12 +90,11 @@ class Cursor:
                     self._hold(8)
                 self.at += 8 + length_of(self._held, self.at)[0]
             self._hold(0)
-        elif kind == ARRAY and depth < DEPTH:
-            for _ in range(count):
-                inner, size = self.unpacked("I"), self.unpacked("Q")
-                self._skip(inner, size, depth + 1)
+        elif kind == ARRAY and not within:
+            inner, size = self.unpacked("I"), self.unpacked("Q")
+            self._skip(inner, size, within=True)
         else:
-            raise ValueError(f"a value has the type {kind}")
+            raise ValueError("an array holds arrays" if kind == ARRAY else f"a value has the type {kind}")
 
     def _hold(self, count: int) -> None:
         """Reads on until `count` bytes after this place are held. Raises ValueError where the file ends before."""

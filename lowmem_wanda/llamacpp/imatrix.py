@@ -23,6 +23,8 @@ from lowmem_wanda.llamacpp.names import package
 
 SUFFIXES = (".gguf", ".dat")
 SUMS, COUNTS = ".in_sum2", ".counts"
+MOST_TOKENS = 1e15
+MOST_NAMES = 1 << 16  # bytes of the names of texts that are read
 
 
 @dataclass(frozen=True)
@@ -143,18 +145,19 @@ def _read_gguf(path: Path) -> tuple[dict[str, Entry], About]:
         if counts is None or {sums.dtype, counts.dtype} != {"F32"} or sums.numel % counts.numel:
             raise _unlike(path, name)
         seen = mapped(counts).view("<f4").reshape(-1)
-        if not np.isfinite(seen).all():
-            raise _unlike(path, name)
+        if not (np.abs(seen) < MOST_TOKENS).all():
+            raise CheckpointError(
+                f"{path}: {name}{COUNTS} holds what is no number of tokens (NaN, infinity, 1e30); get the file again"
+            )
         entries[name] = Entry(mapped(sums).view("<f4").reshape(seen.size, -1), np.rint(seen).astype(np.int64))
     if not entries:
         raise CheckpointError(f"{path}: holds no {SUMS} tensors, so it is not an importance matrix")
-    found = {key: file.fields.get(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size")}
-    try:
-        values = {key: field.value for key, field in found.items() if field}
-        texts = tuple(map(_shown, values.get("datasets") or ()))
-        return entries, About(texts, int(values.get("chunk_count", 0)), int(values.get("chunk_size", 0)))
-    except (ValueError, TypeError, OverflowError):
-        raise CheckpointError(f"{path}: says in an unknown form what it was computed on; get the file again") from None
+    texts = file.fields.get("imatrix.datasets")
+    named = texts.value if texts and len(texts.raw) <= MOST_NAMES else ()
+    if not isinstance(named, (list, tuple)):
+        raise CheckpointError(f"{path}: says in an unknown form what it was computed on; get the file again")
+    numbers = (file.number(f"imatrix.{key}") for key in ("chunk_count", "chunk_size"))
+    return entries, About(tuple(map(_shown, named)), *numbers)
 
 
 def _unlike(path: Path, name: str) -> CheckpointError:

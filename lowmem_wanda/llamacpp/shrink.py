@@ -6,21 +6,24 @@ layers are scored while those before them are written.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lowmem_wanda.checkpoint.output import require_disk
 from lowmem_wanda.checkpoint.writer import explained, replacing, require_new, write_json
 from lowmem_wanda.errors import CalibrationError, OutputError
 from lowmem_wanda.llamacpp.expert_choice import Choices, choose, chosen_score, numbers, plan_text
-from lowmem_wanda.llamacpp.expert_cut import Stacks, copy_of, write_copy
+from lowmem_wanda.llamacpp.expert_cut import Copy, Stacks, copy_of, write_copy
 from lowmem_wanda.llamacpp.expert_layers import ExpertLayers, counted, expert_layers
 from lowmem_wanda.llamacpp.expert_scores import read_counts
-from lowmem_wanda.llamacpp.gguf_file import GGUF, read_gguf
+from lowmem_wanda.llamacpp.gguf_file import GGUF, mapped, read_gguf
 from lowmem_wanda.llamacpp.gguf_values import Field
+from lowmem_wanda.llamacpp.imatrix import SUMS
 from lowmem_wanda.llamacpp.shrink_report import ShrinkReport, note, shrink_report
 
 Notify = Callable[[Mapping[str, Any]], None]
@@ -37,7 +40,7 @@ def shrink(
     keep_experts: int | None = None,
     scores_from: str | Path | None = None,
     score: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     plan: str | Path | None = None,
     write_plan: str | Path | None = None,
     imatrix_out: str | Path | None = None,
@@ -55,7 +58,7 @@ def shrink(
         scores_from: the importance matrix of this very model, a .gguf with counts for each expert (default: none).
         score: "ean", the summed norms of outputs, estimated from the importance matrix; "frequency", its counts alone;
             "aimer", from weights alone; "random" (default: "ean").
-        seed: seed of "random".
+        seed: seed of "random" (default: 0).
         plan: a JSON file of the experts that each layer keeps, instead of a score (default: none).
         write_plan: new JSON file for the choice that was made (default: none).
         imatrix_out: new file for the importance matrix of the small model (default: none).
@@ -88,7 +91,8 @@ def shrink(
     experts.require(keep)
     known = read_counts(scores_from, model, experts) if scores_from is not None else {}
     on_start({"source": str(path), "layers": len(experts.layers), "experts": experts.count, "kept": keep})
-    choices = Choices(choose(model, experts, keep, planned, score, _path(scores_from), known, seed), experts.layers)
+    matrix = _path(scores_from)
+    choices = Choices(choose(model, experts, keep, planned, score, matrix, known, seed or 0), experts.layers)
     how = f"plan {Path(plan).name}" if plan is not None else score
     if scores_from is not None and score in ("ean", "frequency"):
         how += f" from {Path(scores_from).name}"
@@ -96,10 +100,12 @@ def shrink(
     written = _write(files, model, experts, fields, keep, choices, scores_from, split_size, on_progress)
     arguments = {
         "drop_experts": drop_experts, "keep_experts": keep_experts, "scores_from": _text(scores_from), "score": score,
-        "seed": seed if score == "random" else None, "plan": _text(plan), "split_size": split_size,
+        "seed": seed or 0 if score == "random" else None, "plan": _text(plan), "split_size": split_size,
         "write_plan": _text(write_plan), "imatrix_out": _text(imatrix_out),
     }  # fmt: skip
     report = shrink_report(model, experts, choices, known, Path(target), written, how)
+    if imatrix_out is not None and matrix is not None:
+        report["warnings"] += _unmeasured(matrix, experts)
     report |= {"arguments": arguments, "seconds": time.monotonic() - started}
     write_json(report_path(target), report)
     return report
@@ -172,7 +178,7 @@ def _write(
     new = [part.path for copy in copies for part in copy.parts] + ([files.plan] if files.plan else [])
     for file in new:
         require_new(file)
-    require_disk(files.model.resolve().parent, total)
+    _require_disk(copies)
     try:
         with ExitStack() as stack, closing(choices):
             choices[next(iter(choices))]
@@ -187,10 +193,29 @@ def _write(
     return [vars(file) for file in sums()]
 
 
+def _require_disk(copies: Sequence[Copy]) -> None:
+    """Raises OutputError if a disk has no room for the copies that are to be on it."""
+    needed: dict[int, int] = {}
+    for copy in copies:
+        folder = copy.parts[0].path.resolve().parent
+        disk = folder.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + copy.nbytes
+        require_disk(folder, needed[disk])
+
+
 def _entries(matrix: GGUF, stacks: Stacks, count: int) -> Stacks:
-    """{tensor of an importance matrix with a row for each expert: block}. Raises CalibrationError for another size."""
+    """{tensor of an importance matrix with a row for each expert: block}.
+
+    Raises CalibrationError for another size, and for numbers that cannot be sums of squares or counts.
+    """
     found = {}
     for tensor in matrix.tensors.values():
+        values = mapped(tensor).view("<f4") if tensor.dtype == "F32" else np.zeros(1)
+        if not (np.isfinite(values).all() and (values >= 0).all()):
+            raise CalibrationError(
+                f"{matrix.path}: {tensor.name} holds NaN, infinity or negative numbers; get another file, or leave "
+                "--imatrix-out out"
+            )
         name = tensor.name.rpartition(".")[0]
         if name in stacks and "_exps." in name:
             if tensor.shape[0] != count:
@@ -199,6 +224,19 @@ def _entries(matrix: GGUF, stacks: Stacks, count: int) -> Stacks:
                 )
             found[tensor.name] = stacks[name]
     return found
+
+
+def _unmeasured(matrix: Path, experts: ExpertLayers) -> list[str]:
+    """A warning of the expert weights that an importance matrix has no entry of, though their layers run."""
+    entries = read_gguf(matrix).tensors
+    running = [block for block in experts.layers if block not in experts.predicting]
+    missing = [name for block in running for name in experts.matrices(block) if f"{name}{SUMS}" not in entries]
+    if not missing:
+        return []
+    return [
+        f"the importance matrix, and so that of --imatrix-out, has no entry of {len(missing)} expert weights, such as "
+        f"{missing[0]}: llama-quantize refuses to make its lowest types of them"
+    ]
 
 
 def _path(given: str | Path | None) -> Path | None:

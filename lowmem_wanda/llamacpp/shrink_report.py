@@ -47,6 +47,7 @@ class ShrinkReport(TypedDict, total=False):
     warnings: list[str]
     costs: list[str]
     commands: list[str]
+    commands_write: int | None
     proof: str
     arguments: dict[str, Any]
     versions: dict[str, str]
@@ -82,6 +83,7 @@ def shrink_report(
         "warnings": _warnings(experts, choices, tokens, len(known)),
         "costs": list(COSTS),
         "commands": commands(model, small),
+        "commands_write": written_by_commands(model),
         "proof": shlex.join(["lowmem-wanda", "check", str(small), "--against", str(model.path)]),
         "versions": {
             "lowmem-wanda": __version__, "python": sys.version.split()[0], "gguf": metadata.version("gguf"),
@@ -105,6 +107,15 @@ def commands(model: GGUF, small: Path) -> list[str]:
     both = ["llama-perplexity", "-c", str(length)]
     dense = [*both, "-m", str(model.path), "-f", str(TEXT), *base]
     return [shlex.join(dense), shlex.join([*both, "-m", str(small), *base, "--kl-divergence"])]
+
+
+def written_by_commands(model: GGUF) -> int | None:
+    """About how many bytes the first command writes, None if the vocabulary is not known.
+
+    They are two for each token of the vocabulary, at half of the text's tokens, each of which is taken as four bytes.
+    """
+    head = model.tensors.get("output.weight") or model.tensors.get("token_embd.weight")
+    return None if head is None else TEXT.stat().st_size // 4 * head.shape[0]
 
 
 def routing_text(keep: int) -> str:

@@ -21,18 +21,22 @@ LAYER = ("layer", "layer_index", "layer_idx", "layer_id", "block", "index")
 FORMS = 'the form is {"layer": [ids that are kept]}, such as {"0": [0, 2, 3], "1": [1, 2, 5]}'
 
 Ids = Mapping[int, tuple[int, ...]]  # {number of a layer: ids in ascending order}
+Numberings = tuple[Sequence[int], Sequence[int]]  # the layers that a list may be of: all, or those that run
 # {layer: kept ids}, {layer: dropped ids}, and what keys said of them: dropped, kept, or None for nothing
 Found = tuple[dict[int, list[int]], dict[int, list[int]], set[bool | None]]
 
 
-def kept_experts(content: Any, layers: Sequence[int], count: int, name: str = "") -> Ids:
+def kept_experts(
+    content: Any, layers: Sequence[int], count: int, name: str = "", running: Sequence[int] | None = None
+) -> Ids:
     """The ids that each of the `layers` keeps of `count` experts, from the JSON `content` of a plan.
 
-    `name` is the file's, which may say that it lists what is dropped. Layers that a plan does not name are left out.
-    Raises PatternError, in words, for a form that is not read or that has two meanings.
+    `name` is the file's, which may say that it lists what is dropped. Layers that a plan does not name are left out; a
+    list without numbers may be of the `running` layers alone (default: of all). Raises PatternError, in words, for a
+    form that is not read or that has two meanings.
     """
     found: Found = ({}, {}, set())
-    _gather(content, layers, None, found)
+    _gather(content, (layers, running or layers), None, found)
     kept, dropped, _ = found
     if not kept and not dropped:
         raise PatternError(f"no ids of experts are found in it; {FORMS}")
@@ -60,13 +64,13 @@ def _checked(layer: int, ids: Sequence[int], layers: Sequence[int], count: int) 
     return tuple(sorted(ids))
 
 
-def _gather(node: Any, layers: Sequence[int], drops: bool | None, into: Found) -> None:
+def _gather(node: Any, layers: Numberings, drops: bool | None, into: Found) -> None:
     """Adds what a node says; `drops` is what a key around it said, None if none did."""
     if isinstance(node, list):
         node = _as_mapping(node, layers)
     for key, value in node.items() if isinstance(node, dict) else ():
         number, meaning = NUMBER.search(key[:200]), _meaning(key)
-        if "layer" in key.lower() and _ids(value) and not number and list(value) != list(layers):
+        if "layer" in key.lower() and _ids(value) and not number and value not in map(list, layers):
             raise PatternError(f"{key!r} lists layers in another order or number than the model's; {FORMS}")
         if number:
             _gather_layer(int(number[0]), value, drops if meaning is None else meaning, into)
@@ -90,7 +94,7 @@ def _add(into: dict[int, list[int]], layer: int, ids: Sequence[int]) -> None:
     into[layer] = list(ids)
 
 
-def _as_mapping(node: Sequence[Any], layers: Sequence[int]) -> dict[str, Any]:
+def _as_mapping(node: Sequence[Any], layers: Numberings) -> dict[str, Any]:
     """A list of layers as {layer: ...}. Raises PatternError if its length fits neither the layers nor the blocks."""
     if all(isinstance(one, dict) for one in node):
         numbered = {}
@@ -102,13 +106,20 @@ def _as_mapping(node: Sequence[Any], layers: Sequence[int]) -> dict[str, Any]:
         return numbered
     if any(one not in (None, []) and _ids(one) is None for one in node):
         return {}
+    if fitting := _by_place(node, layers[0]) or _by_place(node, layers[1]):
+        return fitting
+    raise PatternError(
+        f"it has {len(node)} lists, the model has {len(layers[0])} layers with experts ({_brief(layers[0])}); {FORMS}"
+    )
+
+
+def _by_place(node: Sequence[Any], layers: Sequence[int]) -> dict[str, Any]:
+    """A list with an entry for each layer, or for each block, as {layer: ...}; {} if it is neither."""
     if len(node) == len(layers) and all(node):
         return dict(zip(map(str, layers), node, strict=True))
     if len(node) > max(layers) and all(bool(one) == (place in layers) for place, one in enumerate(node)):
         return {str(place): ids for place, ids in enumerate(node) if ids}
-    raise PatternError(
-        f"it has {len(node)} lists, the model has {len(layers)} layers with experts ({_brief(layers)}); {FORMS}"
-    )
+    return {}
 
 
 def _ids(value: Any) -> list[int] | None:

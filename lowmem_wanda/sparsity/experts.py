@@ -19,7 +19,9 @@ def kept_count(count: int, drop: str | float | None = None, keep: int | None = N
     """
     if (drop is None) == (keep is None):
         raise PatternError("say how many experts are dropped or how many are kept, one of both: 25%, 32")
-    kept = count - _dropped(drop, count) if drop is not None else int(keep or 0)
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int)):
+        raise PatternError(f"{keep!r} experts cannot be kept; give a whole number, such as 32")
+    kept = count - _dropped(drop, count) if drop is not None else keep or 0
     if kept >= count:
         raise PatternError(f"of {count} experts in each layer, {kept} would be kept, so none is removed: drop more")
     if kept < 1:

@@ -110,7 +110,7 @@ ALIGNMENT = string("general.alignment") + struct.pack("<II", 4, 3)
 HOSTILE = {
     "empty": (b"", "ends within its header"),
     "text": (b"hello, this is no GGUF at all", "does not begin with GGUF"),
-    "version 1": (file(version=1), "version 1 is not read"),
+    "version 1": (file(version=1), "is GGUF version 1, of 2023; convert"),
     "big-endian": (file(version=3 << 24), "big-endian"),
     "tensors without end": (file(tensor_count=1 << 60, data=b""), "ends within its header"),
     "fields without end": (file(field_count=1 << 60, data=b""), "ends within its header"),
@@ -118,7 +118,7 @@ HOSTILE = {
     "an array without end": (file(fields=[string("a") + struct.pack("<IIQ", 9, 8, 1 << 60)]), "ends within its header"),
     "arrays within arrays": (
         file(fields=[string("a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 9]),
-        "type 9",
+        "an array holds arrays",
     ),
     "an unknown value": (file(fields=[string("a") + struct.pack("<I", 77)]), "a value has the type 77"),
     "a key twice": (file(fields=[string("a") + struct.pack("<IB", 0, 1)] * 2), "a stands in it twice"),

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf
 import moe_ggufs
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
 from helpers import ROOT
+from moe_ggufs import fields_of, is_cut, kept_of, tensors_of
 
 from lowmem_wanda import check_gguf, outline, shrink
 from lowmem_wanda.checkpoint import output, writer
@@ -32,38 +32,6 @@ from lowmem_wanda.llamacpp.imatrix import write as write_entries
 COUNT = 16
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A function: architecture -> (its GGUF of 16 experts, an importance matrix), made once."""
-    found: dict[str, tuple[Path, Path]] = {}
-
-    def get(architecture):
-        if architecture not in found:
-            folder = tmp_path_factory.mktemp(architecture)
-            kind = Q.MXFP4 if architecture == "gpt-oss" else Q.Q8_0
-            model = moe_ggufs.write(folder / "model.gguf", architecture, COUNT, kind)
-            found[architecture] = model, moe_ggufs.write_imatrix(folder / "imatrix.gguf", model)
-        return found[architecture]
-
-    return get
-
-
-def tensors(path):
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-
-
-def fields(path):
-    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if not key.startswith("GGUF.")}
-
-
-def is_cut(name):
-    return "_exps." in name or "ffn_gate_inp." in name or "exp_probs_b" in name
-
-
-def kept_of(report):
-    return {layer["layer"]: layer["kept"] for layer in report["layers"]}
-
-
 def names(folder):
     return sorted(file.name for file in folder.iterdir())
 
@@ -73,13 +41,13 @@ def test_kept_experts_are_the_sources_slices_and_all_else_is_the_source(made, tm
     model, matrix = made(architecture)
     small = tmp_path / "small.gguf"
     report = shrink(model, small, "25%", scores_from=matrix)
-    kept, before, after = kept_of(report), tensors(model), tensors(small)
+    kept, before, after = kept_of(report), tensors_of(model), tensors_of(small)
     assert list(after) == list(before) and report["experts"]["kept"] == 12
     for name, tensor in before.items():
         ids = kept[int(name.split(".")[1])] if is_cut(name) else slice(None)
         assert after[name].data.tobytes() == tensor.data[ids].tobytes(), name
         assert after[name].tensor_type == tensor.tensor_type
-    said, was = fields(small), fields(model)
+    said, was = fields_of(small), fields_of(model)
     note = said.pop("general.description")
     assert "kept 12 of 16 experts" in note and "ean from imatrix.gguf" in note
     assert said == {**was, f"{architecture}.expert_count": 12}
@@ -90,7 +58,7 @@ def test_kept_experts_are_the_sources_slices_and_all_else_is_the_source(made, tm
 
 def reference(model, matrix, keep):
     """The rule in plain numpy: count x sqrt(sum_i E[h_i^2] |W_down[:, i]|^2)."""
-    stored, entries, kept = tensors(model), tensors(matrix), {}
+    stored, entries, kept = tensors_of(model), tensors_of(matrix), {}
     for name, tensor in stored.items():
         if "ffn_down_exps.weight" in name and name + ".in_sum2" in entries:
             weight = np.stack([gguf.dequantize(one, tensor.tensor_type) for one in tensor.data]).astype(np.float64)
@@ -125,7 +93,7 @@ def test_k_quants_are_cut_and_scored(tmp_path, monkeypatch):
 
 def test_other_scores(made, tmp_path):
     model, matrix = made("qwen3moe")
-    counts = {block: tensors(matrix)[f"blk.{block}.ffn_down_exps.weight.counts"].data.ravel() for block in (0, 1)}
+    counts = {block: tensors_of(matrix)[f"blk.{block}.ffn_down_exps.weight.counts"].data.ravel() for block in (0, 1)}
     by_count = shrink(model, tmp_path / "a.gguf", "50%", scores_from=matrix, score="frequency")
     assert kept_of(by_count) == {
         block: sorted(np.argsort(-seen, kind="stable")[:8].tolist()) for block, seen in counts.items()
@@ -137,7 +105,7 @@ def test_other_scores(made, tmp_path):
     )
     assert kept_of(first) == kept_of(again) != kept_of(other) and first["tokens"] is None
     aimer = shrink(model, tmp_path / "b.gguf", "50%", score="aimer")
-    stored = tensors(model)
+    stored = tensors_of(model)
     for block, kept in kept_of(aimer).items():
         flat = [
             np.concatenate([
@@ -159,10 +127,10 @@ def test_scales_of_experts_count(tmp_path):
     scored, unscaled = (
         shrink(path, tmp_path / f"{path.stem}-s.gguf", 1, scores_from=matrix) for path in (model, plain)
     )
-    factors = np.abs(tensors(model)[scale].data)
+    factors = np.abs(tensors_of(model)[scale].data)
     assert scored["layers"][0]["scores"] == pytest.approx(factors * unscaled["layers"][0]["scores"], rel=1e-5)
-    small = tensors(tmp_path / "model-s.gguf")
-    assert small[scale].data.tolist() == tensors(model)[scale].data[kept_of(scored)[0]].tolist()
+    small = tensors_of(tmp_path / "model-s.gguf")
+    assert small[scale].data.tolist() == tensors_of(model)[scale].data[kept_of(scored)[0]].tolist()
 
 
 def test_several_processes_score_as_one_does(made, tmp_path, monkeypatch):
@@ -177,7 +145,7 @@ def test_several_processes_score_as_one_does(made, tmp_path, monkeypatch):
 def test_an_error_of_a_scoring_process_is_shown(tmp_path, monkeypatch):
     model = moe_ggufs.write(tmp_path / "model.gguf", "llama", COUNT)
     data = bytearray(model.read_bytes())
-    tensor = tensors(model)["blk.1.ffn_down_exps.weight"]
+    tensor = tensors_of(model)["blk.1.ffn_down_exps.weight"]
     data[tensor.data_offset : tensor.data_offset + 4] = np.float32(np.nan).tobytes()
     model.write_bytes(data)
     matrix = moe_ggufs.write_imatrix(tmp_path / "imatrix.gguf", model)
@@ -209,7 +177,7 @@ def test_a_layer_for_further_tokens_is_cut_alike_by_its_weights(made, tmp_path):
 def test_a_width_that_equals_the_number_of_experts_is_no_stack(tmp_path):
     model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 64, inner=64, used=4)  # as wide as it has experts
     shrink(model, tmp_path / "small.gguf", "50%", score="random")
-    before, after = tensors(model), tensors(tmp_path / "small.gguf")
+    before, after = tensors_of(model), tensors_of(tmp_path / "small.gguf")
     assert before["blk.0.attn_q.weight"].data.shape == after["blk.0.attn_q.weight"].data.shape == (64, 64)
     assert after["blk.0.ffn_norm.weight"].data.shape == (64,) and after["blk.0.ffn_gate_inp.weight"].data.shape == (
         32,
@@ -224,11 +192,11 @@ def test_a_cut_of_a_cut_is_the_cut(made, tmp_path):
     shrink(model, tmp_path / "a.gguf", keep_experts=12, scores_from=matrix, imatrix_out=tmp_path / "a.imatrix.gguf")
     shrink(tmp_path / "a.gguf", tmp_path / "b.gguf", keep_experts=8, scores_from=tmp_path / "a.imatrix.gguf",
            imatrix_out=tmp_path / "b.imatrix.gguf")  # fmt: skip
-    one, two = tensors(at_once), tensors(tmp_path / "b.gguf")
+    one, two = tensors_of(at_once), tensors_of(tmp_path / "b.gguf")
     assert all(one[name].data.tobytes() == two[name].data.tobytes() for name in one)
     assert (tmp_path / "once.imatrix.gguf").read_bytes() == (tmp_path / "b.imatrix.gguf").read_bytes()
     assert not check_gguf(tmp_path / "b.gguf", model).problems
-    assert fields(tmp_path / "b.gguf")["general.description"].count("lowmem-wanda") == 2
+    assert fields_of(tmp_path / "b.gguf")["general.description"].count("lowmem-wanda") == 2
 
 
 def test_the_importance_matrix_is_cut_alike(made, tmp_path):
@@ -250,7 +218,7 @@ def test_a_plan_that_was_written_gives_the_same_file(made, tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan == {str(block): kept for block, kept in kept_of(report).items()}
     planned = shrink(model, tmp_path / "b.gguf", "25%", plan=tmp_path / "plan.json")
-    one, two = tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf")
+    one, two = tensors_of(tmp_path / "a.gguf"), tensors_of(tmp_path / "b.gguf")
     assert all(one[name].data.tobytes() == two[name].data.tobytes() for name in one)
     assert planned["how"] == "plan plan.json" and planned["layers"][0]["scores"] is None
 
@@ -265,16 +233,16 @@ def test_split_files_in_and_out(made, tmp_path):
     parts = [tmp_path / "out" / file["name"] for file in report["files"]]
     assert parts == sorted((tmp_path / "out").glob("small-0*.gguf")) and len(parts) > 2
     assert all(part.stat().st_size <= 80_000 for part in parts)
-    assert [fields(part)["split.no"] for part in parts] == list(range(len(parts)))
-    held = {name: tensor for part in parts for name, tensor in tensors(part).items()}
-    assert fields(parts[0])["split.tensors.count"] == len(held) and fields(parts[1])["split.count"] == len(parts)
+    assert [fields_of(part)["split.no"] for part in parts] == list(range(len(parts)))
+    held = {name: tensor for part in parts for name, tensor in tensors_of(part).items()}
+    assert fields_of(parts[0])["split.tensors.count"] == len(held) and fields_of(parts[1])["split.count"] == len(parts)
     shrink(whole, tmp_path / "one.gguf", "50%", scores_from=matrix)
-    one = tensors(tmp_path / "one.gguf")
+    one = tensors_of(tmp_path / "one.gguf")
     assert all(one[name].data.tobytes() == held[name].data.tobytes() for name in one)
     findings = check_gguf(parts[0], first)
     assert not findings.problems and findings.report_verified
     joined = shrink(first, tmp_path / "joined.gguf", "50%", scores_from=matrix, split_size=10**9)
-    assert [file["name"] for file in joined["files"]] == ["joined.gguf"] and "split.count" not in fields(
+    assert [file["name"] for file in joined["files"]] == ["joined.gguf"] and "split.count" not in fields_of(
         tmp_path / "joined.gguf"
     )
     with pytest.raises(OutputError, match="give at least that"):
@@ -581,7 +549,7 @@ def test_outline_says_what_is_in_it_and_what_cuts_take(made, tmp_path):
     facts = outline(model)
     assert (facts["architecture"], facts["blocks"], facts["layers"], facts["predicting"]) == ("glm4moe", 3, 2, 1)
     assert (facts["experts"], facts["used"], facts["shared"], facts["groups"]) == (16, 2, 1, 1)
-    assert facts["expert_bytes"] == sum(one.n_bytes for name, one in tensors(model).items() if is_cut(name))
+    assert facts["expert_bytes"] == sum(one.n_bytes for name, one in tensors_of(model).items() if is_cut(name))
     assert [cut["kept"] for cut in facts["cuts"]] == [14, 12, 10, 8]
     report = shrink(model, tmp_path / "small.gguf", "25%", scores_from=matrix)
     assert abs(facts["cuts"][1]["bytes"] - report["bytes"]["after"]) < 300  # but for the note in its description
@@ -599,73 +567,11 @@ def test_what_a_number_of_experts_means_for_programs(made, tmp_path):
     assert "12 is not a power of two: llama.cpp's fused CUDA routing does not run" in twelve["routing_text"]
 
 
-def flipped(path, place):
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
-def test_check_finds_whatever_differs(made, tmp_path):
-    model, matrix = made("deepseek2")
-    small = tmp_path / "small.gguf"
-    shrink(model, small, "50%", scores_from=matrix)
-    whole, places = small.read_bytes(), {name: one.data_offset for name, one in tensors(small).items()}
-    cases = {
-        "blk.1.ffn_up_exps.weight": "blk.1.ffn_up_exps.weight: expert 0 is not the source's",
-        "blk.2.ffn_gate_inp.weight": "blk.2.ffn_gate_inp.weight: expert 0 is not the source's",
-        "blk.2.exp_probs_b.bias": "blk.2.exp_probs_b.bias: expert 0 is not the source's",
-        "blk.0.ffn_up.weight": "blk.0.ffn_up.weight: is not the source's",
-        "output_norm.weight": "output_norm.weight: is not the source's",
-    }
-    for name, message in cases.items():
-        flipped(small, places[name])
-        findings = check_gguf(small, model)
-        assert message in findings.problems[0] and "checksum" in findings.problems[-1] and len(findings.problems) >= 2
-        small.write_bytes(whole)
-    Path(f"{small}.report.json").unlink()
-    flipped(small, whole.index(b"tiny deepseek2"))
-    assert check_gguf(small, model).problems == ["general.name: is not the source's"]
-    assert check_gguf(model, model).problems == [] and check_gguf(model, model).experts_kept == 16
-
-
-def test_check_finds_experts_in_wrong_groups_and_twice(made, tmp_path):
-    model, _ = made("deepseek2")
-    other = moe_ggufs.write(tmp_path / "other.gguf", "qwen3moe", COUNT, Q.Q8_0)
-    small = tmp_path / "small.gguf"
-    shrink(other, small, keep_experts=2, score="random")
-    held = tensors(small)
-    data = bytearray(small.read_bytes())
-    for name, one in held.items():
-        if name.startswith("blk.0") and is_cut(name):
-            size = one.n_bytes // 2
-            data[one.data_offset + size : one.data_offset + 2 * size] = data[one.data_offset : one.data_offset + size]
-    small.write_bytes(data)
-    assert any("once more" in problem for problem in check_gguf(small, other).problems)
-    with pytest.raises(ModelError, match="has no experts"):
-        dense = [name for name, _ in moe_ggufs.qwen3moe(8, 64, 32, 2) if is_cut(name)]
-        check_gguf(small, moe_ggufs.write(tmp_path / "dense.gguf", "qwen3moe", 8, skip=dense))
-    assert check_gguf(model, other).problems
-
-
-def test_a_damaged_report_is_named(made, tmp_path):
-    model, matrix = made("qwen3moe")
-    small = tmp_path / "small.gguf"
-    shrink(model, small, "50%", scores_from=matrix)
-    report = Path(f"{small}.report.json")
-    said = json.loads(report.read_text())
-    said["layers"][0]["kept"][0] += 1
-    report.write_text(json.dumps(said))
-    assert any("does not hold the experts that" in problem for problem in check_gguf(small, model).problems)
-    report.write_text("{}")
-    with pytest.raises(CheckpointError, match="report.json: is damaged"):
-        check_gguf(small, model)
-
-
 def test_headers_changed_at_random_give_a_model_or_a_sentence(tmp_path):
     """Every error is one of ours, and a file that is written is whole."""
     model = moe_ggufs.write(tmp_path / "model.gguf", "deepseek2", 8, layers=2, used=1)
     data, random = model.read_bytes(), np.random.default_rng(0)
-    head = len(data) - sum(tensor.n_bytes for tensor in tensors(model).values())
+    head = len(data) - sum(tensor.n_bytes for tensor in tensors_of(model).values())
     bad, small, refused = tmp_path / "bad.gguf", tmp_path / "small.gguf", 0
     for _ in range(300):
         changed = bytearray(data)

@@ -213,7 +213,7 @@ def test_two_processes_do_not_share_a_job(source, token_file, tmp_path):
 
 def test_too_small_a_disk_is_refused_before_the_first_byte(source, token_file, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
-    with pytest.raises(OutputError, match="needs .* GB but 0.00 GB are free"):
+    with pytest.raises(OutputError, match="needs .* MB but 0.00 MB are free"):
         prune(source, tmp_path / "out", text=[str(token_file)])
     assert not (tmp_path / "out").exists()
 
