@@ -161,7 +161,7 @@ def write(path, architecture, count=8, kind=Q.F32, seed=0, width=WIDTH, inner=IN
         shape = (reshape or {}).get(name, shape)
         if name in skip:
             continue
-        if "tid2eid" in name:
+        if "tid2eid" in name or name.endswith("_ids.weight"):
             writer.add_tensor(name, generator.integers(0, count, shape, dtype=np.int32))
             continue
         weight = generator.standard_normal(shape, dtype=np.float32) * 0.1
@@ -175,6 +175,8 @@ def write(path, architecture, count=8, kind=Q.F32, seed=0, width=WIDTH, inner=IN
 
 
 def write_value(writer, key, value):
+    if key == "general.alignment":
+        return writer.add_custom_alignment(value)
     if isinstance(value, list):
         return writer.add_array(key, value)
     kinds = {str: V.STRING, bool: V.BOOL, int: V.UINT32, float: V.FLOAT32}

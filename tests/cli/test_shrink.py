@@ -47,7 +47,7 @@ def test_shrink_says_what_it_did_what_it_costs_and_how_to_know(made, tmp_path, c
         f"llama-perplexity -c 64 -m '{small}' --kl-divergence-base '{small}.kld' --kl-divergence" in out
         and text.exists()
     )
-    assert f"check '{small}' --against {model}" in out
+    assert f"check '{small}' --against {model}" in out and "the first command writes about 2.0 MB" in out
     page = Path(f"{small}.report.html").read_text("utf-8")
     for heading in ("Summary", "Warnings", "What it costs, and how to know", "Tokens", "Scores", "Layers", "Proof"):
         assert f"<h2>{heading}</h2>" in page
@@ -87,6 +87,7 @@ def test_check_of_a_gguf(made, tmp_path, capsys):
     code, out, _ = seen(capsys, "check", small, "--against", model)
     assert code == 0 and "8 of 16 experts in each of 2 layers" in out and "nothing else differs" in out
     assert json.loads(seen(capsys, "check", small, "--against", model, "--json")[1])["problems"] == []
+    assert "none was removed" in seen(capsys, "check", model, "--against", model)[1]
     data = bytearray(small.read_bytes())
     data[-1] ^= 1
     small.write_bytes(data)
@@ -110,6 +111,9 @@ def test_check_of_a_gguf(made, tmp_path, capsys):
         ),
         (("check", "{model}"), "is a GGUF, which is proved against the one it was made of: add --against"),
         (("check", "{model}", "--against", "{folder}"), "is a folder"),
+        (("check", "{model}", "--against", "{matrix}"), "give the model here"),
+        (("plan", "{model}", "--pattern", "4:8"), "--pattern says how a checkpoint is pruned"),
+        (("plan", "{model}", "--max-ram", "8GB"), "--max-ram says how a checkpoint is pruned"),
         (("plan", "{folder}/none.gguf"), "cannot be read"),
         (("prune", "{model}", "{out}"), "is a file; give the folder of a safetensors checkpoint"),
         (("imatrix", "{model}", "{out}"), "`shrink`, `plan` and `check` take the file of a GGUF"),
@@ -135,8 +139,9 @@ def test_wrong_usage_is_2(made, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_ctrl_c_ends_cleanly_and_leaves_nothing(tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_and_kill_end_cleanly_and_leave_nothing(tmp_path, number):
     """In the middle of scoring in processes, none of which outlives the first."""
     model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 64, width=512, inner=512, layers=8)  # 400M weights
     child = subprocess.Popen(
@@ -145,9 +150,10 @@ def test_ctrl_c_ends_cleanly_and_leaves_nothing(tmp_path):
     )  # fmt: skip
     while child.poll() is None and not list(tmp_path.glob(".*partial")):
         time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
+    sent = getattr(signal, number)
+    child.send_signal(sent)
     out, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and err.strip().endswith("stopped") and "Traceback" not in err and not out
+    assert child.returncode == 128 + sent and err.strip().endswith("stopped") and "Traceback" not in err and not out
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
 
 

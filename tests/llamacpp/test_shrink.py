@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import moe_ggufs
@@ -26,6 +27,7 @@ from lowmem_wanda.errors import (
     PatternError,
 )
 from lowmem_wanda.llamacpp import score_processes
+from lowmem_wanda.llamacpp.expert_layers import routing_facts
 from lowmem_wanda.llamacpp.imatrix import About, Entry, read
 from lowmem_wanda.llamacpp.imatrix import write as write_entries
 
@@ -249,6 +251,35 @@ def test_split_files_in_and_out(made, tmp_path):
         shrink(first, tmp_path / "tiny.gguf", "50%", scores_from=matrix, split_size=10_000)
 
 
+@pytest.mark.parametrize("alignment", [32, 4096, 65536])
+def test_the_least_size_of_files_is_the_one_that_is_said(tmp_path, alignment):
+    model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 8, values={"general.alignment": alignment})
+    with pytest.raises(OutputError, match="give at least that") as refused:
+        shrink(model, tmp_path / "small.gguf", "50%", score="random", split_size=1000)
+    least = int(str(refused.value).split(" takes ")[1].split()[0])
+    with pytest.raises(OutputError, match=f"takes {least} bytes"):
+        shrink(model, tmp_path / "small.gguf", "50%", score="random", split_size=least - 1)
+    report = shrink(model, tmp_path / "small.gguf", "50%", score="random", split_size=least)
+    assert max(file["nbytes"] for file in report["files"]) == least
+
+
+def test_parts_that_are_there_are_not_replaced(made, tmp_path):
+    model, matrix = made("qwen3moe")
+    report = shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix, split_size=80_000)
+    (tmp_path / "small.gguf.report.json").rename(tmp_path / "kept")
+    for file in report["files"][:-1]:
+        (tmp_path / file["name"]).unlink()
+    last = tmp_path / report["files"][-1]["name"]
+    before = last.read_bytes()
+    with pytest.raises(OutputError, match=f"{last.name}: exists"):
+        shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix, split_size=80_000)
+    assert names(tmp_path) == sorted(["kept", last.name]) and last.read_bytes() == before
+    last.unlink()
+    last.mkdir()
+    with pytest.raises(OutputError, match=f"{last.name}: exists"):
+        shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix, split_size=80_000)
+
+
 def test_alignment_of_the_source_is_kept(tmp_path):
     model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 8, values={"general.alignment": 64})
     report = shrink(model, tmp_path / "small.gguf", "50%", score="random", split_size=100_000)
@@ -262,7 +293,10 @@ BAD_MODELS = {
     "no experts": ({"count": 8, "skip": None}, "has no experts"),
     "strings for numbers": ({"values": {"qwen3moe.expert_used_count": ["a", "b"]}}, "a number for each layer"),
     "a number for each layer": ({"values": {"qwen3moe.expert_count": [8, 8]}}, "a number for each layer"),
+    "numbers for very many layers": ({"values": {"qwen3moe.expert_count": [8] * 20_000}}, "a number for each layer"),
     "no number": ({"expert_count": None}, "expert_count says none"),
+    "none at work": ({"expert_used_count": None}, "expert_used_count says that 0 of 8"),
+    "more at work than there are": ({"used": 9}, "expert_used_count says that 9 of 8"),
     "layers that differ": (
         {"reshape": {"blk.1.ffn_up_exps.weight": (6, 32, 64)}},
         "is for 6 experts where the file says 8",
@@ -270,6 +304,11 @@ BAD_MODELS = {
     "a router that differs": ({"reshape": {"blk.1.ffn_gate_inp.weight": (10, 64)}}, "is for 10 experts"),
     "another number": ({"expert_count": 16}, "is for 8 experts where the file says 16"),
     "hash routing": ({"more": [("blk.0.ffn_gate_tid2eid.weight", (96, 2))]}, "hash routing"),
+    "whole numbers": ({"more": [("blk.0.attn_ids.weight", (96, 2))]}, "holds whole numbers"),
+    "a known tensor that may be for experts": (
+        {"more": [("blk.0.altup_router.weight", (8, 64))]},
+        "it is not known whether",
+    ),
     "chunks of experts": ({"more": [("blk.0.ffn_up_chexps.weight", (4, 16, 64))]}, "others share in groups"),
     "an unknown tensor": ({"more": [("blk.0.ffn_new_exps_thing.weight", (8, 64))]}, "pip install --upgrade gguf"),
     "no router": ({"skip": ["blk.0.ffn_gate_inp.weight"]}, "has experts but no ffn_gate_inp.weight"),
@@ -315,6 +354,8 @@ BAD_FLAGS = {
     "counts without a matrix": ({"score": "frequency"}, "needs an importance matrix"),
     "an unknown score": ({"score": "best"}, "one of ean, frequency, aimer, random"),
     "a plan and a score": ({"plan": "plan.json", "score": "aimer"}, "leave one out"),
+    "a seed without effect": ({"score": "aimer", "seed": 3}, "no effect without --score random"),
+    "a seed beside a plan": ({"plan": "plan.json", "seed": 0}, "no effect without --score random"),
     "a seed below 0": ({"score": "random", "seed": -1}, "seed -1: give 0"),
     "a matrix out of none": ({"score": "aimer", "imatrix_out": "out.gguf"}, "--imatrix-out needs"),
 }
@@ -443,24 +484,143 @@ def test_what_was_measured_on_little_is_said(made, tmp_path):
     assert report["layers"][0]["tokens_lost"] == pytest.approx(lost)
 
 
+def test_the_layer_that_loses_most_is_named(made, tmp_path):
+    model, matrix = made("qwen3moe")
+    report = shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix)
+    lost = {layer["layer"]: layer["tokens_lost"] for layer in report["layers"]}
+    assert len(set(lost.values())) == 2
+    assert report["tokens"]["lost_most"] == max(lost.values()) == lost[report["tokens"]["lost_most_in"]]
+    assert report["tokens"]["lost_mean"] == pytest.approx(np.mean(list(lost.values())))
+
+
+@pytest.mark.parametrize("score", ["aimer", "random"])
+def test_a_matrix_beside_another_score_only_tells_what_is_lost(made, tmp_path, score):
+    model = made("qwen3moe")[0]
+    matrix = moe_ggufs.write_imatrix(
+        tmp_path / "imatrix.gguf",
+        model,
+        change=lambda name, sums, counts: (sums, np.arange(1, len(counts) + 1, dtype=np.float32)),
+    )
+    report = shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix, score=score)
+    assert report["how"] == score and report["tokens"]["median"] == 8.5
+    assert not any("tokens" in warning for warning in report["warnings"])
+    assert f"chosen by {score};" in fields_of(tmp_path / "small.gguf")["general.description"]
+
+
+def test_numbers_of_tokens_that_are_none_are_refused(made, tmp_path):
+    model = made("qwen3moe")[0]
+    for place, value in enumerate((np.nan, np.inf, 1e33)):
+        matrix = moe_ggufs.write_imatrix(tmp_path / f"{place}.gguf", model, change=spoiled(value, "counts"))
+        with pytest.raises(CheckpointError, match=f"{DOWN}.counts holds what is no number of tokens"):
+            shrink(model, tmp_path / "small.gguf", "50%", scores_from=matrix)
+
+
+def test_an_importance_matrix_is_looked_through_before_it_is_cut(made, tmp_path):
+    model = made("qwen3moe")[0]
+    gate, attention = "blk.0.ffn_gate_exps.weight", "blk.0.attn_q.weight"
+
+    def spoil(name, sums, counts):
+        return (sums * np.nan if name == wrong else sums), counts
+
+    for wrong in (gate, attention):
+        matrix = moe_ggufs.write_imatrix(tmp_path / "bad.gguf", model, change=spoil)
+        with pytest.raises(CalibrationError, match=f"bad.gguf: {wrong}.in_sum2 holds NaN"):
+            shrink(model, tmp_path / "s.gguf", "50%", scores_from=matrix, imatrix_out=tmp_path / "out.gguf")
+        assert names(tmp_path) == ["bad.gguf"]
+        shrink(model, tmp_path / "s.gguf", "50%", scores_from=matrix)
+        for file in tmp_path.iterdir():
+            file.unlink()
+    matrix = moe_ggufs.write_imatrix(tmp_path / "imatrix.gguf", model, skip=[gate])
+    report = shrink(model, tmp_path / "s.gguf", "50%", scores_from=matrix, imatrix_out=tmp_path / "out.gguf")
+    assert f"no entry of 1 expert weights, such as {gate}" in report["warnings"][-1]
+
+
+def test_room_is_looked_for_wherever_a_file_goes(made, tmp_path, monkeypatch):
+    model, matrix = made("qwen3moe")
+    (tmp_path / "full").mkdir()
+    usage = output.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        output.shutil, "disk_usage", lambda path: usage._replace(free=5000) if Path(path).name == "full" else usage
+    )
+    with pytest.raises(
+        OutputError, match=r"full: needs 0\.\d\d MB but 0.01 MB are free there|full: needs .* MB but 0.00 MB"
+    ):
+        shrink(model, tmp_path / "s.gguf", "50%", scores_from=matrix, imatrix_out=tmp_path / "full/out.gguf")
+    assert names(tmp_path) == ["full"] and not list((tmp_path / "full").iterdir())
+
+
+def test_a_type_that_cannot_be_read_needs_a_plan_of_that_layer(made, tmp_path, monkeypatch):
+    model, matrix = made("glm4moe")
+
+    def unknown(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(gguf, "dequantize", unknown)
+    with pytest.raises(
+        ModelError, match="blk.2.ffn_gate_exps.weight: is Q8_0, .* give a --plan that says what this layer"
+    ):
+        shrink(model, tmp_path / "s.gguf", "50%", scores_from=matrix, score="frequency")
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"1": list(range(8)), "2": list(range(8))}))
+    shrink(model, tmp_path / "s.gguf", plan=plan)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_names_of_files_may_hold_any_byte(made, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    source, matrix = (folder / os.fsdecode(b"\xfe" + name) for name in (b"m.gguf", b"i.gguf"))
+    for file, made_one in zip((source, matrix), made("qwen3moe"), strict=True):
+        file.write_bytes(made_one.read_bytes())
+    report = shrink(source, folder / "small.gguf", "50%", scores_from=matrix)
+    assert json.loads((folder / "small.gguf.report.json").read_bytes())["source"] == str(source)
+    assert "\\udcfei.gguf" in fields_of(folder / "small.gguf")["general.description"]
+    assert not check_gguf(report["target"], source).problems
+
+
+def test_processes_that_score_import_nothing_from_the_users_folder(made, tmp_path, monkeypatch):
+    model, matrix = made("qwen3moe")
+    (tmp_path / "numpy.py").write_text("raise SystemExit('imported from here')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(score_processes, "WORTH", 0)
+    monkeypatch.setattr(score_processes.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    shrink(model, "small.gguf", "50%", scores_from=matrix)
+    assert not check_gguf("small.gguf", model).problems
+
+
+def test_a_scale_that_is_not_f32_is_refused(tmp_path):
+    scale = "blk.0.ffn_down_exps.scale"
+    model = moe_ggufs.write(tmp_path / "model.gguf", "llama", 4, layers=1, used=1, more=[(scale, (4,))])
+    data = bytearray(model.read_bytes())
+    kind = data.index(scale.encode()) + len(scale) + 4 + 8  # after the number of dimensions and the one dimension
+    data[kind : kind + 4] = int(Q.F16).to_bytes(4, "little")
+    short = tensors_of(model)[scale].data_offset + 8
+    model.write_bytes(data[:short] + bytes(24))
+    with pytest.raises(ModelError, match=f"{scale}: is F16, where a scale is F32"):
+        shrink(model, tmp_path / "small.gguf", 1, score="aimer")
+
+
 def test_targets_that_must_not_be_written_are_refused(made, tmp_path):
     source, matrix = made("qwen3moe")
     model = tmp_path / "model.gguf"
     model.write_bytes(source.read_bytes())
     (tmp_path / "held.gguf").write_bytes(b"mine")
+    (tmp_path / "told.gguf.report.json").write_bytes(b"mine")
     os.link(model, tmp_path / "link.gguf")
     cases = [
         ({"target": model}, "is the source"), ({"target": tmp_path / "link.gguf"}, "is the source"),
         ({"target": tmp_path / "held.gguf"}, "exists, and is not replaced"), ({"target": tmp_path / "small"}, "ends in .gguf"),
         ({"target": tmp_path / "none/small.gguf"}, "no such directory"),
         ({"imatrix_out": tmp_path / "out.dat"}, "ends in .gguf"), ({"imatrix_out": tmp_path / "held.gguf"}, "exists"),
+        ({"target": tmp_path / "told.gguf"}, "told.gguf.report.json: exists"),
         ({"write_plan": tmp_path / "small.gguf"}, "two of the files"), ({"write_plan": tmp_path / "held.gguf"}, "exists"),
     ]  # fmt: skip
     for changes, message in cases:
         with pytest.raises(OutputError, match=message):
             shrink(model, **{"target": tmp_path / "small.gguf", **changes}, drop_experts="50%", scores_from=matrix)
     assert (
-        names(tmp_path) == ["held.gguf", "link.gguf", "model.gguf"] and (tmp_path / "held.gguf").read_bytes() == b"mine"
+        names(tmp_path) == ["held.gguf", "link.gguf", "model.gguf", "told.gguf.report.json"]
+        and (tmp_path / "held.gguf").read_bytes() == b"mine"
     )
 
 
@@ -565,6 +725,8 @@ def test_what_a_number_of_experts_means_for_programs(made, tmp_path):
     assert eight["routing"] == {"power_of_two": True, "fused_cuda_routing": True, "multiple_of_8": True}
     assert twelve["routing"] == {"power_of_two": False, "fused_cuda_routing": False, "multiple_of_8": False}
     assert "12 is not a power of two: llama.cpp's fused CUDA routing does not run" in twelve["routing_text"]
+    fused = [number for number in range(1, 2049) if routing_facts(number)["fused_cuda_routing"]]
+    assert fused == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 576]
 
 
 def test_headers_changed_at_random_give_a_model_or_a_sentence(tmp_path):

@@ -26,6 +26,7 @@ def test_a_share_is_rounded_down_to_whole_experts(count, drop, kept):
         (None, None, "one of both"), ("25%", 12, "one of both"), ("110%", None, "between 0 and 1"), ("1.0", None, "between"),
         ("-3", None, "neither a share"), ("many", None, "neither a share"), ("16", None, "none would be kept"),
         ("5%", None, "none is removed"), ("0", None, "none is removed"), (None, 16, "none is removed"), (None, 0, "none would"),
+        (None, 4.9, "give a whole number"), (None, True, "give a whole number"),
     ],
 )  # fmt: skip
 def test_numbers_that_mean_nothing_are_refused(drop, keep, message):
@@ -136,3 +137,15 @@ def test_the_word_in_a_numbered_key_counts(content):
 def test_what_could_mean_two_things_is_refused(content, name):
     with pytest.raises(PatternError):
         kept_experts(content, [1, 2], 6, name)
+
+
+@pytest.mark.parametrize("lists", [[[0, 1], [0, 2]], [[], [0, 1], [0, 2]], {"experts": [[0, 1], [0, 2]]}])
+def test_a_list_may_leave_out_layers_that_do_not_run(lists):
+    assert kept_experts(lists, [1, 2, 3], 4, running=[1, 2]) == {1: (0, 1), 2: (0, 2)}
+    with pytest.raises(PatternError, match="the model has 3 layers"):
+        kept_experts(lists, [1, 2, 3], 4)
+
+
+def test_a_key_of_very_many_digits_is_refused_in_words():
+    with pytest.raises(PatternError, match="which has no experts in this model"):
+        kept_experts({"9" * 5000: [0, 1]}, [0], 4)
