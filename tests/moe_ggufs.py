@@ -35,22 +35,33 @@ def dense(block, width, inner, end=""):
 
 def qwen3moe(count, width, inner, layers):
     for block in range(layers):
-        yield from attention(block, width)
-        yield from experts(block, count, width, inner)
-        yield f"blk.{block}.ffn_norm.weight", (width,)
+        yield from llama_block(block, count, width, inner)
         for name in ("q", "k"):
             yield f"blk.{block}.attn_{name}_norm.weight", (width // 4,)
 
 
+def llama_block(block, count, width, inner):
+    yield from attention(block, width)
+    yield from experts(block, count, width, inner)
+    yield f"blk.{block}.ffn_norm.weight", (width,)
+
+
 def llama(count, width, inner, layers):
     for block in range(layers):
-        yield from attention(block, width)
+        yield from llama_block(block, count, width, inner)
+
+
+def first_dense(block, count, width, inner):
+    """The first block is dense, the others have a shared expert beside the routed ones."""
+    if block:
         yield from experts(block, count, width, inner)
-        yield f"blk.{block}.ffn_norm.weight", (width,)
+        yield from dense(block, width, inner, "_shexp")
+        yield f"blk.{block}.exp_probs_b.bias", (count,)
+    else:
+        yield from dense(block, width, width)
 
 
 def deepseek2(count, width, inner, layers):
-    """The first block is dense, the others have a shared expert beside the routed ones."""
     for block in range(layers):
         start = f"blk.{block}."
         yield f"{start}attn_norm.weight", (width,)
@@ -62,12 +73,7 @@ def deepseek2(count, width, inner, layers):
         yield f"{start}attn_kv_b.weight", (4 * 32, 16)
         yield f"{start}attn_output.weight", (width, 4 * 16)
         yield f"{start}ffn_norm.weight", (width,)
-        if block:
-            yield from experts(block, count, width, inner)
-            yield from dense(block, width, inner, "_shexp")
-            yield f"{start}exp_probs_b.bias", (count,)
-        else:
-            yield from dense(block, width, width)
+        yield from first_dense(block, count, width, inner)
 
 
 def gpt_oss(count, width, inner, layers):
@@ -85,19 +91,14 @@ def gpt_oss(count, width, inner, layers):
 
 
 def glm4moe(count, width, inner, layers):
-    """The first block is dense, the last one predicts a further token."""
+    """The last block predicts a further token."""
     for block in range(layers):
         start = f"blk.{block}."
         yield from attention(block, width)
         for name, size in (("q", width), ("k", width // 2), ("v", width // 2)):
             yield f"{start}attn_{name}.bias", (size,)
         yield f"{start}post_attention_norm.weight", (width,)
-        if block:
-            yield from experts(block, count, width, inner)
-            yield from dense(block, width, inner, "_shexp")
-            yield f"{start}exp_probs_b.bias", (count,)
-        else:
-            yield from dense(block, width, width)
+        yield from first_dense(block, count, width, inner)
     last = f"blk.{layers - 1}.nextn."
     yield f"{last}eh_proj.weight", (width, 2 * width)
     for name in ("enorm", "hnorm", "shared_head_norm"):

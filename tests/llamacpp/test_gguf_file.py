@@ -132,6 +132,7 @@ HOSTILE = {
     "no dimensions": (file(tensors=[tensor(dims=())]), "0 dimensions"),
     "an empty dimension": (file(tensors=[tensor(dims=(0,))]), "cannot be"),
     "half a block": (file(tensors=[tensor(dims=(48,), kind=8)]), "cannot be"),
+    "a type that was removed": (file(tensors=[tensor(kind=4)]), "removed it: get the model in another quantization"),
     "an unknown type": (file(tensors=[tensor(kind=4000)]), "pip install --upgrade gguf"),
 }
 
