@@ -67,7 +67,7 @@ def save_tiny(
     path: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, shard: str = "20KB", **changes
 ) -> Path:
     """Saves a random model of a family, in shards, with every parameter, norms and biases too, made random."""
-    settings = {**FAMILIES, **EXPERTS}[family]
+    settings = {**FAMILIES, **EXPERTS}.get(family, {})
     small = {
         key: value for key, value in SMALL.items() if not (family == "falcon" and key == "head_dim")
     }  # its own, read-only

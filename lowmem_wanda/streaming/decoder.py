@@ -2,7 +2,7 @@
 
 The model's own forward runs on stubs in the blocks' places. It computes the embeddings, masks, rotary tables and every
 argument that it would pass to each block, and the stubs keep those. Each real block is then called with exactly what
-the model would have passed.
+the model would have passed. `calls` has what is proved meanwhile.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowmem_wanda.errors import ModelError
-from lowmem_wanda.streaming.buffers import DTYPES, Scratch, read_cast
+from lowmem_wanda.errors import LowmemError, ModelError
+from lowmem_wanda.streaming.buffers import DTYPES, Scratch
+from lowmem_wanda.streaming.calls import Beside, Calls
 from lowmem_wanda.streaming.matrices import Matrix, Trace, trace
 from lowmem_wanda.streaming.model import StreamedModel
-from lowmem_wanda.streaming.stubs import Compared, Stub, same_call
+from lowmem_wanda.streaming.outside import Outside, get, put
+from lowmem_wanda.streaming.resources import anonymous, free_memory
+from lowmem_wanda.streaming.skeleton import first_line
+from lowmem_wanda.streaming.stubs import Stub, fresh
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments beside the hidden states
-Calls = dict[tuple[int, ...], list[Call]]  # (sequences, length) -> the call of each block
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
@@ -52,7 +54,7 @@ class Block:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output (sequences, length, width), on its device, for hidden states of that shape on any."""
-        args, kwargs = self._calls[tuple(hidden.shape[:2])][self.index]
+        args, kwargs = self._calls.of(hidden, self.index)
         hidden = hidden.to(self.device, non_blocking=self.device.type == "cuda")
         output = self.module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
@@ -74,15 +76,14 @@ class Decoder:
         self.model, self.skeleton, self.tensors = model, model.skeleton, model.checkpoint.tensors
         self.device, self.dtype = model.device, model.dtype
         self.traces: dict[int, Trace] = {}
-        self._calls: Calls = {}
-        self._final: torch.Tensor | None = None
-        self._embedded: torch.Tensor | None = None
-        self._filled: dict[str, torch.Tensor] = {}
-        self._compared: Compared = {}
-        self._hooks: list[Any] = []
+        self._calls = Calls(self.skeleton.path, len(self.skeleton.blocks), self.device)
+        self._final: torch.Tensor | None = None  # what the last block puts out while the head is applied
+        self._last: torch.Tensor | None = None  # what the last stub hands on to the head, where that is given
+        self._at_head: torch.Tensor | None = None  # what arrived at the head in the last forward on stubs
         for index, block in enumerate(self.skeleton.blocks):
             self._list[index] = Stub(block, partial(self._arrive, index))
-        self._fill_on_demand()
+        self._outside, head = Outside(model), self.skeleton.head
+        self._hook = head.register_forward_pre_hook(self._reached) if head is not None else None
         self.empty()
 
     def __enter__(self) -> "Decoder":
@@ -90,11 +91,12 @@ class Decoder:
 
     def __exit__(self, *exception: object) -> None:
         """Takes the stubs, the hooks and all loaded weights out of the model again."""
-        for hook in self._hooks:
-            hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         for index, block in enumerate(self.skeleton.blocks):
             self._list[index] = block
         self.empty()
+        self._outside.close()
         self._calls.clear()
 
     @property
@@ -111,17 +113,21 @@ class Decoder:
         """The hidden states before the first block, for batches of token ids (sequences, length), one batch at a time.
 
         They are views of one tensor (tokens, width), which `allocate` makes for a shape and a dtype (default: on the
-        device). The other arguments of each block are kept. Raises ModelError where those depend on the tokens.
+        device). The other arguments of each block are kept. Raises ModelError where the blocks are not a chain, and
+        BudgetError where arguments that depend on the tokens take too much memory.
         """
         states, start = torch.empty(0), 0
         micro_batches: list[torch.Tensor] = []
         for tokens in batches:
             embedded = self._run(tokens)
             if not micro_batches:
+                self._prove(tokens)
                 shape = (sum(tokens.size for tokens in batches), embedded.shape[-1])
                 states = allocate(shape, embedded.dtype) if allocate else embedded.new_empty(shape)
             micro_batches.append(states[start : start + tokens.size].view(embedded.shape).copy_(embedded))
+            self._calls.keep(micro_batches[-1])
             start += tokens.size
+            self._calls.require_room(len(micro_batches), len(batches), self._left)
         self.empty()
         return micro_batches
 
@@ -129,12 +135,15 @@ class Decoder:
         """The logits that the model makes of hidden states (sequences, length, width) after its last block.
 
         The model applies its own norm, its head, and its own scales and soft caps. `Head` loads the head's weight.
+        Raises ModelError where the model's own code fails.
         """
         self._final = hidden
         width = self.skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
-        nothing = torch.zeros(1, 1, int(width), dtype=self.dtype, device=self.device)  # so that nothing is embedded
-        try:
+        nothing = torch.zeros(*hidden.shape[:2], int(width), dtype=self.dtype, device=self.device)
+        try:  # with an input that takes no embedding
             output = self.skeleton.model(inputs_embeds=nothing, use_cache=False)
+        except Exception as error:
+            raise self._failed(error, "its head cannot be applied alone") from error
         finally:
             self._final = None
         return output.logits  # type: ignore[no-any-return]
@@ -142,7 +151,7 @@ class Decoder:
     def load(self, index: int, stored: dict[str, torch.Tensor]) -> Block:
         """The block `index` with its file tensors `stored`, which lie on the device."""
         module, tensors = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
-        trace = self.traces.get(index) or Trace(self.skeleton.matrices[index], (), False)
+        trace = self.traces.get(index) or Trace(self.skeleton.matrices[index], (), None)
         cast_on_call = {f"{matrix.module}.{matrix.parameter}" for matrix in trace.matrices}
         matrices = {matrix.tensor for matrix in trace.matrices}
         other = {name: tensor for name, tensor in stored.items() if self._computing(tensor.dtype) != tensor.dtype}
@@ -150,21 +159,21 @@ class Decoder:
         casts = self._casts.empty(small)
         for name, tensor in tensors.items():
             if tensor in casts:
-                _put(module, name, casts[tensor].copy_(stored[tensor]))
+                put(module, name, casts[tensor].copy_(stored[tensor]))
             elif tensor in other and name in cast_on_call:
                 linear = module.get_submodule(name.rpartition(".")[0])
                 linear.forward = partial(self._cast_and_call, linear, stored[tensor])  # type: ignore[method-assign]
             else:
-                _put(module, name, stored[tensor])
+                put(module, name, stored[tensor])
         for name, buffer in module.named_buffers():
             if name not in tensors:
-                _put(module, name, buffer.to(self.device))
+                put(module, name, buffer.to(self.device))
         return Block(index, module, stored, trace, self._calls, self.device)
 
     def release(self, block: Block) -> None:
         """Takes a block's weights out of the model again."""
         for name in self.skeleton.block_tensors(block.index):
-            _put(block.module, name, self._get(block.module, name).to("meta"))
+            put(block.module, name, get(block.module, name).to("meta"))
         for matrix in block.matrices:
             block.module.get_submodule(matrix.module).__dict__.pop("forward", None)
 
@@ -175,46 +184,93 @@ class Decoder:
         each call takes about 3 % of the time of a matrix product with 1024 tokens on a CPU.
         """
         weight = self._cast_weight.empty({"": (stored.shape, self.dtype)})[""]
-        _put(linear, "weight", weight.copy_(stored))
+        put(linear, "weight", weight.copy_(stored))
         return type(linear).forward(linear, hidden)
 
-    def _run(self, tokens: np.ndarray) -> torch.Tensor:
-        """Runs the model's own forward on stubs, up to the last block; gives the hidden states before the first."""
+    def _run(self, tokens: np.ndarray, last: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs the model's own forward on stubs, up to its head; gives the hidden states before the first block.
+
+        `last` is what the last stub hands on to the head (default: random numbers).
+        """
+        self._calls.begin()
+        self._last, self._at_head = last, None
         try:
             self.skeleton.model(input_ids=self._ids(tokens), use_cache=False)
         except Stop:
             pass
-        embedded, self._embedded = self._embedded, None
-        self._compared.clear()
-        if embedded is None or embedded.ndim != 3:
+        except Exception as error:
+            if not self._calls.whole or isinstance(error, LowmemError):  # a head may need the weights that it lacks
+                raise self._failed(error, "its forward fails without its blocks") from error
+        embedded, name = self._calls.first, type(self.skeleton.model).__name__
+        if embedded is None or embedded.ndim != 3 or embedded.shape[:2] != tokens.shape:
             raise ModelError(
-                f"{type(self.skeleton.model).__name__}: its blocks do not pass (sequences, length, width) "
-                "states on; it is not supported yet"
+                f"{name}: its blocks do not pass (sequences, length, width) states on, one for each token; it is not "
+                "supported yet"
+            )
+        if not self._calls.whole:
+            raise ModelError(
+                f"{name}: calls {len(self._calls.now)} of the {self.depth} blocks in {self.skeleton.path} on text; it "
+                "is not supported yet"
             )
         return embedded
 
+    def _failed(self, error: Exception, what: str) -> Exception:
+        """The error to raise for one of the model's own code, which may raise anything."""
+        full = isinstance(error, (LowmemError, MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error).lower()
+        if full:
+            return error
+        return ModelError(
+            f"{type(self.skeleton.model).__name__}: {what} ({first_line(error)}); it is not supported yet"
+        )
+
+    def _prove(self, tokens: np.ndarray) -> None:
+        """Proves, after a run on `tokens`, that no block but the next, and of the last one the head, uses its output.
+
+        Raises ModelError where what blocks are called with depends on what others put out, or where the head is given
+        something beside what the last block puts out.
+        """
+        calls, first, handed, arrived = self._calls.now, self._calls.first, self._calls.handed, self._at_head
+        self._run(tokens)
+        self._calls.require_equal(calls)
+        if arrived is not None:
+            self._run(np.roll(tokens, 1, axis=1), last=handed)
+            if self._at_head is None or not torch.equal(self._at_head, arrived):
+                raise ModelError(
+                    f"{type(self.skeleton.model).__name__}: its head is given something beside what its last block "
+                    "puts out, which is not supported yet"
+                )
+        self._calls.now, self._calls.first = calls, first
+
+    def _left(self) -> int:
+        """The bytes that may still be taken where it is computed."""
+        budget, on_host = self.model.budget, self.device.type == "cpu"
+        limit = budget.max_ram and budget.max_ram - anonymous() if on_host else budget.max_vram
+        return min(free_memory(self.device), limit) if limit else free_memory(self.device)
+
     def _arrive(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keeps the arguments of a stub that the model calls, and gives back its hidden states unchanged."""
+        """Keeps the arguments of a stub that the model calls; gives what a block would give in its place."""
         kwargs = dict(kwargs)
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+        if self._final is None:
+            self._calls.arrive(index, hidden, (args, kwargs))
+            if index not in self.traces:
+                block, matrices = self.skeleton.blocks[index], self.skeleton.matrices[index]
+                self.traces[index] = trace(block, matrices, hidden, *fresh((args, kwargs)))
+        last = index == self.depth - 1
         if self._final is not None:
-            hidden = self._final if index == self.depth - 1 else hidden
-            return (hidden,) if self.traces[index].returns_tuple else hidden
-        if index == 0:
-            self._embedded = hidden
-        if index not in self.traces:
-            self.traces[index] = trace(self.skeleton.blocks[index], self.skeleton.matrices[index], hidden, args, kwargs)
-        calls = self._calls.setdefault(tuple(hidden.shape[:2]), [])
-        if index == len(calls):
-            calls.append((args, kwargs))
-        elif not same_call(calls[index], (args, kwargs), self._compared):
-            raise ModelError(
-                f"{self.skeleton.path}.{index}: what it is called with depends on the tokens, which is not supported "
-                "yet"
-            )
-        if index == self.depth - 1:
+            output = self._final if last else hidden
+        elif last and self.skeleton.head is None:
             raise Stop
-        return (hidden,) if self.traces[index].returns_tuple else hidden
+        else:
+            output = self._calls.hand_on(hidden) if self._last is None or not last else self._last
+        beside = self.traces[index].beside
+        return output if beside is None else (output, *(None if none else Beside() for none in beside))
+
+    def _reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Ends a forward on stubs where the head is called."""
+        if self._final is None:
+            self._at_head = args[0] if args else None
+            raise Stop
 
     def _ids(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self.device)
@@ -222,48 +278,10 @@ class Decoder:
     def _computing(self, stored: torch.dtype) -> torch.dtype:
         return self.dtype if stored.is_floating_point else stored
 
-    def _fill_on_demand(self) -> None:
-        """Has each module outside the blocks load its parameters when it is called, except the head (see `Head`)."""
-        outside, head = self.skeleton.outside(), self.skeleton.head
-        for path, module in self.skeleton.model.named_modules():
-            prefix = f"{path}." if path else ""
-            own = {
-                name: outside[prefix + name]
-                for name in [*module._parameters, *module._buffers]
-                if prefix + name in outside
-            }
-            if own and module is not head:
-                self._hooks.append(module.register_forward_pre_hook(partial(self._fill, own, prefix)))
-        for name, buffer in self.skeleton.model.named_buffers():
-            if name not in outside and not name.startswith(f"{self.skeleton.path}."):
-                _put(self.skeleton.model, name, buffer.to(self.device))
-
-    def _fill(self, own: dict[str, str], prefix: str, module: nn.Module, args: Any) -> None:
-        for name, tensor in own.items():
-            if tensor not in self._filled:
-                file = self.tensors[tensor]
-                dtype = self._computing(DTYPES[file.dtype])
-                self._filled[tensor] = read_cast(file, torch.empty(file.shape, dtype=dtype, device=self.device))
-            _put(module, name, self._filled[tensor])
-
     def empty(self) -> None:
         """Drops the weights that were loaded outside the blocks, and the casts of blocks."""
         self._cast_weight, self._casts = Scratch(self.device), Scratch(self.device)
-        for name, tensor in self.skeleton.outside().items():
-            if tensor in self._filled:
-                _put(self.skeleton.model, name, self._get(self.skeleton.model, name).to("meta"))
-        self._filled.clear()
-
-    @staticmethod
-    def _get(module: nn.Module, name: str) -> torch.Tensor:
-        owner, _, last = name.rpartition(".")
-        return getattr(module.get_submodule(owner), last)  # type: ignore[no-any-return]
-
-
-def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    owner, _, last = name.rpartition(".")
-    module = module.get_submodule(owner)
-    setattr(module, last, nn.Parameter(tensor, requires_grad=False) if last in module._parameters else tensor)
+        self._outside.empty()
 
 
 def cast_bytes(model: StreamedModel) -> int:

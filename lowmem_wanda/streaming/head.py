@@ -52,7 +52,7 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits (tokens, loaded ids), float32, for final hidden states (tokens, width)."""
-        return self.decoder.finish(hidden[None]).reshape(len(hidden), -1).float()
+        return self.decoder.finish(hidden[:, None]).reshape(len(hidden), -1).float()
 
     def close(self) -> None:
         """Takes the head's weights out of the model again."""

@@ -50,12 +50,13 @@ class Trace:
     """What a run of a block on `meta` shows.
 
     `matrices` know which inputs they share. `inputs` are the distinct ones, in the order in which they arrive.
-    `returns_tuple` says that the block gives its output within a tuple.
+    `beside` is None where the block gives hidden states alone. Where it gives them within a tuple, it says of each
+    further value whether that is None.
     """
 
     matrices: tuple[Matrix, ...]
     inputs: tuple[str, ...]
-    returns_tuple: bool
+    beside: tuple[bool, ...] | None
 
 
 def find_matrices(block: nn.Module, tensors: Mapping[str, str]) -> tuple[Matrix, ...]:
@@ -76,7 +77,7 @@ def trace(
 ) -> Trace:
     """The trace of a block, which is run without weights and data.
 
-    Raises ModelError for a matrix whose module is not called exactly once.
+    Raises ModelError for a block that does not run so, and for a matrix whose module is not called exactly once.
     """
     block = copy.deepcopy(block).to("meta")
     called: list[str] = []
@@ -92,14 +93,21 @@ def trace(
     for path in modules:
         block.get_submodule(path).register_forward_pre_hook(partial(note, path))
     args, kwargs = _on_meta((args, kwargs))
-    output = block(hidden.to("meta"), *args, **kwargs)
+    try:
+        output = block(hidden.to("meta"), *args, **kwargs)
+    except Exception as error:  # what a model's own code raises is not known
+        raise ModelError(
+            f"{type(block).__name__}: a block of it does not run without data ({str(error).strip()[:200]}), so what "
+            "its matrices are measured on is not known; it is not supported yet"
+        ) from error
     if sorted(called) != modules:
         missed = sorted(set(modules) - set(called)) or sorted(called)
         raise ModelError(
             f"{type(block).__name__}: linear {missed[0]} is not called once in a forward, so it cannot be measured"
         )
     known = tuple(replace(matrix, inputs=first[matrix.module]) for matrix in matrices)
-    return Trace(known, tuple(arrived), isinstance(output, (tuple, list)))
+    beside = tuple(value is None for value in output[1:]) if isinstance(output, (tuple, list)) else None
+    return Trace(known, tuple(arrived), beside)
 
 
 def _on_meta(value: Any) -> Any:

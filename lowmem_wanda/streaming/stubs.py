@@ -1,6 +1,7 @@
 """Stubs that take the places of blocks while the model's own forward runs without them."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -24,22 +25,36 @@ class Stub(nn.Module):
         return self._arrive(args, kwargs)
 
 
-def same_call(one: Any, other: Any, compared: Compared) -> bool:
-    """Whether the arguments of two calls are equal, tensors by value.
+def merged(kept: Any, new: Any, compared: Compared) -> Any:
+    """`new`, with whatever is equal in `kept` taken from there; `kept` itself if all is. Tensors are equal by value.
 
-    Blocks share most arguments, so each pair of tensors is compared once and kept in `compared`.
+    Blocks share most arguments, so each pair of tensors is compared once and remembered in `compared`.
     """
-    if one is other:
-        return True
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        pair = (id(one), id(other))
+    if kept is new:
+        return kept
+    if isinstance(kept, torch.Tensor) and isinstance(new, torch.Tensor):
+        pair = (id(kept), id(new))
         if pair not in compared:
-            compared[pair] = (torch.equal(one, other), other)  # kept, so that no other tensor gets its identity
-        return compared[pair][0]
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(same_call(*pair, compared) for pair in zip(one, other, strict=True))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_call(one[key], other[key], compared) for key in one)
-    return bool(one == other)
+            alike = (kept.shape, kept.dtype) == (new.shape, new.dtype) and torch.equal(kept, new)
+            compared[pair] = (alike, new)  # which is held, so that no other tensor gets its identity
+        return kept if compared[pair][0] else new
+    if type(kept) is not type(new):
+        return new
+    if isinstance(kept, (tuple, list)) and len(kept) == len(new):
+        parts = [merged(*pair, compared) for pair in zip(kept, new, strict=True)]
+        return kept if all(part is old for part, old in zip(parts, kept, strict=True)) else type(kept)(parts)
+    if isinstance(kept, dict) and kept.keys() == new.keys():
+        items = {key: merged(kept[key], new[key], compared) for key in kept}
+        return kept if all(items[key] is kept[key] for key in kept) else items
+    if isinstance(kept, (tuple, list, dict)):
+        return new
+    return kept if bool(kept == new) else new
+
+
+def fresh(value: Any) -> Any:
+    """The value with containers of its own, so that what a block puts into one of them reaches no other block."""
+    if type(value) in (tuple, list):
+        return type(value)(fresh(one) for one in value)
+    if type(value) is dict:
+        return {key: fresh(one) for key, one in value.items()}
+    return copy.copy(value) if isinstance(value, MutableMapping) else value

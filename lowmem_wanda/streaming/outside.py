@@ -1,0 +1,70 @@
+"""The weights outside the blocks: embeddings, final norm and others, each loaded when its module is called."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem_wanda.streaming.buffers import DTYPES, read_cast
+from lowmem_wanda.streaming.model import StreamedModel
+
+
+class Outside:
+    """Loads what lies outside the blocks of a model's skeleton, in the computing dtype on the device.
+
+    The head is not loaded (see `Head`).
+    """
+
+    def __init__(self, model: StreamedModel) -> None:
+        self.model, self.skeleton = model, model.skeleton
+        self._filled: dict[str, torch.Tensor] = {}
+        self._hooks: list[Any] = []
+        outside = self.skeleton.outside()
+        for path, module in self.skeleton.model.named_modules():
+            prefix = f"{path}." if path else ""
+            own = {
+                name: outside[prefix + name]
+                for name in [*module._parameters, *module._buffers]
+                if prefix + name in outside
+            }
+            if own and module is not self.skeleton.head:
+                self._hooks.append(module.register_forward_pre_hook(partial(self._fill, own)))
+        for name, buffer in self.skeleton.model.named_buffers():
+            if name not in outside and not name.startswith(f"{self.skeleton.path}."):
+                put(self.skeleton.model, name, buffer.to(model.device))
+
+    def empty(self) -> None:
+        """Drops all weights that were loaded."""
+        for name, tensor in self.skeleton.outside().items():
+            if tensor in self._filled:
+                put(self.skeleton.model, name, get(self.skeleton.model, name).to("meta"))
+        self._filled.clear()
+
+    def close(self) -> None:
+        """Drops all weights, and loads none again."""
+        for hook in self._hooks:
+            hook.remove()
+        self.empty()
+
+    def _fill(self, own: dict[str, str], module: nn.Module, args: Any) -> None:
+        for name, tensor in own.items():
+            if tensor not in self._filled:
+                file = self.model.checkpoint.tensors[tensor]
+                stored = DTYPES[file.dtype]
+                dtype = self.model.dtype if stored.is_floating_point else stored
+                self._filled[tensor] = read_cast(file, torch.empty(file.shape, dtype=dtype, device=self.model.device))
+            put(module, name, self._filled[tensor])
+
+
+def get(module: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of a path."""
+    owner, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(owner), last)  # type: ignore[no-any-return]
+
+
+def put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor in the place of the parameter or buffer of a path."""
+    owner, _, last = name.rpartition(".")
+    module = module.get_submodule(owner)
+    setattr(module, last, nn.Parameter(tensor, requires_grad=False) if last in module._parameters else tensor)
