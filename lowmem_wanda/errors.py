@@ -41,3 +41,8 @@ class OutputError(LowmemError):
 
 class NumberError(LowmemError):
     """A weight or a statistic is NaN or infinite."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters, or the error's class."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -15,10 +15,9 @@ from typing import Any
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-from lowmem_wanda.errors import CalibrationError, LowmemError, ModelError
+from lowmem_wanda.errors import CalibrationError, LowmemError, ModelError, first_line
 from lowmem_wanda.evaluation.harness import GENERATES, Lowmem
 from lowmem_wanda.streaming.model import StreamedModel
-from lowmem_wanda.streaming.skeleton import first_line
 from lowmem_wanda.streaming.walk import Notify
 
 BOOTSTRAP = 1000  # samples for a standard error without a formula, good to 2 %; the harness's 100,000 take minutes

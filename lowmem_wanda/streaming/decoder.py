@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowmem_wanda.errors import LowmemError, ModelError
+from lowmem_wanda.errors import LowmemError, ModelError, first_line
 from lowmem_wanda.streaming.buffers import DTYPES, Scratch
 from lowmem_wanda.streaming.calls import Beside, Calls
 from lowmem_wanda.streaming.matrices import Matrix, Trace, trace
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.outside import Outside, get, put
 from lowmem_wanda.streaming.resources import anonymous, free_memory
-from lowmem_wanda.streaming.skeleton import first_line
 from lowmem_wanda.streaming.stubs import Stub, fresh
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]

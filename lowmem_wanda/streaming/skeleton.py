@@ -3,26 +3,31 @@
 Nothing here depends on a model family: the list of blocks, the matrices and the names in the file are found by search.
 """
 
+import copy
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
-from lowmem_wanda.checkpoint.reader import FLOATS
-from lowmem_wanda.errors import CalibrationError, CheckpointError, ModelError
+from lowmem_wanda.errors import CalibrationError, ModelError, first_line
 from lowmem_wanda.streaming.matrices import LINEARS, Matrix, find_matrices
+from lowmem_wanda.streaming.naming import account, match
 
+PLAIN = (None, "eager", "sdpa")  # ways to compute attention that torch alone has
+MANY = 4096  # layers or experts that are built without a look at the tensors
+COUNTS = re.compile(r"(^|_)(n|num|encoder|decoder)_(\w+_)*(layer|block|expert)s?$")  # keys that say how many
 BUILDING = threading.Lock()  # `init_empty_weights` changes torch's modules for all threads meanwhile
 BUILD_ERRORS = (  # what transformers raises for configurations that do not describe a model
     OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError,
@@ -79,11 +84,18 @@ class Skeleton:
 
     @property
     def positions(self) -> int | None:
-        """The number of positions, by the names that configurations use; None where the model has no limit."""
+        """The number of positions, by the names that configurations use; None where the model has no limit.
+
+        Where rotary positions are scaled as the text grows (dynamic NTK), they are the scaled ones.
+        """
         config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
         names = ("max_position_embeddings", "max_seq_len")
         values = (getattr(config, name, None) for name in names)
-        return next((value for value in values if isinstance(value, int) and value > 0), None)
+        found = next((value for value in values if isinstance(value, int) and value > 0), None)
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        if found and isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "dynamic":
+            return int(found * max(1, rope.get("factor", 1)))  # which only then stretches beyond them
+        return found
 
     @property
     def attention_heads(self) -> int:
@@ -104,23 +116,31 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     are missing, of other shapes, or without a place in the model.
     """
     model = _build(checkpoint, dtype, trust_remote_code)
-    names, unexpected = _match(model, checkpoint)
+    names, unexpected = match(model, checkpoint)
     blocks = _find_blocks(model)
     _require_no_experts(model, blocks)
-    untouched = _account(model, checkpoint, names, unexpected)
+    untouched = account(model, checkpoint, names, unexpected, blocks)
     return Skeleton(model, names, blocks, tuple(model.get_submodule(blocks)), untouched)  # type: ignore[arg-type]
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False, **settings: Any) -> Any:
     """The checkpoint's own tokenizer as transformers makes it. Raises CalibrationError where it cannot be loaded."""
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code, **settings
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_tokens)):  # made of no file
+            raise ValueError("no file of it holds a vocabulary")
+        return tokenizer
+    except Exception as error:  # tokenizers raises plain Exception, and odd files anything
+        pieces = sorted(file.name for kind in ("tokenizer.model*", "*.spm") for file in checkpoint.path.glob(kind))
+        if pieces and not (checkpoint.path / "tokenizer.json").exists() and not find_spec("sentencepiece"):
+            move = f"it is in {pieces[0]}, which needs another package: pip install sentencepiece protobuf"
+        else:
+            move = "add a tokenizer.json that is whole"
         raise CalibrationError(
-            f"{checkpoint.path}: its tokenizer cannot be loaded ({first_line(error)}); add "
-            "tokenizer.json, or give token ids (.npy) to --text"
+            f"{checkpoint.path}: its tokenizer cannot be loaded ({first_line(error)}); {move}, or give token ids "
+            "(.npy) to --text"
         ) from None
 
 
@@ -131,8 +151,13 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         raise ModelError(f"config.json: {declared[0]} is not a causal language model; only those are pruned")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code)
+        _require_sane(config, checkpoint)
+        if getattr(config, "_attn_implementation", None) not in PLAIN:
+            config._attn_implementation = None  # an optional package, or code that would be looked up on the network
         with BUILDING, init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except (*BUILD_ERRORS, StrictDataclassError) as error:
         raise ModelError(
             f"config.json: transformers cannot build a causal language model of it ({first_line(error)})"
@@ -141,59 +166,72 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
     return built
 
 
-def _match(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
-    """({parameter or buffer: file tensor}, file tensors without a place), by transformers' own renaming."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    names: dict[str, str] = {}
-    unexpected = []
-    for tensor in checkpoint.tensors:
-        name, converted = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
-        if name not in state and tensor in state:
-            name, converted = tensor, None
-        if converted is not None and name in state:
-            kind = "experts are" if "expert" in tensor else "it is"
-            raise ModelError(
-                f"tensor {tensor}: {kind} stored in another form than {type(model).__name__} computes "
-                "with, which is not supported yet"
-            )
-        if name not in state:
-            unexpected.append(tensor)
-        elif name in names:
-            raise CheckpointError(
-                f"tensors {names[name]} and {tensor} are both {name} of {type(model).__name__}; remove one"
-            )
-        else:
-            names[name] = tensor
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # transformers ties in either direction
-        if target in names or source in names:
-            names.setdefault(target, names.get(source, ""))
-            names.setdefault(source, names[target])
-    return names, unexpected
+def _require_sane(config: Any, checkpoint: Checkpoint) -> None:
+    """Raises ModelError for a number of layers or experts that no file has and that would take forever to build."""
+    numbers = (int(part) for name in checkpoint.tensors for part in name.split(".") if part.isdigit() and len(part) < 9)
+    held = max(numbers, default=-1) + 1
+    for part in (config, config.get_text_config()):
+        for key in sorted(set(vars(part)) | set(part.attribute_map)):
+            value = getattr(part, key, None) if COUNTS.search(key) else None
+            if type(value) is int and value > max(MANY, 4 * held):
+                raise ModelError(
+                    f"config.json: {key} is {value}, where the names of the tensors count to {held}; get the "
+                    "config.json of this very checkpoint"
+                )
 
 
 def _find_blocks(model: nn.Module) -> str:
-    """The path of the list with the most parameters that does not lie in another list. Raises ModelError."""
+    """The path of the list of decoder blocks: of the lists that lie in no other list, that which text goes through.
+
+    Where there are several, the model's forward is run on `meta` to see whose members it calls. Where that does not
+    tell, it is the one with the most parameters. Raises ModelError where there is none.
+    """
     lists = {
         path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     }
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     if not outer:
         raise ModelError(f"{type(model).__name__}: no list of decoder blocks is found in it, so it cannot be streamed")
+    called = _called_on_text(copy.deepcopy(model), outer) if len(outer) > 1 else set()
     sizes: dict[str, int] = {path: sum(parameter.numel() for parameter in lists[path].parameters()) for path in outer}
-    return max(sizes, key=lambda path: sizes[path])
+    return max(sizes, key=lambda path: (path in called, sizes[path]))
+
+
+class _Answers(TorchDispatchMode):
+    """Answers questions about values on `meta`, such as whether a mask is all ones, with yes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def _called_on_text(model: nn.Module, lists: list[str]) -> set[str]:
+    """The paths of the lists a member of which is called in a forward of two tokens on `meta`, as far as that runs."""
+    called: set[str] = set()
+    for path in lists:
+        for module in model.get_submodule(path).children():
+            module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+    try:
+        with torch.no_grad(), _Answers():
+            model.to("meta")(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=False)
+    except Exception:  # what a model's own code raises is not known; some of it needs data
+        pass
+    return called
 
 
 def _require_no_experts(model: nn.Module, blocks: str) -> None:
-    """Raises ModelError for experts: linears in a list, or a matrix that neither a linear nor an embedding owns."""
-    for path, module in model.get_submodule(blocks).named_modules():
+    """Raises ModelError for experts: linears in a list, or a matrix that neither a linear nor an embedding owns.
+
+    A parameter of several dimensions with as few values as a vector is none, such as a norm's weight for each head.
+    """
+    stack = model.get_submodule(blocks)
+    shapes = [module.weight.shape for module in stack.modules() if isinstance(module, LINEARS)]
+    widest = max((size for shape in shapes for size in shape), default=0)
+    for path, module in stack.named_modules():
         experts = isinstance(module, nn.ModuleList) and any(isinstance(part, LINEARS) for part in module.modules())
         known = isinstance(module, (*LINEARS, nn.Embedding))
-        matrices = [
-            name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1 and not known
-        ]
+        matrices = [] if known else list(_matrices(module, widest))
         if (experts and path) or matrices:
             name = ".".join([blocks, path, *matrices[:1]])
             raise ModelError(
@@ -201,41 +239,7 @@ def _require_no_experts(model: nn.Module, blocks: str) -> None:
             )
 
 
-def _account(model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpected: list[str]) -> tuple[str, ...]:
-    """The `unexpected` tensors, all of which transformers ignores, too.
-
-    Raises CheckpointError for any other tensor without a place, and for one that is missing or has another shape or
-    dtype than the model.
-    """
-    for name, parameter in model.state_dict().items():
-        if name not in names:
-            raise CheckpointError(
-                f"{checkpoint.path}: holds no tensor for {name} of {type(model).__name__} (config.json and "
-                "weights disagree); download it again"
-            )
-        tensor = checkpoint.tensors[names[name]]
-        if tensor.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{tensor.file.name}: tensor {tensor.name} is {list(tensor.shape)}, config.json makes it "
-                f"{list(parameter.shape)}; download both again"
-            )
-        if tensor.dtype not in FLOATS and parameter.is_floating_point():
-            raise CheckpointError(
-                f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, not floating point; get the "
-                "unquantized checkpoint"
-            )
-    # these two are old buffers that transformers, too, ignores in every family
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
-    for name in unexpected:
-        if not any(re.search(pattern, name) for pattern in patterns):
-            raise CheckpointError(
-                f"{checkpoint.tensors[name].file.name}: tensor {name} has no place in "
-                f"{type(model).__name__} as config.json describes it, "
-                "so it would not be pruned; correct config.json or remove the tensor"
-            )
-    return tuple(unexpected)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters, or the error's class."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+def _matrices(module: nn.Module, widest: int) -> Iterator[str]:
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim > 1 and parameter.numel() > widest:
+            yield name
