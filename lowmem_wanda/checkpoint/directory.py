@@ -1,19 +1,16 @@
 """A checkpoint's directory: which tensor lies in which safetensors file, and the small files beside them."""
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lowmem_wanda.checkpoint.reader import FLOATS, QUANTIZED, Tensor, read_header, read_json
+from lowmem_wanda.checkpoint.companions import ADAPTER, pieces_of, require_no_pointer
+from lowmem_wanda.checkpoint.reader import FLOATS, QUANTIZED, Tensor, opened, read_header, read_json
 from lowmem_wanda.errors import CheckpointError
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-WEIGHT_INDEX = ".index.json"
-COPIED = (".json", ".jinja", ".model", ".txt", ".md", ".tiktoken")
-COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README", "USE_POLICY")
-JOB, REPORT = "job.json", "report.json"  # files that a pruning writes beside the checkpoint
 WHOLE = 256 << 20  # bytes; the fingerprint of a larger source is made of samples
+STEP, SAMPLE = 4 << 20, 64 << 10  # bytes: of each step of a large source, a sample is read
 
 
 class Checkpoint:
@@ -48,6 +45,8 @@ class Checkpoint:
         self.files = [self.path / name for name in sorted(set(weight_map.values()) or {SINGLE})]
         self.tensors: dict[str, Tensor] = {}
         for file in self.files:
+            if file.is_file():
+                require_no_pointer(file)
             for name, tensor in read_header(file).items():
                 if weight_map and weight_map.get(name) != file.name:
                     where = f"says {weight_map[name]}" if name in weight_map else "does not list it"
@@ -85,10 +84,12 @@ class Checkpoint:
                 not isinstance(shard, str)
                 or Path(shard).name != shard
                 or "\\" in shard
+                or "\0" in shard
                 or not shard.endswith(".safetensors")
             ):
                 raise CheckpointError(
-                    f"{INDEX}: puts tensor {name} in {shard!r}, which is not a safetensors file of this directory"
+                    f"{INDEX}: puts tensor {name} in {shard!r}, which is not a safetensors file of this directory; put "
+                    "all shards beside the index, and their names alone into it"
                 )
         if single.exists() and SINGLE not in weight_map.values():
             raise CheckpointError(
@@ -105,6 +106,13 @@ def _what_instead(path: Path) -> str:
             f"holds {pickled[0]} but no safetensors, and pickled weights are never opened; "
             "get the safetensors, or convert with save_pretrained"
         )
+    if any(name.startswith("adapter_") for name in names):
+        return f"holds an adapter{_base(path)}, not a model; merge it (peft: merge_and_unload) and give the result"
+    if native := [name for name in names if name.startswith("consolidated") or name == "params.json"]:
+        return (
+            f"holds {native[0]}, the vendor's own format; get the model in Hugging Face's format (config.json and "
+            f"{SINGLE}, or shards with an index)"
+        )
     if other := [name for name in names if name.endswith(".safetensors")]:
         return f"holds {other[0]} but neither {SINGLE} nor {INDEX}; download the index or rename the single file"
     if gguf := [name for name in names if name.endswith(".gguf")]:
@@ -112,9 +120,23 @@ def _what_instead(path: Path) -> str:
     return f"neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint"
 
 
+def _base(path: Path) -> str:
+    """The words that name the model which an adapter belongs to, as far as the adapter says it."""
+    try:
+        base = read_json(path / ADAPTER).get("base_model_name_or_path")
+    except CheckpointError:
+        return ""
+    return f" of {base[:100]}" if isinstance(base, str) and base else ""
+
+
 def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
     """Raises CheckpointError for a quantized source, and for one with Python code of its own that is not trusted."""
     config = checkpoint.config()
+    with opened(checkpoint.path / CONFIG) as file:
+        if file.read(3) == b"\xef\xbb\xbf":
+            raise CheckpointError(
+                f"{CONFIG}: begins with a byte order mark, which transformers does not read; save it without"
+            )
     if config.get("quantization_config"):
         kind = config["quantization_config"]
         kind = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
@@ -137,44 +159,20 @@ def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
 def fingerprint(checkpoint: Checkpoint) -> str:
     """The SHA-256 in hex of config.json and the shards.
 
-    Shards of at most 256 MiB together are read whole. Of larger ones, 64 KiB of every 4 MiB are read.
+    Shards of at most 256 MiB together are read whole. Of larger ones, 64 KiB of every 4 MiB are read (`seen_share`).
     """
-    digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
+    digest = hashlib.sha256(b"".join(pieces_of(checkpoint.path / CONFIG)))
     sizes = {file: file.stat().st_size for file in checkpoint.files}
-    step, length = (4 << 20, 4 << 20) if sum(sizes.values()) <= WHOLE else (4 << 20, 64 << 10)
+    step, length = (STEP, STEP) if sum(sizes.values()) <= WHOLE else (STEP, SAMPLE)
     for file, size in sizes.items():
         digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb", buffering=0) as handle:
+        with opened(file) as handle:
             for start in range(0, size, step):
                 handle.seek(start)
                 digest.update(handle.read(length))
     return digest.hexdigest()
 
 
-def small_files(source: Path, code: bool = False) -> list[Path]:
-    """The relative paths of a checkpoint's configuration, tokenizer, licence and model card; Python files with `code`.
-
-    Files that a pruning writes (job.json, report.json, the index) are not among them.
-    """
-    found = [path for path in source.iterdir() if path.is_file()] + list(
-        source.glob("additional_chat_templates/*.jinja")
-    )
-    return sorted(path.relative_to(source) for path in found if _is_copied(path, code))
-
-
-def differing(files: Iterable[Path], source: Path, target: Path) -> list[Path]:
-    """Those of the relative paths `files` whose file is missing in `target` or has other bytes than in `source`."""
-    return [
-        file
-        for file in files
-        if not (target / file).exists() or (target / file).read_bytes() != (source / file).read_bytes()
-    ]
-
-
-def _is_copied(path: Path, code: bool) -> bool:
-    """Whether a file of the source is copied to the output; Python files only with `code`."""
-    if path.name in (JOB, REPORT) or path.name.endswith(WEIGHT_INDEX) or path.name.startswith("."):
-        return False
-    if path.suffix in COPIED or (code and path.suffix == ".py"):
-        return True
-    return path.name.upper().startswith(COPIED_NAMES) and path.suffix in ("", ".rst", ".pdf", ".html")
+def seen_share(checkpoint: Checkpoint) -> float:
+    """The share of the shards' bytes that `fingerprint` reads, by which another run of a job knows its source again."""
+    return 1.0 if sum(file.stat().st_size for file in checkpoint.files) <= WHOLE else SAMPLE / STEP

@@ -6,6 +6,7 @@ in the middle of a save leaves both. `config.json` is written last, so no progra
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -14,13 +15,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lowmem_wanda.checkpoint.directory import CONFIG, INDEX, JOB, REPORT, Checkpoint, differing
-from lowmem_wanda.checkpoint.reader import read_header, read_json
-from lowmem_wanda.checkpoint.writer import PARTIAL, explained, sha256_of, sync_directory, write_bytes, write_json
+from lowmem_wanda.checkpoint.companions import JOB, REPORT, differing
+from lowmem_wanda.checkpoint.directory import CONFIG, INDEX, Checkpoint
+from lowmem_wanda.checkpoint.reader import opened, read_header, read_json, require_regular
+from lowmem_wanda.checkpoint.writer import PARTIAL, copy_file, explained, sha256_of, sync_directory, write_json
 from lowmem_wanda.errors import CheckpointError, OutputError
 
 FORMAT = 1  # the format number of job.json and report.json
 PROGRESS, LOCK = ".progress.jsonl", ".lock"
+MOST_PROGRESS = 1 << 30  # bytes of a progress file that are read; those of 126 blocks take 200 KB
+PACKAGES = ("lowmem_wanda", "torch", "transformers")  # arguments of a job that are versions
 
 
 class Output:
@@ -50,9 +54,9 @@ class Output:
 
     def add(self, shard: str, entry: dict[str, Any]) -> None:
         """Records a finished shard. `entry` holds its nbytes and sha256 and goes into the report."""
-        with explained(self.path / PROGRESS), open(self.path / PROGRESS, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps({"shard": shard, **entry}) + "\n")  # a kill may have cut the last line
-            file.flush()
+        text = json.dumps({"shard": shard, **entry}).encode()
+        with explained(self.path / PROGRESS), _appended(self.path / PROGRESS) as file:
+            file.write(b"\n" + text + b" " + _sum(text) + b"\n")  # a kill may have cut the last line
             os.fsync(file.fileno())
         if not self.finished:
             sync_directory(self.path)
@@ -63,6 +67,9 @@ class Output:
 
         Raises OutputError if the shards do not hold the same tensors as the source.
         """
+        for shard in self.finished:
+            if not (self.path / shard).exists():
+                raise OutputError(f"{self.path / shard}: was removed while the job ran; run the same command again")
         weight_map = {
             name: shard.name for shard in sorted(self.path.glob("model-*.safetensors")) for name in read_header(shard)
         }
@@ -72,13 +79,13 @@ class Output:
         for file in files:
             if file.name != CONFIG:
                 (self.path / file).parent.mkdir(exist_ok=True)
-                write_bytes(self.path / file, (source.path / file).read_bytes())
+                self._copy(source, file)
         index = {"metadata": {"total_size": source.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.path / INDEX, index)
 
     def publish_config(self, source: Checkpoint) -> None:
         """Writes config.json, which completes the checkpoint."""
-        write_bytes(self.path / CONFIG, (source.path / CONFIG).read_bytes())
+        self._copy(source, Path(CONFIG))
 
     def end(self) -> None:
         """Removes the file that only an unfinished job needs."""
@@ -92,7 +99,7 @@ class Output:
             expected = {shard["name"]: shard["sha256"] for shard in report["shards"]}
             index = read_json(self.path / INDEX)["weight_map"]
             report["summary"]["sparsity"], dict(report.get("imatrix") or {})
-        except (CheckpointError, KeyError, TypeError, ValueError):
+        except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             raise OutputError(f"{self.path}: its {REPORT} or {INDEX} is damaged; {again}") from None
         for name, sha256 in expected.items():
             if not (self.path / name).exists() or sha256_of(self.path / name) != sha256:
@@ -103,13 +110,16 @@ class Output:
             raise OutputError(f"{self.path / file}: is not the source's; {again}")
         return report
 
+    def _copy(self, source: Checkpoint, file: Path) -> None:
+        """Copies a small file, which must have the checksum that the job began with."""
+        copy_file(source.path / file, self.path / file, self.arguments["small_files"][str(file)])
+
     def _take_up(self, shards: Collection[str]) -> None:
         """Finds the finished shards of an interrupted run and removes its half-written files."""
         for partial in list(self.path.rglob(f".*{PARTIAL}")):
             partial.unlink()
-        progress = self.path / PROGRESS
-        for line in progress.read_bytes().splitlines() if progress.exists() else ():
-            entry = _json_or_none(line)
+        for line in _lines(self.path / PROGRESS):
+            entry = _entry(line)
             name = str(entry.pop("shard", "")) if isinstance(entry, dict) else ""
             if name in shards and (self.path / name).exists() and sha256_of(self.path / name) == entry.get("sha256"):
                 self.finished[name] = entry
@@ -119,10 +129,15 @@ class Output:
         now = json.loads(json.dumps(self.arguments))
         for key in [*now, *before]:
             if before.get(key) != now.get(key):
+                move = "repeat the first command or give another directory"
+                if key in PACKAGES:
+                    version = before.get(key)
+                    move = (
+                        f"continue it with that version (pip install {label(key)}=={version}) or give another directory"
+                    )
                 raise OutputError(
                     f"{self.path}: holds a job with {label(key)} = {_brief(before.get(key))}, this one has "
-                    f"{_brief(now.get(key))}; "
-                    "repeat the first command or give another directory"
+                    f"{_brief(now.get(key))}; {move}"
                 )
 
 
@@ -204,9 +219,11 @@ def exclusive(path: Path) -> Iterator[None]:
     again.
     """
     with explained(path):
+        if path.is_symlink() and not path.exists():
+            raise OutputError(f"{path}: is a link to a folder that is not there; make that folder, or remove the link")
         path.mkdir(parents=True, exist_ok=True)
         while True:
-            handle = open(path / LOCK, "ab")  # noqa: SIM115  closed below
+            handle = _appended(path / LOCK)
             if not _locked(handle):
                 handle.close()
                 raise OutputError(f"{path}: another process is at work in it; wait for it or end it")
@@ -245,12 +262,34 @@ def _locked(handle: BinaryIO) -> bool:
     return True
 
 
-def _json_or_none(line: bytes) -> Any:
-    """The JSON value of a line; None if the line is not valid JSON."""
+def _appended(path: Path) -> BinaryIO:
+    """A file to append to without a buffer. Raises OutputError for anything but a file in its place."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags, 0o666)
     try:
-        return json.loads(line)
-    except ValueError:  # an empty line, or one that a kill cut short
-        return None
+        require_regular(path, handle)
+    except CheckpointError as error:
+        os.close(handle)
+        raise OutputError(str(error)) from None
+    return open(handle, "ab", buffering=0)  # type: ignore[return-value]
+
+
+def _lines(progress: Path) -> list[bytes]:
+    """The lines of a progress file; none where there is no file."""
+    if not progress.exists():
+        return []
+    with opened(progress) as file:
+        return file.read(MOST_PROGRESS).splitlines()
+
+
+def _sum(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
+
+
+def _entry(line: bytes) -> Any:
+    """What a line of the progress says; None for one that a kill cut short, or that is not what was written."""
+    text, _, checksum = line.rpartition(b" ")
+    return json.loads(text) if text and _sum(text) == checksum else None
 
 
 def _brief(value: Any) -> str:

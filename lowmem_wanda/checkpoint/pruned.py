@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint.directory import REPORT, Checkpoint
+from lowmem_wanda.checkpoint.companions import REPORT
+from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.reader import FLOATS, Tensor, read_json
 from lowmem_wanda.errors import CheckpointError
 

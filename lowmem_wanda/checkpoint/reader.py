@@ -16,6 +16,7 @@ import json
 import math
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +30,9 @@ import numpy as np
 from lowmem_wanda.errors import CheckpointError
 
 PIECE = 16 << 20  # bytes that are read at a time
-MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+MAX_HEADER = 32 << 20  # bytes; 120 of them name a tensor, and take up to 1.5 KB of memory
+MAX_JSON = 64 << 20  # bytes of an index, a configuration or a report
+MAX_DIMENSIONS = 16
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 QUANTIZED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 ITEMSIZE = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
@@ -40,7 +43,7 @@ ITEMSIZE |= dict.fromkeys(QUANTIZED, 1)
 class Tensor:
     """The place of one tensor in a file: `nbytes` bytes that begin `offset` bytes after the start of `file`.
 
-    `stamp` is the file's size in bytes and its time of change in ns, as they were when its header was read.
+    `stamp` is the file's size in bytes and its times of change in ns, as they were when its header was read.
     """
 
     name: str
@@ -49,7 +52,7 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    stamp: tuple[int, int] | None = None
+    stamp: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:
@@ -78,20 +81,21 @@ class Tensor:
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """{name: tensor} of one safetensors file. Raises CheckpointError unless they fill it exactly, without overlap."""
+    with opened(file, f"download it to {file.parent}") as handle:
+        size, *_ = when = stamp(handle)
+        (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise CheckpointError(
+                f"{file.name}: has no safetensors header ({length} bytes of {size}, at most {MAX_HEADER} are read); "
+                "the file is truncated or not a safetensors file: download it again"
+            )
+        text = handle.read(length)
     try:
-        with open(file, "rb") as handle:
-            size, _ = when = stamp(handle)
-            (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{file.name}: has no safetensors header ({length} bytes of {size}); the file is truncated "
-                    "or not a safetensors file"
-                )
-            header = json.loads(handle.read(length), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        raise CheckpointError(f"{file.name}: cannot be read ({error.strerror}); download it to {file.parent}") from None
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name}: its header is not valid JSON ({error}); download it again") from None
+        raise CheckpointError(
+            f"{file.name}: its header is not valid JSON ({_told(error)}); download it again"
+        ) from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file.name}: its header is not a JSON object; download it again")
     header.pop("__metadata__", None)
@@ -113,20 +117,20 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError if the file is missing or holds anything else."""
+    with opened(file, "download it too") as handle:
+        if (size := stamp(handle)[0]) > MAX_JSON:
+            raise CheckpointError(f"{file}: has {size} bytes, more than any such file; at most {MAX_JSON} are read")
+        text = handle.read(MAX_JSON)
     try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"{file.name}: cannot be read in {file.parent} ({error.strerror}); download it too"
-        ) from None
+        content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name}: is not valid JSON ({error}); download it again") from None
+        raise CheckpointError(f"{file.name}: is not valid JSON ({_told(error)}); download it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file.name}: is not a JSON object; download it again")
     return content
 
 
-def _tensor(file: Path, name: str, entry: Any, data: int, when: tuple[int, int]) -> Tensor:
+def _tensor(file: Path, name: str, entry: Any, data: int, when: tuple[int, ...]) -> Tensor:
     """The tensor of one header entry, which is checked; `data` is the byte at which the tensors' bytes start."""
 
     match entry:
@@ -148,8 +152,18 @@ def _tensor(file: Path, name: str, entry: Any, data: int, when: tuple[int, int])
     return Tensor(name, file, dtype, tuple(shape), data + start, nbytes, when)
 
 
+def read_start(file: Path, count: int) -> bytes:
+    """The first `count` bytes of a file, or fewer. Raises CheckpointError."""
+    with opened(file) as handle:
+        return handle.read(count)
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def _naturals(*values: Any) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+    return len(values) <= MAX_DIMENSIONS and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -202,10 +216,13 @@ def _mapped(file: BinaryIO, tensor: Tensor, out: np.ndarray) -> None:
         out[:] = np.frombuffer(mapped, np.uint8, tensor.nbytes, skip)
 
 
-def stamp(file: BinaryIO) -> tuple[int, int]:
-    """The size in bytes and the time of change in ns of an open file."""
+def stamp(file: BinaryIO) -> tuple[int, ...]:
+    """What changes when an open file does: its size in bytes, the times of change of content and of entry in ns.
+
+    A program can set the first time back, as `rsync -t` does, but not the second (on Windows it is that of creation).
+    """
     status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def advise(file: BinaryIO, offset: int, nbytes: int, how: str) -> None:
@@ -219,13 +236,30 @@ def advise(file: BinaryIO, offset: int, nbytes: int, how: str) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, opened without a buffer. An error of the system while it is read becomes a CheckpointError."""
+def opened(path: Path, move: str = "restore it and run again") -> Iterator[BinaryIO]:
+    """The file, opened without a buffer. An error of the system while it is read becomes a CheckpointError.
+
+    So does a folder, a pipe or a device in its place, which is not waited for. `move` is what to do then.
+    """
     try:
-        with open(path, "rb", buffering=0) as file:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(handle, "rb", buffering=0) as file:
+            require_regular(path, handle)
             yield file  # type: ignore[misc]
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); restore it and run again") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {move}") from None
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        raise CheckpointError(f"{str(path)!r}: is not a name that a file can have; {move}") from None
+
+
+def require_regular(path: Path, handle: int) -> None:
+    """Raises CheckpointError if an open file is a folder, a pipe or a device."""
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
+        raise CheckpointError(f"{path}: is a {kind}, not a file; put the file itself in its place")
 
 
 def changed(tensor: Tensor) -> CheckpointError:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint.directory import REPORT, Checkpoint, differing, small_files
+from lowmem_wanda.checkpoint.companions import REPORT, companions, differing
+from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.output import require_finished
 from lowmem_wanda.checkpoint.pruned import (
     IN_BLOCK,
@@ -179,7 +180,7 @@ def _compare_source(
         filled = bool(promises.get(name, NO_PROMISE).filled) and pruned.tensors[name].dtype in TINY
         moves = updated and name in promises
         _compare_tensor(pruned.tensors[name], source.tensors[name], filled, moves, findings)
-    for file in differing(small_files(source.path), source.path, pruned.path):
+    for file in differing(companions(source.path).files, source.path, pruned.path):
         findings.problems.append(f"{file}: is missing or differs from the source's")
 
 

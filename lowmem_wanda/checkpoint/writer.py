@@ -72,6 +72,18 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def copy_file(source: Path, target: Path, sha256: str) -> None:
+    """Copies a small file, whole or not at all. Raises OutputError if its bytes do not have this SHA-256 in hex."""
+    with replacing(target) as file:
+        with opened(source) as content:
+            while piece := content.read(PIECE):
+                file.write(piece)
+        if file.digest.hexdigest() != sha256:
+            raise OutputError(
+                f"{source}: was changed while the job ran; put back what was there when it began, and run again"
+            )
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, indented by two spaces, with a newline at its end. Raises OutputError."""
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
@@ -187,6 +199,10 @@ def explained(path: Path) -> Iterator[None]:
             raise OutputError(
                 f"{path.name}: the disk is full; free some space and run the same command again"
             ) from None
+        if error.errno == errno.EFBIG:
+            raise OutputError(
+                f"{path.name}: is larger than a file may be here; lift the limit (ulimit -f), or take another disk"
+            ) from None
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}); make the directory writable and run again"
         ) from None
@@ -208,7 +224,7 @@ def sync_directory(path: Path) -> None:
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file in hex. The file is read 16 MiB at a time."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with opened(path) as file:
         while piece := file.read(16 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypedDict, overload
 
-from lowmem_wanda.checkpoint.directory import REPORT
+from lowmem_wanda.checkpoint.companions import REPORT
 from lowmem_wanda.checkpoint.output import FORMAT, report_folder
 from lowmem_wanda.checkpoint.writer import write_json
 from lowmem_wanda.data.calibration import name_list

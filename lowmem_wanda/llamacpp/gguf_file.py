@@ -227,7 +227,7 @@ def _entry(cursor: "Cursor", gguf: Any) -> tuple[str, str, tuple[int, ...], int,
     return name, kind.name, tuple(reversed(dims)), math.prod(dims) // block * nbytes, offset
 
 
-def _placed(path: Path, entries: Sequence[Any], start: int, alignment: int, when: tuple[int, int]) -> dict[str, Tensor]:
+def _placed(path: Path, entries: Sequence[Any], start: int, alignment: int, when: tuple[int, ...]) -> dict[str, Tensor]:
     """{name: tensor}; each must begin where llama.cpp expects it, and the file must hold them all."""
     tensors: dict[str, Tensor] = {}
     end = 0

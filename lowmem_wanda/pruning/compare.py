@@ -10,7 +10,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from lowmem_wanda.checkpoint.directory import JOB, REPORT, fingerprint
+from lowmem_wanda.checkpoint.companions import JOB, REPORT
+from lowmem_wanda.checkpoint.directory import fingerprint
 from lowmem_wanda.checkpoint.output import FORMAT, finished, report_folder, require_outside, require_target
 from lowmem_wanda.checkpoint.reader import read_json
 from lowmem_wanda.checkpoint.writer import write_json

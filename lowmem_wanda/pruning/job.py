@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lowmem_wanda.checkpoint.directory import fingerprint, small_files
+from lowmem_wanda.checkpoint.companions import Companions, companions
+from lowmem_wanda.checkpoint.directory import fingerprint
 from lowmem_wanda.checkpoint.reader import ITEMSIZE
 from lowmem_wanda.checkpoint.writer import sha256_of
 from lowmem_wanda.data.calibration import Calibration, calibrate, name_list, require_counts
@@ -72,9 +73,9 @@ class PruneJob:
         return self.model.batch and min(self.model.batch, self.workload.sequences or 1)
 
     @cached_property
-    def files(self) -> list[Path]:
-        """The small files that are copied, config.json among them."""
-        return small_files(self.model.checkpoint.path, code=self.model.trust_remote_code)
+    def companions(self) -> Companions:
+        """The small files that are copied, config.json among them, and those that are left out."""
+        return companions(self.model.checkpoint.path, code=self.model.trust_remote_code)
 
     @cached_property
     def workload(self) -> Workload:
@@ -119,7 +120,7 @@ class PruneJob:
             **self._measured_on(batch),
             "device": describe_device(self.model.device),
             "trust_remote_code": self.model.trust_remote_code,
-            "small_files": {str(file): sha256_of(source.path / file) for file in self.files},
+            "small_files": {str(file): sha256_of(source.path / file) for file in self.companions.files},
             **{name.replace("-", "_"): running_on[name] for name in ("lowmem-wanda", "torch", "transformers")},
         }
 

@@ -123,7 +123,7 @@ def predict(job: PruneJob, batch: int | None = None) -> Plan:
     checkpoint = model.checkpoint
     blocks = [sum(tensor.nbytes for tensor in model.block_tensors(index)) for index in range(model.depth)]
     placement, need = choose(work, batch)
-    small = sum((checkpoint.path / file).stat().st_size for file in job.files)
+    small = sum((checkpoint.path / file).stat().st_size for file in job.companions.files)
     return Plan(
         parameters=sum(tensor.numel for tensor in checkpoint.tensors.values()),
         prunable=sum(matrix.weights for block in job.selected for matrix in block),

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lowmem_wanda.checkpoint.directory import REPORT, Checkpoint
+from lowmem_wanda.checkpoint.companions import REPORT
+from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.output import (
     Output,
     begun,
@@ -249,7 +250,7 @@ class _Walk:
 def _publish(job: PruneJob, output: Output, report: PruneReport, store: Store, on_report: Notify) -> None:
     """Writes all files that make shards a checkpoint; config.json comes last."""
     source = job.model.checkpoint
-    output.publish_files(source, job.files)
+    output.publish_files(source, job.companions.files)
     if job.imatrix and job.calibration:
         save_imatrix(job.imatrix, job.model, job.calibration, job.names, store)
         report["imatrix"] = {**(report["imatrix"] or {}), "sha256": sha256_of(job.imatrix)}
@@ -268,7 +269,7 @@ def _end(output: Output) -> None:
 
 def _verified(job: PruneJob, output: Output) -> PruneReport:
     """The report of a finished job, after its files are compared with it. Raises OutputError where they differ."""
-    report = output.verified(job.model.checkpoint, job.files)
+    report = output.verified(job.model.checkpoint, job.companions.files)
     made = report.get("imatrix") or {}
     same = made.get("recorded_on") == job.recorded_on and job.imatrix and job.imatrix.exists()
     if job.imatrix and not (same and sha256_of(job.imatrix) == made.get("sha256")):

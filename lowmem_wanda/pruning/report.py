@@ -153,7 +153,7 @@ def build(
         "layout": {**asdict(plan.layout), "reading": job.model.budget.read},
         "timing": timing,
         "copied_tensors": next(record["tensors"] for record in shards.values() if "tensors" in record),
-        "copied_files": [str(file) for file in job.files],
+        "copied_files": [str(file) for file in job.companions.files],
         "shards": [
             {"name": name, "nbytes": record["nbytes"], "sha256": record["sha256"]} for name, record in shards.items()
         ],

@@ -113,7 +113,10 @@ SINGLE_BROKEN = {
     "packed integers": (lambda t: t.update({Q: torch.ones(32, 32, dtype=torch.int32)}), f"{Q}.*quantized"),
     "fp8": (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}), f"{Q}.*quantized"),
     "integer norm": (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), f"{NORM}.*not floating"),
-    "extra matrix": (lambda t: t.update({"model.layers.0.mlp.new.weight": torch.ones(2, 32)}), r"new\.weight.*has no place"),
+    "extra matrix": (
+        lambda t: t.update({"model.layers.0.mlp.new.weight": torch.ones(2, 32)}),
+        r"new\.weight.*has no place",
+    ),
 }
 
 

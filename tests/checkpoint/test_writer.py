@@ -9,8 +9,8 @@ import pytest
 from safetensors import safe_open
 
 from lowmem_wanda.checkpoint import writer
-from lowmem_wanda.checkpoint.directory import read_header, small_files
-from lowmem_wanda.checkpoint.reader import Tensor
+from lowmem_wanda.checkpoint.companions import companions
+from lowmem_wanda.checkpoint.reader import Tensor, read_header
 from lowmem_wanda.checkpoint.writer import sha256_of, write_bytes, write_shard
 from lowmem_wanda.errors import OutputError
 
@@ -81,8 +81,8 @@ def test_small_files_are_never_weights_or_code(tmp_path):
         (tmp_path / name).write_text("x")
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool.jinja").write_text("x")
-    assert [str(path) for path in small_files(tmp_path)] == sorted(["additional_chat_templates/tool.jinja", *kept])
-    assert "a.py" in [path.name for path in small_files(tmp_path, code=True)]
+    assert [str(path) for path in companions(tmp_path).files] == sorted(["additional_chat_templates/tool.jinja", *kept])
+    assert "a.py" in [path.name for path in companions(tmp_path, code=True).files]
 
 
 @pytest.mark.parametrize("kernel", [True, False])
