@@ -43,6 +43,10 @@ class NumberError(LowmemError):
     """A weight or a statistic is NaN or infinite."""
 
 
+class NonFiniteError(NumberError):
+    """A number that was computed is NaN or infinite; it is not said yet what is to blame."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters, or the error's class."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__

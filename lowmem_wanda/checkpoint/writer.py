@@ -9,15 +9,15 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lowmem_wanda.checkpoint.reader import ITEMSIZE, PIECE, Tensor, advise, opened
-from lowmem_wanda.errors import OutputError
+from lowmem_wanda.checkpoint.reader import ITEMSIZE, PIECE, Tensor, advise, nonfinite, opened
+from lowmem_wanda.errors import NumberError, OutputError
 
 COPIED_PIECE = 4 << 20  # bytes that are copied at a time; two such pieces are in memory
 PARTIAL = ".partial"  # the end of an unfinished file's name
@@ -35,12 +35,15 @@ class ShardFile:
     sha256: str
 
 
-def write_shard(path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | memoryview] | None]]) -> ShardFile:
+def write_shard(
+    path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | memoryview] | None]], finite: Container[str] = ()
+) -> ShardFile:
     """Writes tensors to one safetensors file; returns its name, size and checksum.
 
     Each tensor comes with the pieces of its bytes, or with None if its bytes are copied from its own file. The header
     is known before the first byte is written and keeps each tensor's name, dtype and shape. Tensors of larger items
-    come first, so that every tensor is aligned to its own dtype. Raises OutputError.
+    come first, so that every tensor is aligned to its own dtype. Raises OutputError, and NumberError if one of those
+    named in `finite` holds NaN or infinity.
     """
     ordered = sorted(tensors, key=lambda pair: -ITEMSIZE[pair[0].dtype])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -53,10 +56,13 @@ def write_shard(path: Path, tensors: Iterable[tuple[Tensor, Iterable[bytes | mem
     with replacing(path, 8 + len(text) + end) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor, pieces in ordered:
-            if pieces is None:
-                file.copy(tensor)
-            else:
-                for piece in pieces:
+            looks = tensor.name in finite
+            for piece in pieces if pieces is not None else file.copied(tensor):
+                if looks and nonfinite(piece, tensor.dtype):
+                    raise NumberError(
+                        f"{tensor.file.name}: tensor {tensor.name} holds NaN or infinity; download it again"
+                    )
+                if pieces is not None:
                     file.write(piece)
         if file.size != 8 + len(text) + end:
             raise OutputError(
@@ -160,8 +166,8 @@ class Growing:
         """Appends all of the content. Raises OSError."""
         self._append(memoryview(content).cast("B"), copied=0)
 
-    def copy(self, tensor: Tensor) -> None:
-        """Appends the bytes of a tensor in its file; the kernel copies them if it can copy between the two files.
+    def copied(self, tensor: Tensor) -> Iterator[bytearray]:
+        """Appends the bytes of a tensor in its file and yields them; the kernel copies them if it can between the two.
 
         Raises CheckpointError if the tensor cannot be read, OSError if this file cannot be written.
         """
@@ -173,6 +179,7 @@ class Growing:
                 copied = copy_range(source, self._handle, at, len(piece))
                 self._append(memoryview(piece), copied)
                 at += len(piece)
+                yield piece
             advise(file, tensor.offset, tensor.nbytes, "DONTNEED")  # type: ignore[arg-type]
 
     def _append(self, content: memoryview, copied: int) -> None:

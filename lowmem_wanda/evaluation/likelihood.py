@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowmem_wanda.errors import NumberError
+from lowmem_wanda.errors import NonFiniteError
 from lowmem_wanda.streaming.decoder import Block
 from lowmem_wanda.streaming.head import Head, head_bytes, head_linear
 from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.numbers import blamed
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, advance, ignore, streamed
@@ -72,8 +73,10 @@ def token_likelihoods(
         softmaxes, divergence = _apply_heads(stream, batches)
         losses = [softmax.losses().cpu().double().numpy() for softmax in softmaxes]
         top = [softmax.top.cpu().numpy() for softmax in softmaxes]
-        if not all(np.isfinite(values).all() for values in losses):
-            raise NumberError("logits are NaN or infinite: try --dtype float32")
+        for one, values in zip(models, losses, strict=True):
+            with blamed(one):
+                if not np.isfinite(values).all():
+                    raise NonFiniteError(f"{one.checkpoint.path}: its logits are NaN or infinite")
         apart = divergence.values(*softmaxes).cpu().double().numpy() if divergence else np.empty(0)
         return Likelihoods(losses[-1], top[-1], losses[0], top[0], apart, blocks, stream.timing(), stream.peak)
 

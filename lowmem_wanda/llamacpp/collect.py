@@ -15,7 +15,7 @@ from lowmem_wanda.checkpoint.output import FORMAT
 from lowmem_wanda.checkpoint.reader import Tensor, read_header
 from lowmem_wanda.checkpoint.writer import require_new, write_shard
 from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches, name_list
-from lowmem_wanda.errors import CheckpointError, NumberError
+from lowmem_wanda.errors import CheckpointError, NonFiniteError
 from lowmem_wanda.llamacpp.imatrix import About, Entry, require_matrix_target, write
 from lowmem_wanda.llamacpp.names import gguf_names, package
 from lowmem_wanda.sparsity.statistics import SquaredNorm
@@ -207,7 +207,7 @@ class InputSums:
             known = self.sums[matrix.inputs]
             sums = known.sums.cpu().double().numpy()
             if not np.isfinite(sums).all():
-                raise NumberError(f"tensor {matrix.name}: its inputs hold NaN or infinity: try --dtype float32")
+                raise NonFiniteError(f"tensor {matrix.name}: its inputs hold NaN or infinity")
             made[matrix.name] = Entry(sums[None], np.array([known.tokens]))
         return made
 

@@ -71,7 +71,7 @@ def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: An
             if not bool(torch.isfinite(weight).all()):
                 raise NumberError(f"method {method}: its update leaves NaN or infinity")
     except NumberError as error:
-        raise NumberError(f"tensor {matrix.name}: {error}") from None
+        raise type(error)(f"tensor {matrix.name}: {error}") from None
     zeros, holds = survey(weight, job.pattern, chunk)
     if not holds:
         move = f"the update of method {method} must leave pruned weights zero"

@@ -226,7 +226,8 @@ class _Walk:
         inside = {tensor.name for index in range(model.depth) for tensor in model.block_tensors(index)}
         outside = [tensor for tensor in model.checkpoint.tensors.values() if tensor.name not in inside]
         start = time.perf_counter()
-        shard = write_shard(self.output.path / self.shared, [(tensor, None) for tensor in outside])
+        used = set(model.skeleton.names.values())
+        shard = write_shard(self.output.path / self.shared, [(tensor, None) for tensor in outside], finite=used)
         add_seconds(self.spent, {"copy": time.perf_counter() - start})
         names = [tensor.name for tensor in outside]
         self.output.add(self.shared, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": names})
@@ -235,10 +236,10 @@ class _Walk:
         """Writes a block's shard; runs in the writing thread."""
         name = self.shards[record["index"]]
         tensors = self.job.model.block_tensors(record["index"])
+        pruned = {matrix.tensor for matrix in self.job.selected[record["index"]]}  # whose scores are known to be finite
+        pieces = [(tensor, _pieces(slot.stored[tensor.name])) for tensor in tensors]
         with slot.clocked("write"):
-            shard = write_shard(
-                self.output.path / name, [(tensor, _pieces(slot.stored[tensor.name])) for tensor in tensors]
-            )
+            shard = write_shard(self.output.path / name, pieces, finite={tensor.name for tensor in tensors} - pruned)
         record["parts"] |= slot.seconds
         now = time.perf_counter()
         record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowmem_wanda.errors import NumberError
+from lowmem_wanda.errors import NonFiniteError
 from lowmem_wanda.sparsity.patterns import Pattern
 from lowmem_wanda.sparsity.selection import Scaled, Score, row_chunks, suitable_chunk
 
@@ -25,7 +25,7 @@ def prune_lowest(weight: torch.Tensor, score: Score, pattern: Pattern, chunk: in
     if finite is None:
         finite = _in_chunks(weight, score, pattern, chunk)
     if not bool(finite):
-        raise NumberError("its weights or scores hold NaN or infinity")
+        raise NonFiniteError("its weights or scores hold NaN or infinity")
 
 
 def _in_one_pass(weight: torch.Tensor, score: Score, pattern: Pattern) -> torch.Tensor | None:

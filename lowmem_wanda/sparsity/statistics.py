@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lowmem_wanda.errors import NumberError
+from lowmem_wanda.errors import NonFiniteError
 
 PIECE = 1 << 18  # inputs that are squared at a time on a CPU: at most 1 MiB, which malloc keeps and uses again
 
@@ -66,7 +66,5 @@ class SquaredNorm:
         """||X_j||_2 of each input channel, float32 (columns,). Raises NumberError if one is NaN or infinite."""
         norms = self.sums.sqrt().float()
         if not bool(torch.isfinite(norms).all()):
-            raise NumberError(
-                "the inputs measured for it hold NaN or infinity: try --dtype float32 or other calibration text"
-            )
+            raise NonFiniteError("the inputs measured for it hold NaN or infinity")
         return norms

@@ -20,7 +20,7 @@ from lowmem_wanda.streaming.matrices import Matrix, Trace, trace
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.outside import Outside, get, put
 from lowmem_wanda.streaming.resources import anonymous, free_memory
-from lowmem_wanda.streaming.stubs import Stub, fresh
+from lowmem_wanda.streaming.stubs import Stub, fresh, same_values
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
@@ -233,7 +233,7 @@ class Decoder:
         self._calls.require_equal(calls)
         if arrived is not None:
             self._run(np.roll(tokens, 1, axis=1), last=handed)
-            if self._at_head is None or not torch.equal(self._at_head, arrived):
+            if self._at_head is None or not same_values(self._at_head, arrived):
                 raise ModelError(
                     f"{type(self.skeleton.model).__name__}: its head is given something beside what its last block "
                     "puts out, which is not supported yet"

@@ -35,8 +35,7 @@ def merged(kept: Any, new: Any, compared: Compared) -> Any:
     if isinstance(kept, torch.Tensor) and isinstance(new, torch.Tensor):
         pair = (id(kept), id(new))
         if pair not in compared:
-            alike = (kept.shape, kept.dtype) == (new.shape, new.dtype) and torch.equal(kept, new)
-            compared[pair] = (alike, new)  # which is held, so that no other tensor gets its identity
+            compared[pair] = (same_values(kept, new), new)  # which is held, so that no other tensor gets its identity
         return kept if compared[pair][0] else new
     if type(kept) is not type(new):
         return new
@@ -49,6 +48,15 @@ def merged(kept: Any, new: Any, compared: Compared) -> Any:
     if isinstance(kept, (tuple, list, dict)):
         return new
     return kept if bool(kept == new) else new
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have one shape, dtype and values; NaN is equal to NaN."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.equal(one, other) or (
+        one.is_floating_point() and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    )
 
 
 def fresh(value: Any) -> Any:

@@ -16,6 +16,7 @@ from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.streaming.buffers import BlockBuffers, Write, hidden_states
 from lowmem_wanda.streaming.decoder import Block, Decoder
 from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.numbers import blamed
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, limited, return_freed, timing
 
@@ -65,7 +66,8 @@ class Stream:
         blocks = (source(index) if source else decoder.model.block_tensors(index) for decoder, _, _, index in visits)
         for (decoder, states, step, index), slot in zip(visits, self.buffers.prefetch(blocks), strict=True):
             block = decoder.load(index, slot.stored)
-            write = step(block, states)
+            with blamed(decoder.model, index):
+                write = step(block, states)
             decoder.release(block)
             self.buffers.release(slot, write)
             return_freed()

@@ -253,7 +253,7 @@ def test_a_statistic_that_is_no_number_stops_with_its_name(token_file, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(path)
     model.model.layers[1].input_layernorm.weight.data[3] = float("inf")
     model.save_pretrained(path)
-    with pytest.raises(NumberError, match=r"tensor model\.layers\.1\.self_attn\.\w_proj\.weight: the inputs measured"):
+    with pytest.raises(NumberError, match=r"tensor model\.layers\.1\.input_layernorm\.weight holds NaN or infinity"):
         prune(path, tmp_path / "out", text=[str(token_file)])
 
 
