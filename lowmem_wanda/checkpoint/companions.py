@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem_wanda.checkpoint.reader import opened, read_start
+from lowmem_wanda.checkpoint.reader import opened, require_no_pointer
 from lowmem_wanda.errors import CheckpointError
 
 JOB, REPORT = "job.json", "report.json"  # files that a pruning writes beside the checkpoint
@@ -18,7 +18,6 @@ COPIED = (".json", ".jinja", ".model", ".txt", ".md", ".tiktoken", ".spm")
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README", "USE_POLICY")
 NEEDED = ("config.json", "tokenizer", "vocab", "merges", "special_tokens", "chat_template")  # how such names begin
 ADAPTER = "adapter_config.json"
-POINTER = b"version https://git-lfs.github.com/spec/"
 PIECE = 1 << 20  # bytes that are compared at a time
 
 
@@ -54,14 +53,6 @@ def companions(source: Path, code: bool = False) -> Companions:
             require_no_pointer(path)
             files.append(path.relative_to(source))
     return Companions(tuple(files), left_out)
-
-
-def require_no_pointer(path: Path) -> None:
-    """Raises CheckpointError if a file is a pointer of Git LFS."""
-    if read_start(path, len(POINTER)) == POINTER:
-        raise CheckpointError(
-            f"{path}: is a pointer of Git LFS, not the file; run `git lfs install` and `git lfs pull` in {path.parent}"
-        )
 
 
 def differing(files: Iterable[Path], source: Path, target: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lowmem_wanda.checkpoint.companions import ADAPTER, pieces_of, require_no_pointer
+from lowmem_wanda.checkpoint.companions import ADAPTER, pieces_of
 from lowmem_wanda.checkpoint.reader import FLOATS, QUANTIZED, Tensor, opened, read_header, read_json
 from lowmem_wanda.errors import CheckpointError
 
@@ -45,8 +45,6 @@ class Checkpoint:
         self.files = [self.path / name for name in sorted(set(weight_map.values()) or {SINGLE})]
         self.tensors: dict[str, Tensor] = {}
         for file in self.files:
-            if file.is_file():
-                require_no_pointer(file)
             for name, tensor in read_header(file).items():
                 if weight_map and weight_map.get(name) != file.name:
                     where = f"says {weight_map[name]}" if name in weight_map else "does not list it"

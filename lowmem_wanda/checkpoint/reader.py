@@ -33,6 +33,7 @@ PIECE = 16 << 20  # bytes that are read at a time
 MAX_HEADER = 32 << 20  # bytes; 120 of them name a tensor, and take up to 1.5 KB of memory
 MAX_JSON = 64 << 20  # bytes of an index, a configuration or a report
 MAX_DIMENSIONS = 16
+POINTER = b"version https://git-lfs.github.com/spec/"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # the bits of infinity; without its sign, a NaN is a larger number, and all that is finite a smaller one
 EXPONENT = {
@@ -88,6 +89,7 @@ class Tensor:
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """{name: tensor} of one safetensors file. Raises CheckpointError unless they fill it exactly, without overlap."""
+    require_no_pointer(file, f"download it to {file.parent}")
     with opened(file, f"download it to {file.parent}") as handle:
         size, *_ = when = stamp(handle)
         (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
@@ -124,6 +126,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError if the file is missing or holds anything else."""
+    require_no_pointer(file, "download it too")
     with opened(file, "download it too") as handle:
         if (size := stamp(handle)[0]) > MAX_JSON:
             raise CheckpointError(f"{file}: has {size} bytes, more than any such file; at most {MAX_JSON} are read")
@@ -159,10 +162,14 @@ def _tensor(file: Path, name: str, entry: Any, data: int, when: tuple[int, ...])
     return Tensor(name, file, dtype, tuple(shape), data + start, nbytes, when)
 
 
-def read_start(file: Path, count: int) -> bytes:
-    """The first `count` bytes of a file, or fewer. Raises CheckpointError."""
-    with opened(file) as handle:
-        return handle.read(count)
+def require_no_pointer(path: Path, move: str = "restore it and run again") -> None:
+    """Raises CheckpointError if a file is a pointer of Git LFS."""
+    with opened(path, move) as file:
+        start = file.read(len(POINTER))
+    if start == POINTER:
+        raise CheckpointError(
+            f"{path}: is a pointer of Git LFS, not the file; run `git lfs install` and `git lfs pull` in {path.parent}"
+        )
 
 
 def _told(error: BaseException) -> str:

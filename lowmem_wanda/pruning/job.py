@@ -31,7 +31,13 @@ from lowmem_wanda.streaming.placement import Workload
 ZEROS = ("exact", "signed-tiny")
 FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "text", "statistics", "dtype", "batch",
          "device", "trust_remote_code", "calibration", "length")  # fmt: skip
-LABELS = {"norms_sha256": "--norms sha256", "threads": "threads (OMP_NUM_THREADS)", "lowmem_wanda": "lowmem-wanda"}
+LABELS = {
+    "source_sha256": "--verify-source",
+    "source_fingerprint": "source",
+    "norms_sha256": "--norms sha256",
+    "threads": "threads (OMP_NUM_THREADS)",
+    "lowmem_wanda": "lowmem-wanda",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,8 @@ class PruneJob:
 
     `selected` are the matrices to prune, block by block. `statistics` is one of ORDERS. `norms`, if given, replace the
     measuring. `imatrix` is the file that the importance matrix is written to, and `names` are llama.cpp's names of the
-    matrices. `zeros` is "exact", or "signed-tiny" for the smallest numbers with random signs in place of zeros.
+    matrices. `zeros` is "exact", or "signed-tiny" for the smallest numbers with random signs in place of zeros. With
+    `verify_source`, another run knows the source again by all of its bytes.
     """
 
     model: StreamedModel
@@ -56,6 +63,7 @@ class PruneJob:
     imatrix: Path | None
     names: Mapping[str, str]
     zeros: str
+    verify_source: bool
 
     @property
     def measures(self) -> bool:
@@ -108,6 +116,7 @@ class PruneJob:
         source, running_on = self.model.checkpoint, versions()
         return {
             "source_fingerprint": fingerprint(source),
+            **({"source_sha256": {file.name: sha256_of(file) for file in source.files}} if self.verify_source else {}),
             "method": str(self.method),
             **({"method_code": self.method.code} if self.method.code else {}),
             "pattern": str(self.pattern),
@@ -161,6 +170,7 @@ def prepare(
     norms: str | Path | None = None,
     imatrix: str | Path | None = None,
     zeros: str = "exact",
+    verify_source: bool = False,
     calibration: Calibration | None = None,
     machine: Machine = ANY,
 ) -> PruneJob:
@@ -203,6 +213,7 @@ def prepare(
         imatrix=Path(imatrix) if imatrix else None,
         names=names,
         zeros=zeros,
+        verify_source=verify_source,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from lowmem_wanda.checkpoint.directory import seen_share
 from lowmem_wanda.checkpoint.output import FORMAT
 from lowmem_wanda.pruning.job import PruneJob
 from lowmem_wanda.streaming.model import versions
@@ -81,7 +82,22 @@ class Summary(TypedDict):
     gives_not: str
 
 
-class PruneReport(TypedDict, total=False):
+class Left(TypedDict):
+    """What is not pruned, not copied, and not looked at.
+
+    `untouched` tensors are not used by the model, those `dense_outside` are matrices outside the blocks, a share of all
+    parameters. `left_out_files` are {name: why}. `source_seen` is the share of the source's bytes by which another run
+    of the job knows it again.
+    """
+
+    untouched: list[str]
+    dense_outside: list[str]
+    dense_outside_share: float
+    left_out_files: dict[str, str]
+    source_seen: float
+
+
+class PruneReport(Left, total=False):
     """The report of a finished pruning. Memory is in bytes, times are in seconds; `timing` is that of the last run."""
 
     format: int
@@ -118,7 +134,20 @@ def started(job: PruneJob) -> dict[str, Any]:
         "pattern": str(job.pattern),
         "calibration": calibration,
         "norms": str(job.norms) if job.norms else None,
+        **left(job),  # type: ignore[typeddict-item]
+    }
+
+
+def left(job: PruneJob) -> Left:
+    """What is not pruned, not copied, and not looked at."""
+    matrices = [tensor for tensor in job.model.outside if len(tensor.shape) > 1 and min(tensor.shape) > 1]
+    parameters = sum(tensor.numel for tensor in job.model.checkpoint.tensors.values())
+    return {
         "untouched": list(job.model.skeleton.untouched),
+        "dense_outside": [tensor.name for tensor in matrices],
+        "dense_outside_share": sum(tensor.numel for tensor in matrices) / parameters,
+        "left_out_files": job.companions.left_out,
+        "source_seen": 1.0 if job.verify_source else seen_share(job.model.checkpoint),
     }
 
 
@@ -154,6 +183,7 @@ def build(
         "timing": timing,
         "copied_tensors": next(record["tensors"] for record in shards.values() if "tensors" in record),
         "copied_files": [str(file) for file in job.companions.files],
+        **left(job),  # type: ignore[typeddict-item]
         "shards": [
             {"name": name, "nbytes": record["nbytes"], "sha256": record["sha256"]} for name, record in shards.items()
         ],

@@ -63,6 +63,12 @@ class StreamedModel:
         return [self.checkpoint.tensors[name] for name in sorted(set(self.skeleton.block_tensors(index).values()))]
 
     @cached_property
+    def outside(self) -> list[Tensor]:
+        """The file tensors that lie in no block."""
+        inside = {tensor.name for index in range(self.depth) for tensor in self.block_tensors(index)}
+        return [tensor for tensor in self.checkpoint.tensors.values() if tensor.name not in inside]
+
+    @cached_property
     def block_bytes(self) -> int:
         """The bytes that the largest block takes in a buffer."""
         return max(buffer_bytes(specs_of(self.block_tensors(index))) for index in range(self.depth))
