@@ -32,7 +32,7 @@ ROOMS = {  # beside `errors`
 THIRD = {  # a star: within a function, so that the package is needed only where it is used
     "sparsity": {"torch", "numpy", "triton", "*triton"},
     "checkpoint": {"numpy"},
-    "data": {"numpy", "*datasets"},
+    "data": {"numpy", "*compression", "*datasets", "*pyarrow", "*zstandard"},
     "streaming": {"torch", "numpy", "transformers", "accelerate", "huggingface_hub", "psutil"},
     "llamacpp": {"numpy", "torch", "*gguf"},
     "evaluation": {"torch", "numpy", "lm_eval", "jinja2", "tqdm"},

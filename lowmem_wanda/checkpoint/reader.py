@@ -267,8 +267,12 @@ def opened(path: Path, move: str = "restore it and run again") -> Iterator[Binar
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(handle, "rb", buffering=0) as file:
+        try:
             require_regular(path, handle)
+        except CheckpointError:
+            os.close(handle)
+            raise
+        with open(handle, "rb", buffering=0) as file:
             yield file  # type: ignore[misc]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {move}") from None

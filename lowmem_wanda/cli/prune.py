@@ -110,6 +110,7 @@ def about(facts: Mapping[str, Any]) -> str:
     if calibration := facts["calibration"]:
         shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"
         line += f"\ncalibration: {shape} from {', '.join(calibration['text'])}"
+        line += "".join(f"\nwarning: {warning}" for warning in calibration["warnings"])
     if untouched := facts["untouched"]:
         line += f"\nnot pruned, as the model does not use them: {len(untouched)} tensors, {untouched[0]} and so on"
     for file, why in facts["left_out_files"].items():

@@ -6,34 +6,38 @@ and never ends if every document is short (its issue 82).
 """
 
 import hashlib
-import json
-import mmap
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint.reader import read, read_header
+from lowmem_wanda.data.chats import Render, no_template
+from lowmem_wanda.data.documents import Documents, documents_of
+from lowmem_wanda.data.token_ids import holds_ids, load_ids, padded_rows, require_ids
 from lowmem_wanda.errors import CalibrationError
 
 BUILT_IN = Path(__file__).parent / "texts"
 DATASETS = ("c4", "wikitext2")
-SEPARATOR = b"<|endoftext|>"
-LONGEST = 1 << 20  # bytes of a plain text that are tokenized at once; a longer document is split at a line
 
 Encode = Callable[[str], list[int]]  # a text -> its token ids
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids, int64 (sequences, length), and the file names of the texts that they come from."""
+    """Token ids, int64 (sequences, length), and the file names of the texts that they come from.
+
+    `files` are the facts of each text: its name, how it was read, its documents, and how many of these, as how many
+    tokens, were read. `warnings` are sentences.
+    """
 
     tokens: np.ndarray
     sources: tuple[str, ...]
+    files: tuple[dict[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -42,25 +46,49 @@ class Calibration:
 
 
 def calibrate(
-    texts: Sequence[str], encode: Encode, *, sequences: int, length: int, vocabulary: int, seed: int = 0
+    texts: Sequence[str],
+    encode: Encode,
+    *,
+    sequences: int,
+    length: int,
+    vocabulary: int,
+    seed: int = 0,
+    render: Render = no_template,
 ) -> Calibration:
     """Calibration data of at most `sequences` rows of at most `length` tokens, each id below `vocabulary`.
 
-    `texts` are files (plain text, .jsonl with a "text" field, .npy or .safetensors of token ids), or "c4" or
+    `texts` are files of text (see `formats`), of chats that `render` makes texts of, or of token ids; or "c4" or
     "wikitext2", which are downloaded. Without `texts` the built-in text is used, which may hold fewer rows.
     Two-dimensional ids are used row by row as they are. `encode` is called for texts only. Raises CalibrationError.
     """
     require_counts({"--sequences": sequences, "--length": length})
-    if holds_ids(texts):
-        tokens = _from_ids([Path(name) for name in texts], sequences, length, seed)
+    name, ids = " and ".join(texts) or "the built-in text", holds_ids(texts)
+    read: list[Documents] = []
+    files: list[dict[str, Any]] = []
+    if ids:
+        tokens, files = _from_ids([Path(text) for text in texts], sequences, length, seed)
     elif texts:
-        readers = [reader for text in texts for reader in _training(text)]
-        encoded = [partial(lambda read: np.array(encode(read()), dtype=np.int64), reader) for reader in readers]
-        tokens = _sampled(encoded, sequences, length, seed, " and ".join(texts))
+        read = [_training(text, render) for text in texts]
+        encoded = [partial(_encoded, one, reader, encode) for one in read for reader in one.readers]
+        tokens = _sampled(encoded, sequences, length, seed, name)
     else:
-        tokens = _built_in(encode, sequences, length, seed)
-    require_ids(tokens, vocabulary, " and ".join(texts) or "the built-in text")
-    return Calibration(tokens, tuple(Path(text).name for text in texts) or ("built-in text",))
+        tokens, read = _built_in(encode, sequences, length, seed)
+    require_ids(tokens, vocabulary, name, made=not ids)
+    count, repeated = padded_rows(tokens) if ids else (0, 0)
+    warnings = [
+        f"{count} of {len(tokens)} rows of token ids end in one repeated id ({repeated}), as padding does; it is "
+        "measured like any text: give rows without it"
+    ]
+    files += [one.facts() for one in read]
+    sources = tuple(Path(text).name for text in texts) or ("built-in text",)
+    return Calibration(tokens, sources, tuple(files), tuple(warnings if count else ()))
+
+
+def _encoded(read: Documents, reader: Callable[[], str], encode: Encode) -> np.ndarray:
+    """The token ids of a document, which are counted."""
+    ids = np.array(encode(reader()), dtype=np.int64)
+    read.tokens, read.read = read.tokens + len(ids), read.read + 1
+    return ids
 
 
 def require_counts(counts: Mapping[str, int | None]) -> None:
@@ -70,26 +98,9 @@ def require_counts(counts: Mapping[str, int | None]) -> None:
             raise CalibrationError(f"{flag} {number}: give a whole number above 0")
 
 
-def require_ids(tokens: np.ndarray, vocabulary: int, name: str) -> None:
-    """Raises CalibrationError for a token id that is not in the model's vocabulary."""
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise CalibrationError(f"{name}: token id {wrong} is outside the model's vocabulary of {vocabulary}")
-
-
 def name_list(names: str | Path | Sequence[str | Path]) -> list[str]:
     """One name or several ones as a list."""
     return [str(names)] if isinstance(names, (str, Path)) else [str(name) for name in names]
-
-
-def holds_ids(texts: Sequence[str]) -> bool:
-    """Whether `texts` are files of token ids, which need no tokenizer. Raises CalibrationError for a mixture."""
-    ids = [text for text in texts if text.endswith((".npy", ".safetensors"))]
-    if ids and len(ids) < len(texts):
-        raise CalibrationError(
-            f"{ids[0]} holds token ids and {next(t for t in texts if t not in ids)} text: give one kind"
-        )
-    return bool(ids)
 
 
 def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
@@ -97,21 +108,22 @@ def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
     return [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
 
 
-def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> np.ndarray:
-    """Token ids of the built-in text (sequences, length).
+def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> tuple[np.ndarray, list[Documents]]:
+    """Token ids of the built-in text (sequences, length), and its documents.
 
     The documents are shuffled, joined and cut into sequences one after the other, so that no token is used twice.
     """
-    readers = [reader for path in sorted(BUILT_IN.glob("*.txt")) for reader in documents(path)]
+    read = [documents_of(path) for path in sorted(BUILT_IN.glob("*.txt"))]
+    readers = [partial(_encoded, one, reader, encode) for one in read for reader in one.readers]
     random.Random(seed).shuffle(readers)
-    stream = np.array([token for reader in readers for token in encode(reader())], dtype=np.int64)
+    stream = np.concatenate([reader() for reader in readers])
     held = len(stream) // length
     if held == 0:
         raise CalibrationError(
             f"the built-in text holds {len(stream)} tokens, fewer than --length {length}: give --text or a "
             "smaller --length"
         )
-    return stream[: held * length].reshape(held, length)[:sequences]
+    return stream[: held * length].reshape(held, length)[:sequences], read
 
 
 def _sampled(
@@ -143,116 +155,34 @@ def _sampled(
     return np.array(rows, dtype=np.int64)
 
 
-def _training(text: str) -> list[Callable[[], str]]:
-    """Functions that each read a document of a file or data set. WikiText-2 is one document, as in the paper's code."""
+def _training(text: str, render: Render) -> Documents:
+    """The documents of a file or data set. WikiText-2 is one document, as in the paper's code."""
     if text not in DATASETS:
-        return documents(Path(text))
+        return documents_of(Path(text), render)
     rows = download(text, "train")
-    return [lambda: " ".join(row() for row in rows)] if text == "wikitext2" else rows
+    joined = [lambda: " ".join(row() for row in rows)]
+    return Documents(text, "downloaded", joined if text == "wikitext2" else rows)
 
 
-def documents(path: Path, strip: bool = True, longest: int | None = None) -> list[Callable[[], str]]:
-    """Functions that each read a document of a text file, which itself is not held in memory. Raises CalibrationError.
+def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Token ids (sequences, length) and the facts of their files.
 
-    Documents of a plain text lose the space around them with `strip`, and are split if they have more than `longest`
-    bytes (default: LONGEST).
+    They are the first rows of two-dimensional ids, or random sequences of one-dimensional ids.
     """
-    jsonl = path.suffix == ".jsonl"
-    try:
-        with open(path, "rb") as file:
-            if path.stat().st_size == 0:
-                raise CalibrationError(f"{path}: is empty; give a text file")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                spans = [
-                    span for span in _spans(mapped, b"\n" if jsonl else SEPARATOR) if mapped[span[0] : span[1]].strip()
-                ]
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror}); give a text file to --text") from None
-    if not jsonl:
-        spans = [piece for start, stop in spans for piece in _split(path, start, stop, longest or LONGEST)]
-    return [partial(_read, path, start, stop, jsonl, strip) for start, stop in spans]
-
-
-def _spans(mapped: mmap.mmap, separator: bytes) -> Iterator[tuple[int, int]]:
-    """Yields the first byte of each part between separators, and the byte after its last."""
-    start = 0
-    while (stop := mapped.find(separator, start)) >= 0:
-        yield start, stop
-        start = stop + len(separator)
-    yield start, len(mapped)
-
-
-def _split(path: Path, start: int, stop: int, longest: int) -> Iterator[tuple[int, int]]:
-    """Yields the start and stop of pieces of at most `longest` bytes, which end with a line unless a line is longer."""
-    with open(path, "rb") as file:
-        while stop - start > longest:
-            file.seek(start)
-            piece = file.read(longest)
-            cut = piece.rfind(b"\n") + 1 or longest
-            yield start, start + cut
-            start += cut
-    yield start, stop
-
-
-def _read(path: Path, start: int, stop: int, jsonl: bool, strip: bool) -> str:
-    """The text of one document. Raises CalibrationError for a line of a .jsonl that does not hold a text."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        content = file.read(stop - start)
-    if not jsonl:
-        # a piece may be cut within a character, so bytes that are not UTF-8 become U+FFFD
-        text = content.decode("utf-8", errors="replace")
-        return text.strip() if strip else text
-    try:
-        line = json.loads(content)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        line = None
-    if not isinstance(line, str):
-        raise CalibrationError(
-            f'{path}: the line at byte {start} is not a JSON object with a "text"; give one per line'
-        )
-    return line.encode("utf-8", errors="replace").decode("utf-8")  # tokenizers refuse lone surrogates
-
-
-def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> np.ndarray:
-    """Token ids (sequences, length): the rows of two-dimensional ids, or random sequences of one-dimensional ids."""
-    arrays = [load_ids(path) for path in paths]
+    arrays, name = [load_ids(path) for path in paths], " and ".join(map(str, paths))
     widths = {array.shape[1] for array in arrays if array.ndim == 2}
     if widths and (len(widths) > 1 or any(array.ndim == 1 for array in arrays)):
-        raise CalibrationError(f"{' and '.join(map(str, paths))}: rows of different lengths; give files of one width")
-    if widths:
-        return np.concatenate(arrays)[:sequences, :length].astype(np.int64)
-    return _sampled(
-        [partial(np.asarray, array) for array in arrays], sequences, length, seed, " and ".join(map(str, paths))
-    )
-
-
-def load_ids(path: Path) -> np.ndarray:
-    """Token ids in one or two dimensions, from a .npy (never pickled) or from a .safetensors with one tensor.
-
-    Raises CalibrationError.
-    """
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            tensors = read_header(path)
-            if len(tensors) != 1:
-                raise CalibrationError(f"{path}: holds {len(tensors)} tensors; give one of token ids")
-            (tensor,) = tensors.values()
-            kind = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U16": "<u2", "U32": "<u4"}.get(tensor.dtype, "V1")
-            buffer = np.empty(tensor.nbytes, np.uint8)
-            read([(tensor, buffer)])
-            array = buffer.view(kind).reshape(tensor.shape if kind != "V1" else -1)
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror}); give a file of token ids") from None
-    except (ValueError, EOFError, SyntaxError, MemoryError, OverflowError, TokenError) as error:
-        raise CalibrationError(f"{path}: is not an array of token ids ({error})") from None
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size == 0:
-        raise CalibrationError(
-            f"{path}: holds {array.dtype} of shape {array.shape}; token ids are integers in one or two dimensions"
-        )
-    return np.asarray(array)
+        raise CalibrationError(f"{name}: rows of different lengths; give files of one width")
+    facts: list[dict[str, Any]] = []
+    for path, array in zip(paths, arrays, strict=True):
+        rows, how = (len(array), "rows of token ids") if widths else (1, "token ids")
+        facts.append({"name": path.name, "how": how, "documents": rows, "read": rows, "tokens": int(array.size)})
+    if not widths:
+        return _sampled([partial(np.asarray, array) for array in arrays], sequences, length, seed, name), facts
+    wanted: list[np.ndarray] = []
+    for array in arrays:
+        wanted.append(np.array(array[: sequences - sum(map(len, wanted)), :length], np.int64))
+    return np.concatenate(wanted), facts
 
 
 def download(name: str, split: str) -> list[Callable[[], str]]:

@@ -9,7 +9,6 @@ Tokens at the end of the text that do not fill a window are dropped.
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lowmem_wanda.data.calibration import Encode, documents, download, holds_ids, load_ids, require_counts, require_ids
+from lowmem_wanda.data.calibration import Encode, download, require_counts
+from lowmem_wanda.data.chats import Render, no_template
+from lowmem_wanda.data.documents import documents_of
+from lowmem_wanda.data.token_ids import holds_ids, load_ids, require_ids
 from lowmem_wanda.errors import CalibrationError
 
 CONVENTIONS = ("windows", "llama.cpp")
@@ -60,6 +62,7 @@ def windows(
     stride: int | None = None,
     convention: str = "windows",
     most: int | None = None,
+    render: Render = no_template,
 ) -> Windows:
     """The first `most` windows (default: all) of `length` tokens, each id below `vocabulary`.
 
@@ -73,7 +76,7 @@ def windows(
     require_counts({"--length": length, "--windows": most, "--stride": stride})
     if stride is not None and (convention != "windows" or stride >= length):
         raise CalibrationError(f"--stride {stride} must be below --length {length}, and --convention must be windows")
-    tokens = _stream(texts, encode)
+    tokens = _stream(texts, encode, render, most)
     step = stride or length
     if tokens.ndim == 2:
         if stride is not None:
@@ -84,7 +87,7 @@ def windows(
     else:
         starts = np.arange(0, len(tokens) - length + 1, step)[: most or _paper_windows(texts)]
         tokens = tokens[starts[:, None] + np.arange(length)]
-    require_ids(tokens, vocabulary, name)
+    require_ids(tokens, vocabulary, name, made=not holds_ids(texts))
     first = np.full(len(tokens), 1 if stride is None else tokens.shape[1] - stride)
     first[0] = 1
     if convention == "llama.cpp":
@@ -96,13 +99,13 @@ def windows(
     return Windows(tokens, first, "stride" if stride else convention, tuple(Path(text).name for text in texts))
 
 
-def _stream(texts: Sequence[str], encode: Encode) -> np.ndarray:
-    """All token ids of the texts, int64: in one row, or in the rows of two-dimensional ids."""
+def _stream(texts: Sequence[str], encode: Encode, render: Render, most: int | None) -> np.ndarray:
+    """All token ids of the texts, int64: in one row, or in the first `most` rows of two-dimensional ids."""
     if holds_ids(texts):
-        arrays = [load_ids(Path(text)).astype(np.int64) for text in texts]
+        arrays = [load_ids(Path(text)) for text in texts]
         if len({array.shape[1:] for array in arrays}) > 1:
             raise CalibrationError(f"{' and '.join(texts)}: rows of different lengths; give files of one width")
-        return np.concatenate(arrays)
+        return np.concatenate([array[:most] if array.ndim == 2 else array for array in arrays]).astype(np.int64)
     readers: list[Callable[[], str]] = []
     for text in texts:
         if text == "wikitext2":
@@ -112,8 +115,7 @@ def _stream(texts: Sequence[str], encode: Encode) -> np.ndarray:
             rows = download(text, "validation")[:C4_DOCUMENTS]
             readers.append(partial(" ".join, [row() for row in rows]))
         else:
-            several = len(documents(Path(text), longest=sys.maxsize)) > 1
-            readers += documents(Path(text), strip=several, longest=WHOLE)
+            readers += documents_of(Path(text), render, strip=None, longest=WHOLE).readers
     return np.concatenate([np.array(encode(read()), dtype=np.int64) for read in readers] or [np.empty(0, np.int64)])
 
 

@@ -198,7 +198,9 @@ def windows_for(
 ) -> Windows:
     """The windows of a text by the model's own tokenizer, each of at most as many tokens as the model has positions."""
     fits = {"length": model.window(length), "vocabulary": model.skeleton.vocabulary}
-    return cut_windows(text, model.encode, stride=stride, convention=convention, most=windows, **fits)
+    return cut_windows(
+        text, model.encode, render=model.render, stride=stride, convention=convention, most=windows, **fits
+    )
 
 
 def _zeroshot() -> Any:
@@ -211,7 +213,7 @@ def _zeroshot() -> Any:
 
 def _started(path: str, model: StreamedModel, text: Windows) -> dict[str, Any]:
     count, length = text.tokens.shape
-    return {"source": path, "blocks": model.depth, "device": str(model.device), "text": list(text.sources),
+    return {"source": path, "blocks": model.depth, "device": model.place, "text": list(text.sources),
             "windows": count, "length": length, "evaluated": text.evaluated}  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from lowmem_wanda.data.calibration import require_ids
+from lowmem_wanda.data.token_ids import require_ids
 from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.evaluation.likelihood import TOKEN_BYTES, Batch, token_likelihoods
 from lowmem_wanda.streaming.model import StreamedModel
@@ -71,7 +71,7 @@ def sweep(model: StreamedModel, sweeps: Sweeps, number: int, on_block: Notify = 
     batches = list(batched(sweeps.inputs[part], sweeps.sizes[part], sweeps.placement.batch * sweeps.sizes[0]))
     targets = np.concatenate([batch.targets for batch in batches])
     for ids in (targets, *(batch.tokens for batch in batches)):
-        require_ids(ids, model.skeleton.vocabulary, f"{model.checkpoint.path}: its tokenizer")
+        require_ids(ids, model.skeleton.vocabulary, f"{model.checkpoint.path}: its tokenizer", made=True)
     found = token_likelihoods(model, batches, sweeps.placement, on_block=on_block)
     losses, hits = found.losses, found.top == targets
     answers, start = {}, 0

@@ -254,7 +254,10 @@ def samples_of(dense: StreamedModel, chosen: Sequence[Variant], texts: Sequence[
     for count, seed in needed:
         most[seed] = max(most.get(seed, 0), count)
     size = {"length": dense.window(length), "vocabulary": dense.skeleton.vocabulary}
-    whole = {seed: calibrate(texts, dense.encode, sequences=count, seed=seed, **size) for seed, count in most.items()}
+    whole = {
+        seed: calibrate(texts, dense.encode, sequences=count, seed=seed, render=dense.render, **size)
+        for seed, count in most.items()
+    }
     return {(count, seed): replace(whole[seed], tokens=whole[seed].tokens[:count]) for count, seed in needed}
 
 

@@ -33,7 +33,6 @@ FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "t
          "device", "trust_remote_code", "calibration", "length")  # fmt: skip
 LABELS = {
     "source_sha256": "--verify-source",
-    "source_fingerprint": "source",
     "norms_sha256": "--norms sha256",
     "threads": "threads (OMP_NUM_THREADS)",
     "lowmem_wanda": "lowmem-wanda",
@@ -229,7 +228,7 @@ def _choose_calibration(
 ) -> Calibration:
     """The calibration tokens of a text, in sequences that the model has positions for."""
     size = {"sequences": sequences, "length": model.window(length), "seed": seed}
-    return calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, **size)
+    return calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, render=model.render, **size)
 
 
 def _choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:

@@ -123,13 +123,14 @@ def started(job: PruneJob) -> dict[str, Any]:
     """A record of what will be done, for `on_start`."""
     calibration = job.calibration and {
         "text": list(job.calibration.sources),
+        "warnings": list(job.calibration.warnings),
         "sequences": job.calibration.tokens.shape[0],
         "length": job.calibration.tokens.shape[1],
     }
     return {
         "source": str(job.model.checkpoint.path),
         "blocks": job.model.depth,
-        "device": str(job.model.device),
+        "device": job.model.place,
         "method": str(job.method),
         "pattern": str(job.pattern),
         "calibration": calibration,
@@ -175,6 +176,8 @@ def build(
             "length": plan.length,
             "tokens": plan.tokens,
             "norms": str(job.norms) if job.norms else None,
+            "files": list(job.calibration.files) if job.calibration else [],
+            "warnings": list(job.calibration.warnings) if job.calibration else [],
         },
         "imatrix": _imatrix(job, plan),
         "peak_memory": peak.beside(plan.host_peak, plan.device_peak),

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -15,7 +16,7 @@ import transformers
 from lowmem_wanda import __version__
 from lowmem_wanda.checkpoint.directory import Checkpoint, require_prunable
 from lowmem_wanda.checkpoint.reader import FLOATS, Tensor
-from lowmem_wanda.errors import ModelError
+from lowmem_wanda.errors import CalibrationError, ModelError, first_line
 from lowmem_wanda.streaming.buffers import DTYPES, buffer_bytes, specs_of
 from lowmem_wanda.streaming.machine import ANY, Budget, Machine
 from lowmem_wanda.streaming.resources import SMALL, map_blocks_from
@@ -47,6 +48,13 @@ class StreamedModel:
         """The name of the computing dtype, as --dtype takes it."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def place(self) -> str:
+        """The device in words; where it has no bfloat16, which most weights are stored in, also that this is so."""
+        wide = self.dtype == torch.float32 and self.device.type != "cpu"
+        lacks = wide and _stored(self.checkpoint) == torch.bfloat16 and not _has_bfloat16(self.device)
+        return f"{self.device}" + " (in float32, because it has no bfloat16)" * lacks
+
     def window(self, length: int) -> int:
         """`length`, or the model's number of positions where that is smaller."""
         return min(length, self.skeleton.positions or length)
@@ -57,6 +65,29 @@ class StreamedModel:
         The tokenizer is loaded with the first text. Raises CalibrationError where it cannot be loaded.
         """
         return list(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
+        """A chat as one text by the model's own chat template; "" where it has none.
+
+        The token that the tokenizer puts before every text is left out, because `encode` adds it. Raises
+        CalibrationError where the template does not take the chat.
+        """
+        tokenizer = self._tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            return ""
+        try:
+            text = str(tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False))
+        except ImportError:
+            raise CalibrationError(
+                "a chat template needs a package that is not installed: pip install jinja2"
+            ) from None
+        except Exception as error:  # a template may raise anything
+            raise CalibrationError(
+                f"{self.checkpoint.path}: its chat template does not take a chat of {len(messages)} messages "
+                f"({first_line(error)}); give texts, or other chats"
+            ) from None
+        first, start = getattr(tokenizer, "bos_token", None), self.encode("")[:1]
+        return text.removeprefix(first) if first and start == [tokenizer.bos_token_id] else text
 
     def block_tensors(self, index: int) -> list[Tensor]:
         """The file tensors of one block."""
@@ -130,18 +161,35 @@ def find_device(name: str) -> torch.device:
 def find_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     """The computing dtype for `name`. "auto" is the dtype that most weights are stored in, but float32 on a CPU.
 
+    Also on a GPU that has no bfloat16 it is float32 instead of bfloat16.
+
     A CPU without bfloat16 units multiplies float32 matrices 60 times as fast (61 against 0.9 GFLOP/s).
     """
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     if device.type == "cpu":
         return torch.float32
+    stored = _stored(checkpoint)
+    if stored == torch.float64 or (stored == torch.bfloat16 and not _has_bfloat16(device)):
+        return torch.float32
+    return stored
+
+
+def _stored(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most weights are stored in."""
     sizes = dict.fromkeys(FLOATS, 0)
     for tensor in checkpoint.tensors.values():
         if tensor.dtype in sizes:
             sizes[tensor.dtype] += tensor.numel
-    stored = DTYPES[max(sizes, key=lambda kind: sizes[kind])]
-    return torch.float32 if stored == torch.float64 else stored
+    return DTYPES[max(sizes, key=lambda kind: sizes[kind])]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 by itself; GPUs before NVIDIA's Ampere do not, or slowly."""
+    if device.type == "mps":
+        return bool(torch.backends.mps.is_macos_or_newer(14, 0))
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def describe_device(device: torch.device) -> str:

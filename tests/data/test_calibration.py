@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lowmem_wanda.data import calibration as text
 from lowmem_wanda.data.calibration import BUILT_IN, calibrate
 from lowmem_wanda.errors import CalibrationError
 
@@ -60,7 +59,7 @@ def test_short_documents_are_joined(tmp_path):
 
 
 def test_a_long_text_is_tokenized_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "LONGEST", 100)
+    monkeypatch.setattr("lowmem_wanda.data.documents.LONGEST", 100)
     file = tmp_path / "a.txt"
     file.write_text("0123456789\n" * 100)
     lengths = []
