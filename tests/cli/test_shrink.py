@@ -144,13 +144,14 @@ def test_wrong_usage_is_2(made, tmp_path, capsys):
 def test_ctrl_c_and_kill_end_cleanly_and_leave_nothing(tmp_path, number):
     """In the middle of scoring in processes, none of which outlives the first."""
     model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 64, width=512, inner=512, layers=8)  # 400M weights
+    sent = getattr(signal, number)
     child = subprocess.Popen(
         [sys.executable, ROOT / "cli.py", "shrink", model, tmp_path / "small.gguf", "--drop-experts", "25%", "--score", "aimer"],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),  # which nohup and shells in the background ignore
     )  # fmt: skip
     while child.poll() is None and not list(tmp_path.glob(".*partial")):
         time.sleep(0.01)
-    sent = getattr(signal, number)
     child.send_signal(sent)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 128 + sent and err.strip().endswith("stopped") and "Traceback" not in err and not out
