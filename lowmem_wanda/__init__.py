@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lowmem_wanda.sparsity.methods import Method, Statistic
     from lowmem_wanda.sparsity.selection import Scaled
     from lowmem_wanda.sparsity.statistics import SquaredNorm
+    from lowmem_wanda.streaming.hub import download
     from lowmem_wanda.streaming.machine import DTYPES, READS, byte_size
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ _PLACES = {
     "sparsity.methods": ("Method", "Statistic"),
     "sparsity.selection": ("Scaled",),
     "sparsity.statistics": ("SquaredNorm",),
+    "streaming.hub": ("download",),
     "streaming.machine": ("DTYPES", "READS", "byte_size"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
@@ -107,6 +109,7 @@ __all__ = [
     "check",
     "check_gguf",
     "compare",
+    "download",
     "evaluate",
     "imatrix",
     "is_gguf",

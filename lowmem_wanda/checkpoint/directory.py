@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from lowmem_wanda.checkpoint.cache import locate
 from lowmem_wanda.checkpoint.companions import ADAPTER, pieces_of
 from lowmem_wanda.checkpoint.reader import FLOATS, QUANTIZED, Tensor, opened, read_header, read_json
 from lowmem_wanda.errors import CheckpointError
@@ -20,7 +21,8 @@ class Checkpoint:
     the directory, `files` are its safetensors files in the order of their names.
 
     Args:
-        path: the folder of a Hugging Face checkpoint, with model.safetensors or with several shards and their index.
+        path: the folder of a Hugging Face checkpoint, with model.safetensors or with several shards and their index; or
+            "org/name" of a model in the local Hugging Face cache.
 
     Raises:
         CheckpointError: the folder holds no safetensors, a shard is missing or truncated, a header is wrong, the index
@@ -33,7 +35,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = locate(path)
         if self.path.is_file():
             raise CheckpointError(
                 f"{path}: is a file; give the folder of a safetensors checkpoint (`shrink`, `plan` and `check` take "

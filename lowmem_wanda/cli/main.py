@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from lowmem_wanda import __version__
-from lowmem_wanda.cli.terminal import printable
-from lowmem_wanda.errors import LowmemError
+from lowmem_wanda.cli.terminal import bounded, printable
+from lowmem_wanda.errors import LowmemError, limit_of_machine
 
 COMMANDS = (  # modules of this room, each with an `add`
     "prune",
@@ -40,32 +40,43 @@ def main(argv: list[str] | None = None) -> int:
         top.print_help(sys.stderr)
         raise SystemExit(USAGE)
     arguments = top.parse_args(argv)
-    texts = {*getattr(arguments, "text", ()), *getattr(arguments, "calibration", ())}
-    if not {"c4", "wikitext2"} & texts and not getattr(arguments, "tasks", ()):
+    if not _downloads(arguments):
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded unless it was asked for
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any byte
     try:
         with _interrupting():
+            if getattr(arguments, "download", False):
+                from lowmem_wanda import download
+
+                arguments.source = str(download(arguments.source))
             return int(arguments.run(arguments))
     except LowmemError as error:
         if arguments.debug:
             raise
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {printable(bounded(str(error)))}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (OSError, MemoryError, RuntimeError) as error:
         # errors of the system, and torch's OutOfMemoryError; any other RuntimeError is a bug of ours
-        if arguments.debug or type(error) in (RuntimeError, RecursionError):
+        told = limit_of_machine(error)
+        if arguments.debug or (not told and type(error) in (RuntimeError, RecursionError)):
             raise
-        print(f"error: {printable(' '.join(str(error).split()) or 'memory is full')}", file=sys.stderr)
+        print(f"error: {printable(bounded(told or ' '.join(str(error).split())))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt as stop:
         how = "; run the same command again to continue" if arguments.command in ("prune", "compare") else ""
         print(f"\nstopped{how}", file=sys.stderr)
         return 128 + stop.args[0] if stop.args else INTERRUPTED
+
+
+def _downloads(arguments: argparse.Namespace) -> bool:
+    """Whether the flags ask for something of the network: a data set, tasks, or a model."""
+    texts = {*getattr(arguments, "text", ()), *getattr(arguments, "calibration", ())}
+    flags = (getattr(arguments, "tasks", ()), getattr(arguments, "download", False))
+    return bool({"c4", "wikitext2"} & texts) or any(map(bool, flags))
 
 
 @contextmanager

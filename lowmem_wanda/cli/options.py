@@ -19,7 +19,12 @@ def add_command(commands: Any, name: str, text: str, run: Any) -> argparse.Argum
 
 
 def add_source(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="ckpt_dir", help="folder of a Hugging Face safetensors checkpoint")
+    command.add_argument(
+        "source",
+        metavar="ckpt_dir",
+        help="folder of a Hugging Face safetensors checkpoint, or org/name of one in the local Hugging Face cache",
+    )
+    command.add_argument("--download", action="store_true", help="get org/name from the Hugging Face Hub first")
 
 
 def add_calibration(command: argparse.ArgumentParser, seeds: str = "seed of the calibration sample") -> None:

@@ -54,6 +54,11 @@ def figure(figures: Mapping[str, Any], name: str, form: str) -> str:
     return " ± ".join(f"{value:{form}}" for value in values if isinstance(value, (int, float)))
 
 
+def bounded(text: str, most: int = 1000) -> str:
+    """A text of at most `most` characters, without its middle where it is longer: the end is the next move."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 3 + 5 :]}"
+
+
 def printable(text: str) -> str:
     """A text without control characters, for one line. Names in a file may hold anything."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
@@ -72,7 +77,7 @@ def verdict(arguments: argparse.Namespace, findings: Any, *parts: Any) -> int:
     """Prints the findings of a proof, and its problems to stderr; gives the exit code, 1 if there are any."""
     shown(arguments, asdict(findings), *parts)
     for problem in findings.problems:
-        print(f"error: {printable(problem)}", file=sys.stderr)
+        print(f"error: {printable(bounded(problem))}", file=sys.stderr)
     return 1 if findings.problems else 0
 
 
@@ -208,3 +213,10 @@ def add_peaks(table: Any, memory: Mapping[str, Any]) -> None:
     for where in ("host", "device") if memory["device_measured"] else ("host",):
         peak, predicted = memory[f"{where}_measured"], memory[f"{where}_predicted"]
         table.add_row(f"{where} memory", f"{size(peak)} at most ({size(predicted)} predicted)")
+    if refused := memory.get("host_not_locked"):
+        table.add_row("page-locked", not_locked(refused))
+
+
+def not_locked(nbytes: int) -> str:
+    """What it means that the system did not page-lock host memory beside a GPU."""
+    return f"the system refused it for {size(nbytes)}, so copies to the GPU take longer: raise its limit (ulimit -l)"

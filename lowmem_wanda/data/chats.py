@@ -60,7 +60,8 @@ def _message(one: Any) -> dict[str, Any]:
     if isinstance(one, dict) and isinstance(one.get("role"), str):
         return dict(one)
     if isinstance(one, dict) and isinstance(one.get("from"), str) and isinstance(one.get("value"), str):
-        return _said(ROLES.get(one["from"], one["from"]), one["value"])
+        role = str(one["from"])
+        return _said(ROLES.get(role, role), one["value"])
     raise ValueError("a message of it has neither role and content nor from and value")
 
 
