@@ -14,6 +14,7 @@ from lowmem_wanda.cli.terminal import (
     distance_cells,
     evaluations,
     figure,
+    not_locked,
     perplexity_cells,
     show,
 )
@@ -87,7 +88,12 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[Any]:
     """A table of perplexities and distances, if a text was evaluated, and one of tasks, if any were run."""
     texts = any("perplexity" in model for model in report["models"])
     tasks = any("tasks" in model for model in report["models"])
-    return [*([text_table(report)] if texts else []), *([task_table(report["models"])] if tasks else [])]
+    refused = max((model.get("peak_memory", {}).get("host_not_locked", 0) for model in report["models"]), default=0)
+    return [
+        *([text_table(report)] if texts else []),
+        *([task_table(report["models"])] if tasks else []),
+        *([f"page-locked: {not_locked(refused)}"] if refused else []),
+    ]
 
 
 def text_table(report: Mapping[str, Any]) -> Any:

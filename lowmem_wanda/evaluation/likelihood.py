@@ -14,7 +14,7 @@ from lowmem_wanda.streaming.head import Head, head_bytes, head_linear
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
 from lowmem_wanda.streaming.placement import Placement
-from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, anonymous
+from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, anonymous, wait
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, advance, ignore, streamed
 
 TOKEN_BYTES = 64  # that are kept for each target: its softmax, its id, its divergence
@@ -70,6 +70,7 @@ def token_likelihoods(
     with streamed(*models, batches=[batch.tokens for batch in batches], placement=placement) as stream:
         blocks = _walk(stream, on_block)
         stream.buffers.close()
+        wait(model.device)  # hidden states on the host are written by copies that nothing else waits for
         softmaxes, divergence = _apply_heads(stream, batches)
         losses = [softmax.losses().cpu().double().numpy() for softmax in softmaxes]
         top = [softmax.top.cpu().numpy() for softmax in softmaxes]

@@ -1,9 +1,7 @@
 """Collects an importance matrix: sums over a block's inputs while a model is walked, and `imatrix` for a checkpoint."""
 
-import hashlib
-import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
@@ -12,12 +10,12 @@ import numpy as np
 import torch
 
 from lowmem_wanda.checkpoint.output import FORMAT
-from lowmem_wanda.checkpoint.reader import Tensor, read_header
-from lowmem_wanda.checkpoint.writer import require_new, write_shard
+from lowmem_wanda.checkpoint.writer import require_new
 from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches, name_list
-from lowmem_wanda.errors import CheckpointError, NonFiniteError
+from lowmem_wanda.errors import NonFiniteError
 from lowmem_wanda.llamacpp.imatrix import About, Entry, require_matrix_target, write
 from lowmem_wanda.llamacpp.names import gguf_names, package
+from lowmem_wanda.llamacpp.store import Store, alone
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.decoder import Block
 from lowmem_wanda.streaming.machine import Machine
@@ -25,8 +23,6 @@ from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_mo
 from lowmem_wanda.streaming.placement import Workload, choose
 from lowmem_wanda.streaming.resources import anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, advance, ignore, streamed, watched
-
-SUMS, COUNTS = ".sums", ".counts"
 
 
 class ImatrixReport(TypedDict):
@@ -111,8 +107,10 @@ def imatrix(
     )
     model = open_model(source, machine)
     size = {"sequences": sequences, "length": model.window(length), "seed": seed}
-    calibration = calibrate(name_list(text), model.encode, vocabulary=model.skeleton.vocabulary, **size)
-    on_start({"source": str(source), "blocks": model.depth, "device": str(model.device)})
+    calibration = calibrate(
+        name_list(text), model.encode, vocabulary=model.skeleton.vocabulary, render=model.render, **size
+    )
+    on_start({"source": str(source), "blocks": model.depth, "device": model.place})
     return collect(model, calibration, Path(target), on_block)
 
 
@@ -124,7 +122,7 @@ def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block
     placement, need = choose(Workload((model,), count, length))
     batches = in_batches(calibration.tokens, placement.batch)
     with (
-        _emptied(path.with_name(f".{path.name}.blocks")) as folder,
+        alone(path) as folder,
         streamed(model, batches=batches, placement=placement, folder=folder) as stream,
     ):
         store, last = Store(folder), time.perf_counter()
@@ -158,7 +156,7 @@ def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block
 
 
 def save_imatrix(
-    path: Path, model: StreamedModel, calibration: Calibration, names: Mapping[str, str], store: "Store"
+    path: Path, model: StreamedModel, calibration: Calibration, names: Mapping[str, str], store: Store
 ) -> None:
     """Writes all entries of a store to `path`, with the entries of one block in memory at a time."""
     blocks = model.skeleton.matrices
@@ -214,63 +212,3 @@ class InputSums:
     def _arrived(self, module: str, inputs: torch.Tensor) -> None:
         if not self.paused:
             self.sums[module].add(inputs)
-
-
-class Store:
-    """The entries of finished blocks, one file for each, in a hidden directory of the output.
-
-    Entries that were stored under another `key`, such as another calibration, count as missing.
-    """
-
-    def __init__(self, folder: Path, key: str = "") -> None:
-        self.path = folder / ".imatrix"
-        self._mark = hashlib.sha256(key.encode()).hexdigest()[:16]
-
-    def has(self, index: int) -> bool:
-        """Whether the entries of a block are stored."""
-        return self._file(index).exists()
-
-    def put(self, index: int, entries: Mapping[str, Entry]) -> None:
-        """Stores the entries of a block, {matrix: entry}."""
-        arrays = {name + SUMS: entry.sums.astype("<f8") for name, entry in entries.items()}
-        counts = {name + COUNTS: entry.counts.astype("<i8") for name, entry in entries.items()}
-        kinds = dict.fromkeys(arrays, "F64") | dict.fromkeys(counts, "I64")
-        self.path.mkdir(exist_ok=True)
-        file = self._file(index)
-        tensors = [
-            (Tensor(name, file, kinds[name], array.shape, 0, array.nbytes), [array.tobytes()])
-            for name, array in {**arrays, **counts}.items()
-        ]
-        write_shard(file, tensors)
-
-    def get(self, index: int, names: Collection[str]) -> dict[str, Entry]:
-        """{matrix: entry} for the matrices `names` of a block. Raises CheckpointError and removes a damaged file."""
-        try:
-            found = read_header(self._file(index))
-            return {name: Entry(_array(found[name + SUMS]), _array(found[name + COUNTS])) for name in names}
-        except (CheckpointError, KeyError):
-            self._file(index).unlink(missing_ok=True)
-            raise CheckpointError(f"{self._file(index)}: was damaged; run the same command again") from None
-
-    def remove(self) -> None:
-        """Removes all entries."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def _file(self, index: int) -> Path:
-        return self.path / f"{index:05d}-{self._mark}.safetensors"
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    kind = {"F64": "<f8", "I64": "<i8"}[tensor.dtype]
-    return np.frombuffer(b"".join(tensor.pieces()), kind).reshape(tensor.shape)
-
-
-@contextmanager
-def _emptied(folder: Path) -> Iterator[Path]:
-    """An empty folder for sums, which is removed in the end. Whatever a killed run left in it is removed first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -44,6 +44,11 @@ class Entry:
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), 1.0)
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether its numbers can be sums of squares and counts of tokens."""
+        return bool(np.isfinite(self.sums).all() and (self.sums >= 0).all() and (self.counts >= 0).all())
+
 
 @dataclass(frozen=True)
 class About:
@@ -111,7 +116,7 @@ def _write_gguf(path: Path, shapes: Shapes, entries: Iterable[tuple[str, Entry]]
 
     with closing(Writer(path, "")) as writer:
         writer.add_type("imatrix")
-        writer.add_array("imatrix.datasets", list(about.datasets))
+        writer.add_array("imatrix.datasets", [_utf8(name).decode() for name in about.datasets])
         writer.add_uint32("imatrix.chunk_count", about.chunks)
         writer.add_uint32("imatrix.chunk_size", about.length)
         for name, (experts, inputs) in shapes.items():
@@ -134,7 +139,7 @@ def _write_legacy(path: Path, count: int, entries: Iterable[tuple[str, Entry]], 
             text, values = name.encode(), (entry.means * calls).astype("<f4")
             file.write(struct.pack(f"<i{len(text)}sii", len(text), text, calls, values.size))
             file.write(values.tobytes())
-        text = about.datasets[-1].encode()
+        text = _utf8(about.datasets[-1])
         file.write(struct.pack(f"<ii{len(text)}s", about.chunks, len(text), text))
 
 
@@ -191,6 +196,11 @@ def _read_legacy(path: Path) -> tuple[dict[str, Entry], About]:
             raise ValueError("no entries")
         chunks = number() if left else 0  # the text's name follows; older files have neither
         return entries, About((_shown(taken(number()).decode("utf-8", "replace")),) if left else (), chunks, 0)
+
+
+def _utf8(name: str) -> bytes:
+    """A name of a file, which may hold any byte, as UTF-8."""
+    return name.encode("utf-8", "backslashreplace")
 
 
 def _shown(text: Any) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lowmem_wanda.checkpoint.writer import sha256_of
@@ -58,7 +57,7 @@ def load_norms(path: str, names: Mapping[str, str], columns: Mapping[str, int]) 
             )
         if entry.counts[0] < 1:
             raise CalibrationError(f"{path}: entry {names[tensor]} was measured on no token: get another one")
-        if not (np.isfinite(entry.sums).all() and (entry.sums >= 0).all()):
+        if not entry.is_sound:
             raise CalibrationError(
                 f"{path}: entry {names[tensor]} holds numbers that are not sums of squares: get another file"
             )

@@ -95,6 +95,10 @@ def _importance(
             raise CheckpointError(
                 f"{imatrix}: has no entry {names[name]} of {inputs} values; get that of this very model"
             )
+        if not entry.is_sound:
+            raise CheckpointError(
+                f"{imatrix}: entry {names[name]} holds numbers that are not sums of squares; get another file"
+            )
     return lambda name: known[names[name]].means[0]
 
 
@@ -122,6 +126,10 @@ def predict_types(matrices: Mapping[str, PrunedMatrix], importance: Importance) 
         rows, columns = matrix.shape
         count = min(rows, max(1, share // columns))
         weight = matrix.reader()((rows - count) // 2, (rows - count) // 2 + count)
+        if not np.isfinite(weight).all():
+            raise CheckpointError(
+                f"{matrix.tensor.file}: tensor {name} holds NaN or infinity; prune again, or get the file again"
+            )
         for kind in kinds:
             if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
                 with np.errstate(all="ignore"):  # for blocks that are all zeros, or nearly
@@ -194,14 +202,20 @@ def _survival_of(matrix: PrunedMatrix, tensor: Any, importance: np.ndarray, mode
 
 
 def _dequantized(tensor: Any, rows: Any) -> np.ndarray:
-    """Some rows of a GGUF's tensor, float32 (rows, columns). Raises CheckpointError if its type cannot be read."""
+    """Some rows of a GGUF's tensor, float32 (rows, columns).
+
+    Raises CheckpointError if its type cannot be read, or if it holds NaN or infinity.
+    """
     gguf, data = package("survive"), np.ascontiguousarray(mapped(tensor)[rows])
     try:
-        values: np.ndarray = gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.dtype])
+        with np.errstate(all="ignore"):  # for scales that are NaN or infinite
+            values: np.ndarray = gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.dtype])
     except NotImplementedError:
         raise CheckpointError(
             f"{tensor.name}: is {tensor.dtype}, which the gguf package cannot read; take another type"
         ) from None
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{tensor.file}: {tensor.name} holds NaN or infinity; convert or quantize it again")
     return values.reshape(len(data), -1).astype(np.float32, copy=False)
 
 

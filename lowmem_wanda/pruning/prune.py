@@ -23,8 +23,9 @@ from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
 from lowmem_wanda.checkpoint.writer import require_new, sha256_of, write_json, write_shard
 from lowmem_wanda.data.calibration import in_batches
 from lowmem_wanda.errors import OutputError
-from lowmem_wanda.llamacpp.collect import InputSums, Store, save_imatrix
+from lowmem_wanda.llamacpp.collect import InputSums, save_imatrix
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
+from lowmem_wanda.llamacpp.store import Store
 from lowmem_wanda.llamacpp.survive import outlook
 from lowmem_wanda.pruning.block import move_on, prune_block
 from lowmem_wanda.pruning.job import PruneJob, label, prepare

@@ -14,6 +14,8 @@ from lowmem_wanda.errors import PatternError
 from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity.selection import Score, kth_smallest, lowest_of_groups, lowest_of_rows, row_chunks
 
+LONGEST = 40  # characters of a pattern that is read
+
 
 @dataclass(frozen=True)
 class Group:
@@ -109,8 +111,10 @@ class NM:
         return Group(self.of, self.of - self.kept)
 
     def zeros_per_group(self, mask: torch.Tensor) -> torch.Tensor:
-        """The number of zeros in each group of a bool mask (rows, columns) of zeros, uint8 (groups,)."""
+        """The number of zeros in each group of a bool mask (rows, columns) of zeros, uint8 or int64 (groups,)."""
         groups = mask.reshape(-1, self.of).view(torch.uint8)  # (groups, of)
+        if self.of > 255:  # a group of zeros is more than uint8 can count
+            return groups.sum(dim=1, dtype=torch.int64)
         counts = groups[:, 0].clone()
         for place in range(1, self.of):  # `sum` over so few values takes 4 times as long
             counts += groups[:, place]
@@ -126,7 +130,9 @@ Pattern = Unstructured | NM
 
 def parse(text: str, group: str = "row") -> Pattern:
     """The pattern that a text such as "2:4" (kept:of), "0.5" or "60%" (sparsity) means. Raises PatternError."""
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
+    if len(text) > LONGEST:
+        raise PatternError(f"pattern {text[:LONGEST]!r}... has {len(text)} characters: give one such as 2:4 or 50%")
+    if match := re.fullmatch(r"([0-9]+):([0-9]+)", text):
         kept, of = int(match[1]), int(match[2])
         if not 0 < kept < of:
             raise PatternError(f"pattern {text!r} keeps {kept} of {of}: N:M needs 0 < N < M, as 2:4 or 4:8")
@@ -135,7 +141,7 @@ def parse(text: str, group: str = "row") -> Pattern:
                 f"pattern {text!r} has groups of its own: --group {group} goes with a sparsity such as 50%"
             )
         return NM(kept, of)
-    if match := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text):
+    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(%?)", text):
         sparsity = float(match[1]) / (100 if match[2] else 1)
         if 0 < sparsity < 1:
             if group not in GROUPS:

@@ -116,23 +116,30 @@ class BlockBuffers:
         buffer B            read 1     compute 1 write 1
         buffer C                       read 2    compute 2
 
-    With fewer, the same steps wait for a free buffer. A host buffer is free again when its block is written, a GPU
-    buffer when its block is copied back. `spent` has the seconds of all blocks by part.
+    With fewer, the same steps wait for a free buffer. A host buffer is free when its block is written, a GPU buffer
+    when its block is copied back. `spent` has the seconds of all blocks by part.
     """
 
     def __init__(
-        self, device: torch.device, nbytes: int, hosts: int = 3, devices: int = 2, read_by: str = "pread"
+        self,
+        device: torch.device,
+        nbytes: int,
+        hosts: int = 3,
+        devices: int = 2,
+        read_by: str = "pread",
+        not_locked: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self.spent: dict[str, float] = {}
-        self.device, self.nbytes, self.read_by = device, nbytes, read_by
+        self.device, self.nbytes, self.read_by, self._not_locked = device, nbytes, read_by, not_locked
         self._cuda, self._beside = device.type == "cuda", device.type != "cpu"
-        self._hosts: SimpleQueue[Any] = SimpleQueue()
-        self._devices: SimpleQueue[Any] = SimpleQueue()
+        self._hosts, self._devices = SimpleQueue[Any](), SimpleQueue[Any]()
         for queue, count in ((self._hosts, hosts), (self._devices, devices)):
             for _ in range(count):
                 queue.put(None)
         self._memory = ExitStack()
-        self._reader, self._writer = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "writer")
+        begin = partial(torch.cuda.set_device, device) if self._cuda else None  # a new thread is on GPU 0
+        self._reader, self._writer = (ThreadPoolExecutor(1, name, begin) for name in ("reader", "writer"))
+        self._computing = torch.cuda.current_stream(device) if self._cuda else None  # that of the caller's thread
         self._writing: Future[None] | None = None
         self._streams: list[Any] = [torch.cuda.Stream(device) if self._cuda else None for _ in range(2)]
 
@@ -173,7 +180,7 @@ class BlockBuffers:
 
     def release(self, slot: Slot, write: Write | None) -> None:
         """Has a block written, or drops it if `write` is None. Raises what the thread's earlier work raised."""
-        computed = torch.cuda.current_stream(self.device).record_event() if self._cuda else None
+        computed = _mark(torch.cuda.current_stream(self.device)) if self._cuda else None
         if self._beside and not self._cuda:
             self._download(slot, write is not None, None)
         self.submit(lambda: self._store(slot, write, computed))
@@ -185,7 +192,7 @@ class BlockBuffers:
             writing.result()
 
     def _fetch(self, tensors: Sequence[Tensor]) -> Slot:
-        make = partial(host_memory, self.nbytes, self.device)
+        make = partial(host_memory, self.nbytes, self.device, self._not_locked)
         slot = Slot(self._take(self._hosts, lambda: self._memory.enter_context(make())), self.spent)
         with slot.clocked("read"):
             slot.stored = views(specs_of(tensors), slot.host)
@@ -210,7 +217,7 @@ class BlockBuffers:
     def _make_on_device(self) -> torch.Tensor:
         memory = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
         if self._cuda:  # memory that was freed for it may still be in use by work queued on the computing stream
-            self._streams[0].wait_stream(torch.cuda.current_stream(self.device))
+            self._streams[0].wait_stream(self._computing)
         return memory
 
     def _store(self, slot: Slot, write: Write | None, computed: Any) -> None:
@@ -243,7 +250,7 @@ class BlockBuffers:
         else:
             with torch.cuda.stream(stream):
                 target[:nbytes].copy_(source[:nbytes], non_blocking=True)
-                stream.synchronize()
+                _mark(stream).synchronize()
 
     @staticmethod
     def _take(queue: "SimpleQueue[Any]", make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -253,20 +260,32 @@ class BlockBuffers:
         return make() if memory is None else memory
 
 
+def _mark(stream: Any) -> Any:
+    """An event at the end of a stream's work. Who waits for it sleeps; by default a whole core would be busy."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event
+
+
 @contextmanager
 def hidden_states(
-    place: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path
+    place: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path,
+    not_locked: Callable[[int], None] = lambda nbytes: None,
 ) -> Iterator[torch.Tensor]:
     """Gives uninitialised hidden states on the "device", on the "host" beside a GPU (page-locked) or in a "file".
 
-    The file has no name in `folder` while it is used, so nothing is left of it after a kill. Raises OutputError if the
-    disk is too full for it.
+    The file has no name in `folder` while it is used, so nothing is left after a kill. `not_locked` is that of
+    `host_memory`. Raises OutputError if the disk is too full.
     """
     numel = math.prod(shape)
     if place == "device":
         yield torch.empty(shape, dtype=dtype, device=device)
     elif place == "host":
-        with host_memory(numel * dtype.itemsize, device) as memory:
+        with host_memory(numel * dtype.itemsize, device, not_locked) as memory:
             yield memory.view(dtype).view(shape)
     else:
         path = folder / f".hidden-states{PARTIAL}"

@@ -8,6 +8,7 @@ from lowmem_wanda.errors import BudgetError, ModelError
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # that a model can be computed in
 READS = ("pread", "mmap")
 STATES = ("device", "host", "file")
+MOST_BYTES = 1 << 100  # of a size that is read
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ def byte_size(size: float | str) -> int:
     Raises BudgetError for anything else.
     """
     if isinstance(size, (int, float)):
+        if not 0 <= size < MOST_BYTES:  # NaN is not, either
+            raise BudgetError(f"{size:.3g} is not a number of bytes; give one such as 8_000_000_000")
         return int(size)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?)b?|b)?", str(size).lower())
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([kmgt])(i?)b?|b)?", str(size).lower())
     if not match:
-        raise BudgetError(f"{size!r} is not a size such as 8GB or 500MB")
+        raise BudgetError(f"{str(size)[:40]!r} is not a size such as 8GB or 500MB")
     number, prefix, binary = match[1], match[2], match[3]
     if str(size).lower().endswith("b") and not prefix:
         return int(float(number))

@@ -126,8 +126,10 @@ def choose(work: Workload, batch: int | None = None) -> tuple[Placement, Need]:
     budget = work.model.budget
     vram = free_memory(work.model.device)  # comes first: it starts CUDA, which takes memory on the host
     base = anonymous()
-    ram = min(budget.max_ram or sys.maxsize, base + int(free_memory(torch.device("cpu")) * SPARE))
-    vram = min(budget.max_vram or sys.maxsize, int(vram * SPARE))
+    ram = min(
+        sys.maxsize if budget.max_ram is None else budget.max_ram, base + int(free_memory(torch.device("cpu")) * SPARE)
+    )
+    vram = min(sys.maxsize if budget.max_vram is None else budget.max_vram, int(vram * SPARE))
     sizes, tried, fitting = Sizes(work, base), [], []
     for cost, placement in placements(work, batch or work.model.batch):
         need = sizes.need(placement)

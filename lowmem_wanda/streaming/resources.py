@@ -2,16 +2,16 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from lowmem_wanda.checkpoint.writer import library
-from lowmem_wanda.errors import BudgetError
+from lowmem_wanda.errors import BudgetError, limit_of_machine
+from lowmem_wanda.streaming.containers import left_by_groups
 
 COMPUTING = ("embed", "measure", "prune", "onward", "compare", "head")  # the other parts read, copy and write meanwhile
 SAMPLES = 200  # of memory over time: up to twice as many are kept, then every second one goes
@@ -29,11 +29,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for later
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # a container's limit; it is "max" where there is none
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return free
+    return min(int(psutil.virtual_memory().available), left_by_groups())
 
 
 @contextmanager
@@ -43,10 +39,11 @@ def limited(device: torch.device, max_vram: int | None, mapped: int) -> Iterator
     Raises BudgetError where tensors would take more than `max_vram` bytes of the GPU, or all of it. Allocations of at
     least `mapped` bytes are mapped on their own (see `map_blocks_from`).
     """
-    limits = max_vram is not None and device.type == "cuda"
-    if limits:
+    cuda = device.type == "cuda"
+    if cuda:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (max_vram or 0) / total), device)
+        share = 1.0 if max_vram is None else min(1.0, max_vram / total)  # an earlier cap is taken away
+        torch.cuda.set_per_process_memory_fraction(share, device)
     map_blocks_from(mapped)
     try:
         yield
@@ -55,8 +52,12 @@ def limited(device: torch.device, max_vram: int | None, mapped: int) -> Iterator
             f"memory of {device} ran out though the plan had room ({' '.join(str(error).split()[:9])}): end other "
             "programs that use it, or give fewer or shorter sequences (--sequences, --length)"
         ) from error
+    except (RuntimeError, MemoryError) as error:
+        if told := limit_of_machine(error):
+            raise BudgetError(told) from error
+        raise
     finally:
-        if limits:
+        if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
@@ -78,28 +79,53 @@ def return_freed() -> None:
         malloc_trim(0)
 
 
-@contextmanager
-def host_memory(nbytes: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Gives uninitialised host bytes (uint8), page-locked beside a CUDA device where the system allows it.
+def wait(device: torch.device) -> None:
+    """Waits until all that was given to the device is done, so that the host may read what it wrote."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
-    They are registered rather than allocated as pinned, because torch's pinned allocator rounds up to a power of two.
+
+@contextmanager
+def host_memory(
+    nbytes: int, device: torch.device, not_locked: Callable[[int], None] = lambda nbytes: None
+) -> Iterator[torch.Tensor]:
+    """Gives uninitialised host bytes (uint8), page-locked beside a CUDA device.
+
+    Where the system does not allow this, `not_locked` is called with the bytes, and the memory can be used all the
+    same. It is registered rather than allocated as pinned, because torch's pinned allocator rounds up to a power of 2.
     """
     memory = torch.empty(nbytes, dtype=torch.uint8)
-    locked = device.type == "cuda" and int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)) == 0
+    locked = device.type == "cuda" and _register(memory, device)
     if device.type == "cuda" and not locked:
-        with suppress(RuntimeError):  # otherwise the next kernel would report the failure
-            torch.ones(1, device=device)
+        not_locked(nbytes)
     try:
         yield memory
     finally:
         if locked:
-            torch.cuda.synchronize(device)  # copies may be under way
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+            wait(device)  # copies may be under way
+            with torch.cuda.device(device):
+                torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def _register(memory: torch.Tensor, device: torch.device) -> bool:
+    """Page-locks host memory for a CUDA device; gives whether that succeeded.
+
+    It is done on the thread's current device, and in a new thread that is GPU 0.
+    """
+    with torch.cuda.device(device):
+        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0)) == 0:
+            return True
+        with suppress(RuntimeError):  # otherwise the next kernel would report the failure
+            torch.ones(1, device=device)
+    return False
 
 
 class Peak:
     """A context that samples `anonymous()` every `interval` seconds. `host` and `device` are peaks in bytes.
 
+    `not_locked` are bytes of host memory that were to be page-locked beside a GPU, which the system did not allow.
     `series` is the memory over time, as a few hundred pairs [seconds, bytes], each the maximum of its span.
     """
 
@@ -107,7 +133,7 @@ class Peak:
         self._device, self._interval = device, interval
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
-        self.host = anonymous()
+        self.host, self.not_locked = anonymous(), 0
         self.series: list[list[float]] = []
         self._start = time.perf_counter()
 
@@ -116,9 +142,17 @@ class Peak:
         """The peak of tensors on the GPU in bytes; 0 without a GPU."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
 
+    def count_not_locked(self, nbytes: int) -> None:
+        """Adds bytes that could not be page-locked."""
+        self.not_locked += nbytes
+
     def beside(self, host: int, device: int) -> dict[str, int]:
-        """The measured peaks beside the predicted ones, in bytes."""
+        """The measured peaks beside the predicted ones, in bytes, and what could not be page-locked if there is any."""
+        more = {"host_not_locked": self.not_locked} if self.not_locked else {}
+        if self._device.type == "cuda":
+            more["device_reserved"] = torch.cuda.max_memory_reserved(self._device)  # with the allocator's holes
         return {
+            **more,
             "host_predicted": host,
             "host_measured": self.host,
             "device_predicted": device,
@@ -186,7 +220,7 @@ class Clock:
         self._name = name
         now: Any = time.perf_counter()
         if self._cuda:
-            now = torch.cuda.Event(enable_timing=True)
+            now = torch.cuda.Event(enable_timing=True, blocking=True)  # waiting for it must not take a core
             now.record(torch.cuda.current_stream(self._device))
         self._marks.append((name, now))
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.streaming.buffers import BlockBuffers, Write, hidden_states
+from lowmem_wanda.streaming.containers import folder_on_disk
 from lowmem_wanda.streaming.decoder import Block, Decoder
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
@@ -106,16 +107,21 @@ def streamed(
     with ExitStack() as stack:
 
         def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowmem-wanda-")))
-            return stack.enter_context(hidden_states(placement.states, shape, dtype, device, place))
+            place = folder or Path()
+            if placement.states == "file" and not folder:
+                made = tempfile.TemporaryDirectory(prefix="lowmem-wanda-", dir=folder_on_disk())
+                place = Path(stack.enter_context(made))
+            states = hidden_states(placement.states, shape, dtype, device, place, peak.count_not_locked)
+            return stack.enter_context(states)
 
         stack.enter_context(torch.no_grad())
         stack.enter_context(limited(device, budget.max_vram, placement.mapped))
         peak = stack.enter_context(Peak(device))
         decoders = [stack.enter_context(Decoder(model)) for model in models]
         nbytes = max(model.block_bytes for model in models)
-        buffers = stack.enter_context(BlockBuffers(device, nbytes, placement.slots, placement.arriving, budget.read))
-        yield Stream(decoders, batches, buffers, peak, allocate)
+        number = placement.slots, placement.arriving
+        buffers = BlockBuffers(device, nbytes, *number, budget.read, peak.count_not_locked)
+        yield Stream(decoders, batches, stack.enter_context(buffers), peak, allocate)
 
 
 def advance(block: Block, states: MicroBatches) -> None:

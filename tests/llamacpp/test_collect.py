@@ -85,10 +85,46 @@ def test_it_is_the_pruned_models_own_to_the_byte(tiny, token_file, tmp_path, set
 
 def test_what_a_killed_run_left_is_cleared_away(tiny, token_file, tmp_path):
     left = tmp_path / ".x.gguf.blocks"
-    left.mkdir()
-    (left / "sums").write_text("x")
+    (left / ".imatrix").mkdir(parents=True)
+    (left / ".imatrix/00000-0123456789abcdef.safetensors").write_text("x")
+    (left / ".hidden-states.partial").write_text("x")
+    (left / ".lock").write_text("")
     collected(tiny("llama"), token_file, tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+@pytest.mark.parametrize("strange", ["sums", ".imatrix/notes.txt", "link", "file"])
+def test_a_folder_that_is_not_ours_stays_as_it_is(tiny, token_file, tmp_path, strange):
+    left = tmp_path / ".x.gguf.blocks"
+    if strange == "link":
+        (tmp_path / "mine").mkdir()
+        left.symlink_to(tmp_path / "mine")
+    elif strange == "file":
+        left.write_text("mine")
+    else:
+        (left / strange).parent.mkdir(parents=True)
+        (left / strange).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match=r"\.x\.gguf\.blocks: holds what is not of .* give another out_file"):
+        collected(tiny("llama"), token_file, tmp_path / "x.gguf")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_second_run_to_one_file_is_kept_out(tiny, token_file, tmp_path):
+    """The second starts while the first is at work; the first ends as if it had been alone."""
+    target, tokens, seen = tmp_path / "x.gguf", np.load(token_file), []
+
+    def second(record):
+        with pytest.raises(OutputError, match="another process is at work"):
+            collect(opened(tiny("llama")), Calibration(tokens, ("t",)), target)
+        seen.append(record["index"])
+
+    collect(opened(tiny("llama"), batch=4), Calibration(tokens, ("t",)), target, second)
+    assert seen == [0, 1, 2] and [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+    collect(opened(tiny("llama"), batch=4), Calibration(tokens, ("t",)), tmp_path / "y.gguf")
+    assert target.read_bytes() == (tmp_path / "y.gguf").read_bytes()
+    with pytest.raises(OutputError, match="exists, and is not replaced"):
+        collect(opened(tiny("llama")), Calibration(tokens, ("t",)), target)
 
 
 def test_in_the_dense_order_it_is_the_dense_models(tiny, token_file, tmp_path):

@@ -18,7 +18,8 @@ from lowmem_wanda.checkpoint.verify import check
 from lowmem_wanda.cli.main import main
 from lowmem_wanda.cli.page import page
 from lowmem_wanda.errors import CheckpointError, PatternError
-from lowmem_wanda.llamacpp.imatrix import About, Entry, write
+from lowmem_wanda.llamacpp.gguf_file import read_gguf
+from lowmem_wanda.llamacpp.imatrix import About, Entry, read, write
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.llamacpp.quant_types import TYPES, advice
 from lowmem_wanda.llamacpp.survive import survive
@@ -177,6 +178,33 @@ def test_an_importance_matrix_of_something_else_is_refused(pruned, tmp_path):
           About(("t",), 1, 1))  # fmt: skip
     with pytest.raises(CheckpointError, match="no entry blk.0"):
         survive(pruned, imatrix=tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("suffix", ["gguf", "dat"])
+@pytest.mark.parametrize("wrong", [-1, -1e-30, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("made", [True, False])
+def test_sums_that_are_no_squares_are_named(pruned, importance, tmp_path, suffix, wrong, made):
+    entries, about = read(importance[0])
+    name = "blk.2.ffn_up.weight"
+    sums = entries[name].sums.copy()
+    sums[0, 5] = wrong
+    changed = {**entries, name: Entry(sums, entries[name].counts)}
+    path = tmp_path / f"x.{suffix}"
+    write(path, {key: entry.sums.shape for key, entry in changed.items()}, changed.items(), about)
+    model = convert(pruned, tmp_path / "m.gguf", KIND.Q8_0) if made else None
+    with pytest.raises(CheckpointError, match=rf"x.{suffix}: entry {name} holds numbers that are not sums of squares"):
+        survive(pruned, model, path)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_gguf_that_holds_nan_is_named(pruned, tmp_path, wrong):
+    model = convert(pruned, tmp_path / "m.gguf", KIND.F32)
+    tensor = read_gguf(model).tensors["blk.1.ffn_up.weight"]
+    with open(model, "r+b") as file:
+        file.seek(tensor.offset + 40)
+        file.write(np.float32(wrong).tobytes())
+    with pytest.raises(CheckpointError, match="blk.1.ffn_up.weight holds NaN or infinity"):
+        survive(pruned, model)
 
 
 def test_a_prediction_is_what_comes_of_it(pruned, importance, tmp_path):

@@ -116,3 +116,25 @@ def test_columns_must_divide():
         NM(4, 8).require_shape("down_proj", 64, 172)
     with pytest.raises(PatternError, match="less than one weight"):
         Unstructured(0.01).require_shape("q", 64, 64)
+
+
+@pytest.mark.parametrize(("kept", "of"), [(1, 257), (1, 256), (255, 256), (40, 344), (200, 300), (300, 700)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_groups_of_any_size_hold(kept, of, transposed):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 2 * of) + 0.1
+    weight = weight.t().contiguous().t() if transposed else weight
+    prune_lowest(weight, lambda rows: weight[rows].abs(), NM(kept, of))
+    assert survey(weight, NM(kept, of)) == (8 * (of - kept), True)
+    weight[1, weight[1].nonzero()[0]] = 0
+    assert survey(weight, NM(kept, of)) == (8 * (of - kept) + 1, True)
+    weight[2] = 1
+    assert not survey(weight, NM(kept, of))[1]
+    assert survey(torch.zeros(4, 2 * of), NM(kept, of)) == (8 * of, True)
+
+
+@pytest.mark.parametrize("text", ["2:" + "9" * 5000, "0." + "9" * 5000, "9" * 5000 + "%", "²:4", "٢:٤"])
+def test_patterns_of_many_or_strange_digits_are_refused_in_a_short_line(text):
+    with pytest.raises(PatternError) as error:
+        parse(text)
+    assert len(str(error.value)) < 200
