@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo quick test lint
+.PHONY: demo quick test lint faults fuzz soak
 demo: $(VENV)/.demo
 	rm -rf demo-pruned demo-pruned-eval
 	$(VENV)/bin/python cli.py prune lowmem_wanda/data/demo demo-pruned --pattern 2:4
@@ -16,6 +16,16 @@ quick: $(VENV)/.test
 test: $(VENV)/.test
 	$(VENV)/bin/python -m coverage run -m pytest
 	$(VENV)/bin/python -m coverage report
+
+faults: $(VENV)/.test
+	FAULTS=200 $(VENV)/bin/python -m pytest tests/test_faults.py
+
+MINUTES ?= 5
+fuzz: $(VENV)/.test
+	FUZZ_MINUTES=$(MINUTES) $(VENV)/bin/python -m pytest tests/test_fuzz.py
+
+soak: $(VENV)/.test
+	SOAK=300 $(VENV)/bin/python -m pytest tests/test_soak.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m ruff check .

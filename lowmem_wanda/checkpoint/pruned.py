@@ -84,11 +84,19 @@ def promises_of(report: Mapping[str, Any]) -> dict[str, Promise]:
     """{tensor: promise} of the report of a pruning; {} for an empty report. Raises CheckpointError for any other."""
     try:
         found = {name: _promise(one) for block in report.get("blocks", ()) for name, one in block["linears"].items()}
-        if report and not (found and report["shards"] and isinstance(report["shards"], list)):
+        if report and not (found and shards_of(report)):
             raise KeyError("blocks")
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(f"{REPORT}: is not what prune wrote; remove it to look at the tensors alone") from None
     return found
+
+
+def shards_of(report: Mapping[str, Any]) -> dict[str, str]:
+    """{file name: SHA-256 in hex} of the shards in a pruning's report. Raises KeyError, TypeError or ValueError."""
+    shards = {shard["name"]: shard["sha256"] for shard in report["shards"]}
+    if not all(isinstance(text, str) and "\0" not in text for pair in shards.items() for text in pair):
+        raise ValueError("shards")
+    return shards
 
 
 def keeps_bits(report: Mapping[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from lowmem_wanda.checkpoint.pruned import (
     keeps_bits,
     promises_of,
     read_report,
+    shards_of,
 )
 from lowmem_wanda.checkpoint.reader import FLOATS, PIECE, Tensor
 from lowmem_wanda.checkpoint.writer import sha256_of
@@ -144,9 +145,9 @@ def _rows(tensor: Tensor, multiple: int) -> Iterator[np.ndarray]:
 
 def _compare_report(path: Path, report: Mapping[str, Any], promises: Mapping[str, Promise], findings: Findings) -> None:
     """Compares checksums, zeros and patterns with report.json; every difference becomes a problem."""
-    for shard in report["shards"]:
-        file = path / Path(shard["name"]).name
-        if file.exists() and sha256_of(file) == shard["sha256"]:
+    for name, sha256 in shards_of(report).items():
+        file = path / Path(name).name
+        if file.is_file() and sha256_of(file) == sha256:
             findings.shards_verified += 1
         else:
             findings.problems.append(f"{file.name}: is not the file whose checksum {REPORT} gives")
