@@ -40,7 +40,7 @@ THIRD = {  # a star: within a function, so that the package is needed only where
     "cli": {"*rich", "*matplotlib"},
 }
 ONLY = {  # packages that some modules of a room alone may import
-    "torch": {"llamacpp": {"collect", "norms"}},
+    "torch": {"llamacpp": {"collect", "latents", "norms"}},
     "triton": {"sparsity": {"kernels"}},
     "lm_eval": {"evaluation": {"harness", "zeroshot"}},
     "jinja2": {"evaluation": {"harness"}},

@@ -43,6 +43,9 @@ def imatrix_table(result: Mapping[str, Any]) -> Any:
 
     table = pairs(f"importance matrix: {result['file']}")
     table.add_row("entries", f"{result['entries']} weights of {escape(result['source'])}")
+    if left := result["left_out"]:
+        table.add_row("left out", f"{len(left)} weights, such as {left[0]}: what llama.cpp multiplies them with is not "
+            "measured, so types below 3 bits need another matrix")  # fmt: skip
     table.add_row("calibration", calibration_text(result))
     table.add_row("time", duration(result["seconds"]))
     add_peaks(table, result["peak_memory"])

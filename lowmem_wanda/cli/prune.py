@@ -151,6 +151,8 @@ def closing(report: Mapping[str, Any], target: str) -> Any:
     )
     if made := report.get("imatrix"):
         table.add_row("imatrix", escape(f"{made['file']}, of {made['of']}: ") + calibration_text(made))
+        if lacking := made.get("left_out"):
+            table.add_row("", f"without {len(lacking)} weights, such as {lacking[0]}, whose inputs are not measured")
     if dense := report["dense_outside"]:
         more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
         names = escape(", ".join(dense[:3]))

@@ -1,7 +1,7 @@
 """Collects an importance matrix: sums over a block's inputs while a model is walked, and `imatrix` for a checkpoint."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
@@ -14,7 +14,8 @@ from lowmem_wanda.checkpoint.writer import require_new
 from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches, name_list
 from lowmem_wanda.errors import NonFiniteError
 from lowmem_wanda.llamacpp.imatrix import About, Entry, require_matrix_target, write
-from lowmem_wanda.llamacpp.names import gguf_names, package
+from lowmem_wanda.llamacpp.latents import Latents
+from lowmem_wanda.llamacpp.names import gguf_names, package, split_names
 from lowmem_wanda.llamacpp.store import Store, alone
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.decoder import Block
@@ -23,6 +24,8 @@ from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_mo
 from lowmem_wanda.streaming.placement import Workload, choose
 from lowmem_wanda.streaming.resources import anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, advance, ignore, streamed, watched
+
+PARTS = ("#keys", "#values")  # behind a matrix's name: the parts that llama.cpp splits it into
 
 
 class ImatrixReport(TypedDict):
@@ -33,6 +36,7 @@ class ImatrixReport(TypedDict):
     source: str
     file: str
     entries: int
+    left_out: list[str]
     text: list[str]
     sequences: int
     length: int
@@ -118,6 +122,7 @@ def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block
     """Writes the importance matrix of an opened model, on a calibration, to a new `path`; returns the report."""
     weights = [matrix.name for matrix in model.skeleton.all_matrices]
     names, start = gguf_names(weights, "an importance matrix"), time.perf_counter()
+    split = splits(model, names)
     count, length = calibration.tokens.shape
     placement, need = choose(Workload((model,), count, length))
     batches = in_batches(calibration.tokens, placement.batch)
@@ -129,7 +134,7 @@ def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block
 
         def step(block: Block, states: MicroBatches) -> None:
             nonlocal last
-            sums = InputSums(block)
+            sums = InputSums(block, split=split)
             with sums.listening():
                 advance(block, states)
             store.put(block.index, sums.entries())
@@ -137,13 +142,14 @@ def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block
             on_block({"index": block.index, "seconds": seconds, "host_bytes": anonymous()})
 
         stream.walk(step)
-        save_imatrix(path, model, calibration, names, store)
+        left_out = save_imatrix(path, model, calibration, names, store)
     return {
         "format": FORMAT,
         "kind": "imatrix",
         "source": str(model.checkpoint.path),
         "file": str(path),
-        "entries": len(names),
+        "entries": len(names) + len(split) - len(left_out),
+        "left_out": left_out,
         "text": list(calibration.sources),
         "sequences": count,
         "length": length,
@@ -157,58 +163,95 @@ def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block
 
 def save_imatrix(
     path: Path, model: StreamedModel, calibration: Calibration, names: Mapping[str, str], store: Store
-) -> None:
-    """Writes all entries of a store to `path`, with the entries of one block in memory at a time."""
-    blocks = model.skeleton.matrices
-    shapes = {names[matrix.name]: (1, matrix.shape[1]) for matrix in model.skeleton.all_matrices}
+) -> list[str]:
+    """Writes all entries of a store to `path`, with the entries of one block in memory at a time.
 
-    def entries() -> Iterator[tuple[str, Entry]]:
-        for index, block in enumerate(blocks):
-            found = store.get(index, [matrix.name for matrix in block])
-            yield from ((names[name], entry) for name, entry in found.items())
+    Gives the GGUF names of the weights that have no entry, because what llama.cpp multiplies them with is not known.
+    """
+    split, blocks = splits(model, names), model.skeleton.matrices
+    shapes: dict[str, tuple[int, int]] = {}
+    left_out: list[str] = []
+
+    def wanted(index: int) -> dict[str, str]:
+        """{name in the store: GGUF names} of a block."""
+        found: dict[str, str] = {}
+        for name in (matrix.name for matrix in blocks[index]):
+            parts = zip(PARTS, split[name], strict=True) if name in split else [("", names[name])]
+            found |= {name + part: gguf_name for part, gguf_name in parts}
+        return found
+
+    for index, block in enumerate(blocks):
+        columns = {matrix.name: matrix.shape[1] for matrix in block}
+        entries = store.get(index, [name for name in wanted(index) if "#" in name]) if split else {}
+        for name, gguf_name in wanted(index).items():
+            if size := entries[name].sums.size if name in entries else columns[name]:
+                shapes[gguf_name] = (1, size)
+            else:
+                left_out.append(gguf_name)
+
+    def entries_of() -> Iterator[tuple[str, Entry]]:
+        for index in range(len(blocks)):
+            found = store.get(index, [*(known := wanted(index))])
+            yield from ((known[name], entry) for name, entry in found.items() if known[name] in shapes)
 
     count, length = calibration.tokens.shape
-    write(path, shapes, entries(), About(calibration.sources, count, length))
+    write(path, shapes, entries_of(), About(calibration.sources, count, length))
+    return left_out
+
+
+def splits(model: StreamedModel, names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """{matrix: GGUF names of its two parts} of the matrices of a model that llama.cpp's converter splits."""
+    config = model.skeleton.model.config
+    return split_names(names, str(getattr(config, "model_type", ""))) if names else {}
 
 
 class InputSums:
     """The sums of squares of the inputs of all matrices in a block.
 
     Every run of the block within `listening` is added, unless it is also within `pausing`. Matrices that share their
-    inputs share a sum. Without `on` nothing is summed up.
+    inputs share a sum. Without `on` nothing is summed up. Of the matrices named in `split`, the two parts that
+    llama.cpp has of them get sums, which are empty where they cannot be measured.
     """
 
-    def __init__(self, block: Block, on: bool = True) -> None:
-        self.block, self.on, self.paused = block, on, False
-        columns = {matrix.inputs: matrix.shape[1] for matrix in block.matrices} if on else {}
+    def __init__(self, block: Block, on: bool = True, split: Collection[str] = ()) -> None:
+        self.block, self.on, self.split = (
+            block,
+            on,
+            {one.name: one.inputs for one in block.matrices if one.name in split},
+        )
+        columns = {matrix.inputs: matrix.shape[1] for matrix in block.matrices if on and matrix.name not in split}
+        self.latents = Latents(block, [*self.split.values()] if on else [])
         self.sums = {module: SquaredNorm(count, block.device) for module, count in columns.items()}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Watches the block and adds the inputs of every run to the sums."""
-        with watched(self.block, self.sums, self._arrived):
+        with watched(self.block, self.sums, self._arrived), self.latents.listening():
             yield
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
         """Leaves the runs within it out of the sums."""
-        self.paused = True
+        self.latents.paused = True
         try:
             yield
         finally:
-            self.paused = False
+            self.latents.paused = False
 
     def entries(self) -> dict[str, Entry]:
         """{matrix: entry} of the block. Raises NumberError if a sum is NaN or infinite."""
+        known = {one.name: self.sums[one.inputs] for one in self.block.matrices if one.name not in self.split}
+        for name, module in self.split.items():
+            both = self.latents.sums.get(module, (SquaredNorm(0, self.block.device),) * 2)
+            known |= {name + part: one for part, one in zip(PARTS, both, strict=True)}
         made = {}
-        for matrix in self.block.matrices:
-            known = self.sums[matrix.inputs]
-            sums = known.sums.cpu().double().numpy()
+        for name, one in known.items():
+            sums = one.sums.cpu().double().numpy()
             if not np.isfinite(sums).all():
-                raise NonFiniteError(f"tensor {matrix.name}: its inputs hold NaN or infinity")
-            made[matrix.name] = Entry(sums[None], np.array([known.tokens]))
+                raise NonFiniteError(f"tensor {name.partition('#')[0]}: its inputs hold NaN or infinity")
+            made[name] = Entry(sums[None], np.array([one.tokens]))
         return made
 
     def _arrived(self, module: str, inputs: torch.Tensor) -> None:
-        if not self.paused:
+        if not self.latents.paused:
             self.sums[module].add(inputs)

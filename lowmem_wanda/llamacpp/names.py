@@ -7,14 +7,15 @@ differ (two of the RWKV kind take Llama's attention for theirs), it has the name
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from lowmem_wanda.errors import LowmemError, ModelError
 
 NEEDED = (
-    "GGUFWriter", "GGMLQuantizationType", "GGML_QUANT_SIZES", "MODEL_ARCH", "MODEL_TENSOR", "TENSOR_NAMES",
+    "GGUFWriter", "GGMLQuantizationType", "GGML_QUANT_SIZES", "MODEL_ARCH", "MODEL_ARCH_NAMES", "MODEL_TENSOR",
+    "MODEL_TENSORS", "TENSOR_NAMES",
     "get_tensor_name_map", "quantize", "dequantize",
 )  # fmt: skip
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -51,6 +52,29 @@ def gguf_names(tensors: Sequence[str], what: str) -> dict[str, str]:
     if shared:
         raise ModelError(f"{what}: several tensors of this model are {shared[0]} in llama.cpp, which is not supported")
     return names
+
+
+def split_names(names: Mapping[str, str], architecture: str) -> dict[str, tuple[str, str]]:
+    """{file tensor: GGUF names} of the matrices that llama.cpp's converter splits in two.
+
+    It does so with the matrix that expands the latent of attention's keys and values: keys' part, transposed for each
+    head, and values' part. The architecture of that name decides, or without one any that knows all matrices; those
+    with names for the parts split it. `names` are those of `gguf_names`.
+    """
+    gguf = package("an importance matrix")
+    kinds = {_kind(name) for name in names}
+    knowing = [one for one, table in zip(gguf.MODEL_ARCH, _tables(gguf), strict=True) if all(k in table for k in kinds)]
+    own = [one for one in knowing if gguf.MODEL_ARCH_NAMES[one] == architecture]
+    whole, *parts = (getattr(gguf.MODEL_TENSOR, f"ATTN_{part}_B") for part in ("KV", "K", "V"))
+    if not any(set(parts) <= set(gguf.MODEL_TENSORS[one]) for one in own or knowing):
+        return {}
+    stem, first, second = (gguf.TENSOR_NAMES[one] for one in (whole, *parts))
+    found = {}
+    for name, known in names.items():
+        block = _block(name)
+        if known == f"{stem.format(bid=block)}.weight":
+            found[name] = (f"{first.format(bid=block)}.weight", f"{second.format(bid=block)}.weight")
+    return found
 
 
 def _block(name: str) -> str:

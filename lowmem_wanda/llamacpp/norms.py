@@ -45,6 +45,11 @@ def load_norms(path: str, names: Mapping[str, str], columns: Mapping[str, int]) 
     entries = {}
     for tensor, inputs in columns.items():
         entry = found.get(names[tensor])
+        if entry is None and names[tensor].replace("kv_b", "v_b") in found:
+            raise CalibrationError(
+                f"{path}: llama.cpp splits tensor {tensor} in two and measures each part on other inputs than the "
+                "tensor's own, so its norms are not known: --exclude it"
+            )
         if entry is None:
             raise CalibrationError(
                 f"{path}: has no entry {names[tensor]}, which tensor {tensor} needs: get the importance matrix of "

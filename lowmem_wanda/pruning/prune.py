@@ -23,7 +23,7 @@ from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
 from lowmem_wanda.checkpoint.writer import require_new, sha256_of, write_json, write_shard
 from lowmem_wanda.data.calibration import in_batches
 from lowmem_wanda.errors import OutputError
-from lowmem_wanda.llamacpp.collect import InputSums, save_imatrix
+from lowmem_wanda.llamacpp.collect import InputSums, save_imatrix, splits
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
 from lowmem_wanda.llamacpp.store import Store
 from lowmem_wanda.llamacpp.survive import outlook
@@ -214,7 +214,8 @@ class _Walk:
         is_last = block.index == self.walked[-1]
         has_hidden_states = bool(states)
         wants_sums = self.job.imatrix is not None and (is_open or not self.store.has(block.index))
-        sums, moves_on = InputSums(block, on=wants_sums), has_hidden_states and (wants_sums or not is_last)
+        sums = InputSums(block, on=wants_sums, split=splits(self.job.model, self.job.names) if wants_sums else ())
+        moves_on = has_hidden_states and (wants_sums or not is_last)
         if is_open:
             record = {"index": block.index, **prune_block(self.job, block, states, self.placement, moves_on, sums)}
         else:
@@ -255,8 +256,9 @@ def _publish(job: PruneJob, output: Output, report: PruneReport, store: Store, o
     source = job.model.checkpoint
     output.publish_files(source, job.companions.files)
     if job.imatrix and job.calibration:
-        save_imatrix(job.imatrix, job.model, job.calibration, job.names, store)
-        report["imatrix"] = {**(report["imatrix"] or {}), "sha256": sha256_of(job.imatrix)}
+        left_out = save_imatrix(job.imatrix, job.model, job.calibration, job.names, store)
+        made = {"sha256": sha256_of(job.imatrix), **({"left_out": left_out} if left_out else {})}
+        report["imatrix"] = {**(report["imatrix"] or {}), **made}
     report["quantization"] = outlook(Checkpoint(output.path), report)
     on_report(report)  # type: ignore[arg-type]
     write_json(output.path / REPORT, report)

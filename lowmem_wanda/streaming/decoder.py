@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowmem_wanda.errors import LowmemError, ModelError, first_line
+from lowmem_wanda.errors import LowmemError, ModelError, first_line, limit_of_machine
 from lowmem_wanda.streaming.buffers import DTYPES, Scratch
 from lowmem_wanda.streaming.calls import Beside, Calls
 from lowmem_wanda.streaming.matrices import Matrix, Trace, trace
@@ -198,7 +198,9 @@ class Decoder:
         except Stop:
             pass
         except Exception as error:
-            if not self._calls.whole or isinstance(error, LowmemError):  # a head may need the weights that it lacks
+            if (
+                not self._calls.whole or isinstance(error, LowmemError) or limit_of_machine(error)
+            ):  # a head may need the weights that it lacks
                 raise self._failed(error, "its forward fails without its blocks") from error
         embedded, name = self._calls.first, type(self.skeleton.model).__name__
         if embedded is None or embedded.ndim != 3 or embedded.shape[:2] != tokens.shape:
@@ -215,8 +217,7 @@ class Decoder:
 
     def _failed(self, error: Exception, what: str) -> Exception:
         """The error to raise for one of the model's own code, which may raise anything."""
-        full = isinstance(error, (LowmemError, MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error).lower()
-        if full:
+        if isinstance(error, (LowmemError, torch.OutOfMemoryError)) or limit_of_machine(error):
             return error
         return ModelError(
             f"{type(self.skeleton.model).__name__}: {what} ({first_line(error)}); it is not supported yet"
