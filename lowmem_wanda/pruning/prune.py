@@ -37,7 +37,7 @@ from lowmem_wanda.streaming.decoder import Block
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import add_seconds, anonymous
-from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, ignore, streamed
+from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, ignore, require_chain, streamed
 
 
 def prune(
@@ -159,6 +159,8 @@ def run(job: PruneJob, target: Path, on_block: Notify = ignore, on_report: Notif
     plan = predict(job, before)
     if not target.exists():
         require_disk(target, plan.disk)
+        if job.calibration:
+            require_chain(job.model, job.calibration.tokens)
     with exclusive(target):
         output = Output(target, job.arguments(plan.layout.batch), label)
         output.begin(plan.disk, shard_names(job.model.depth))

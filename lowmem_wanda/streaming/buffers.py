@@ -23,6 +23,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 ALIGNMENT = 64
+Bytes = Callable[[int], None]  # called with a number of bytes
 Specs = Mapping[str, tuple[Sequence[int], torch.dtype]]  # name -> shape and dtype
 
 
@@ -127,7 +128,7 @@ class BlockBuffers:
         hosts: int = 3,
         devices: int = 2,
         read_by: str = "pread",
-        not_locked: Callable[[int], None] = lambda nbytes: None,
+        not_locked: Bytes = lambda nbytes: None,
     ) -> None:
         self.spent: dict[str, float] = {}
         self.device, self.nbytes, self.read_by, self._not_locked = device, nbytes, read_by, not_locked
@@ -269,17 +270,11 @@ def _mark(stream: Any) -> Any:
 
 @contextmanager
 def hidden_states(
-    place: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    folder: Path,
-    not_locked: Callable[[int], None] = lambda nbytes: None,
+    place: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path, not_locked: Bytes
 ) -> Iterator[torch.Tensor]:
     """Gives uninitialised hidden states on the "device", on the "host" beside a GPU (page-locked) or in a "file".
 
-    The file has no name in `folder` while it is used, so nothing is left after a kill. `not_locked` is that of
-    `host_memory`. Raises OutputError if the disk is too full.
+    The file has no name in `folder` while it is used. `not_locked` is that of `host_memory`. Raises OutputError.
     """
     numel = math.prod(shape)
     if place == "device":
@@ -290,11 +285,12 @@ def hidden_states(
     else:
         path = folder / f".hidden-states{PARTIAL}"
         with explained(path):
-            with open(path, "wb") as file:
-                file.truncate(numel * dtype.itemsize)
-                # a page for which a full disk has no room would end the process with SIGBUS
-                preallocate(file.fileno(), numel * dtype.itemsize)
-            memory = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
-            with suppress(PermissionError):  # Windows keeps the name of an open file; the next run removes it
-                path.unlink()
+            try:
+                with open(path, "wb") as file:
+                    file.truncate(numel * dtype.itemsize)
+                    preallocate(file.fileno(), numel * dtype.itemsize)  # else a page without room raises SIGBUS
+                memory = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
+            finally:
+                with suppress(OSError):  # Windows keeps the name of an open file; the next run removes it
+                    path.unlink()
         yield memory.view(shape)

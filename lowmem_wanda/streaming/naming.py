@@ -62,7 +62,12 @@ def account(
                 "weights disagree); download it again"
             )
         tensor = checkpoint.tensors[names[name]]
-        if not tensor.numel and parameter.numel():
+        if not tensor.numel and not parameter.numel():
+            raise CheckpointError(
+                f"{tensor.file.name}: tensor {tensor.name} is empty, {list(tensor.shape)}, and config.json makes it "
+                "so; get the checkpoint of a model"
+            )
+        if not tensor.numel:
             raise CheckpointError(
                 f"{tensor.file.name}: tensor {tensor.name} is empty, as DeepSpeed ZeRO-3 leaves it where it saves "
                 "without gathering; save again with zero_to_fp32.py or stage3_gather_16bit_weights_on_model_save"

@@ -124,6 +124,12 @@ def streamed(
         yield Stream(decoders, batches, stack.enter_context(buffers), peak, allocate)
 
 
+def require_chain(model: StreamedModel, tokens: np.ndarray) -> None:
+    """Raises ModelError unless blocks are a chain (see `calls`), by one sequence of `tokens` (sequences, length)."""
+    with torch.no_grad(), Decoder(model) as decoder:
+        decoder.embed([tokens[:1]])
+
+
 def advance(block: Block, states: MicroBatches) -> None:
     """Replaces the hidden states by the block's output."""
     for micro_batch in states:

@@ -3,6 +3,9 @@ zeros."""
 
 import json
 import shutil
+import struct
+import time
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -18,7 +21,8 @@ from lowmem_wanda.checkpoint.verify import check
 from lowmem_wanda.cli.main import main
 from lowmem_wanda.cli.page import page
 from lowmem_wanda.errors import CheckpointError, PatternError
-from lowmem_wanda.llamacpp.gguf_file import read_gguf
+from lowmem_wanda.llamacpp.gguf_file import header_of, read_gguf
+from lowmem_wanda.llamacpp.gguf_values import ARRAY, STRING, Field
 from lowmem_wanda.llamacpp.imatrix import About, Entry, read, write
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.llamacpp.quant_types import TYPES, advice
@@ -205,6 +209,29 @@ def test_a_gguf_that_holds_nan_is_named(pruned, tmp_path, wrong):
         file.write(np.float32(wrong).tobytes())
     with pytest.raises(CheckpointError, match="blk.1.ffn_up.weight holds NaN or infinity"):
         survive(pruned, model)
+
+
+def test_a_large_tokenizer_costs_little(pruned, tmp_path):
+    """262144 tokens, as Gemma has: under a second, under 50 MB."""
+    count, file = 1 << 18, read_gguf(convert(pruned, tmp_path / "m.gguf", KIND.Q8_0))
+    texts = b"".join(struct.pack("<Q", 12) + b"token %06d" % number for number in range(count))
+    arrays = {"tokens": (STRING, texts), "scores": (6, bytes(4 * count)), "token_type": (5, bytes(4 * count))}
+    fields = {f"tokenizer.ggml.{key}": Field(ARRAY, struct.pack("<IQ", kind, count) + raw)
+              for key, (kind, raw) in arrays.items()}  # fmt: skip
+    data = (tmp_path / "m.gguf").read_bytes()[min(tensor.offset for tensor in file.tensors.values()) :]
+    model = tmp_path / "large.gguf"
+    model.write_bytes(header_of({**file.fields, **fields}, file.tensors.values(), 3, 32) + data)
+    survive(pruned, tmp_path / "m.gguf")
+    start = time.process_time()
+    survive(pruned, tmp_path / "m.gguf")
+    alone, start = time.process_time() - start, time.process_time()
+    report = survive(pruned, model)
+    assert time.process_time() - start < alone + 1 and report["types"][0]["linears"] == 21
+    tracemalloc.start()
+    survive(pruned, model)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
 
 
 def test_a_prediction_is_what_comes_of_it(pruned, importance, tmp_path):

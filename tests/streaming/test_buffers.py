@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.errors import CheckpointError
-from lowmem_wanda.streaming.buffers import BlockBuffers
+from lowmem_wanda.errors import CheckpointError, OutputError
+from lowmem_wanda.streaming.buffers import BlockBuffers, hidden_states
 
 CPU = torch.device("cpu")
 
@@ -109,3 +109,16 @@ def test_leaving_early_wakes_a_reader_that_waits(blocks):
         for _ in ring.prefetch(blocks):
             raise KeyboardInterrupt
     assert threading.active_count() == before
+
+
+def test_a_full_disk_leaves_no_hidden_states(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lowmem_wanda.streaming.buffers.preallocate", full)
+    with (
+        pytest.raises(OutputError, match="the disk is full"),
+        hidden_states("file", (4, 8), torch.float32, torch.device("cpu"), tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

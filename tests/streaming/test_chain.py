@@ -90,7 +90,7 @@ def test_what_is_no_chain_is_refused(tiny, token_file, tmp_path, monkeypatch, wa
         prune(tiny("llama"), tmp_path / "out", text=[str(token_file)])
     with pytest.raises(ModelError, match=message):
         evaluate(tiny("llama"), text=[str(token_file)], length=16)
-    assert not (tmp_path / "out/config.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_a_chain_goes_through(tiny, token_file, tmp_path, monkeypatch):

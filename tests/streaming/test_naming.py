@@ -98,6 +98,17 @@ def test_tensors_of_zero3_are_named(llama):
         opened(llama)
 
 
+def test_matrices_without_weights_are_refused(llama):
+    names = [f"model.layers.{block}.mlp.{part}_proj.weight" for block in range(3) for part in ("gate", "up", "down")]
+    added(llama, **{name: torch.empty((32, 0) if "down" in name else (0, 32)) for name in names})
+    configured(llama, intermediate_size=0)
+    with (
+        pytest.warns(UserWarning, match="zero-element"),
+        pytest.raises(CheckpointError, match="is empty, .* makes it so"),
+    ):
+        opened(llama)
+
+
 @pytest.mark.parametrize(
     ("family", "key", "number"),
     [("llama", "num_hidden_layers", 300_000), ("llama", "num_hidden_layers", 10**9), ("gpt2", "n_layer", 10**9),
