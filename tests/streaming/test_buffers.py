@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_no_hidden_states(tmp_path, monkeypatch):
     monkeypatch.setattr("lowmem_wanda.streaming.buffers.preallocate", full)
     with (
         pytest.raises(OutputError, match="the disk is full"),
-        hidden_states("file", (4, 8), torch.float32, torch.device("cpu"), tmp_path),
+        hidden_states("file", (4, 8), torch.float32, torch.device("cpu"), tmp_path, lambda nbytes: None),
     ):
         pass
     assert not list(tmp_path.iterdir())
