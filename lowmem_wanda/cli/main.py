@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = top.parse_args(argv)
     if not _downloads(arguments):
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded unless it was asked for
+    _leave_fewer_holes()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any byte
     try:
@@ -70,6 +71,15 @@ def main(argv: list[str] | None = None) -> int:
         how = "; run the same command again to continue" if arguments.command in ("prune", "compare") else ""
         print(f"\nstopped{how}", file=sys.stderr)
         return 128 + stop.args[0] if stop.args else INTERRUPTED
+
+
+def _leave_fewer_holes() -> None:
+    """Has torch's allocator on a GPU grow its segments, unless the user has set it up. CUDA must not have started.
+
+    A 70B block pruned in 24 GB ran out of memory while 3.5 GiB lay in holes between tensors (torch 2.11, H100).
+    """
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _downloads(arguments: argparse.Namespace) -> bool:

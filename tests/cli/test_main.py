@@ -1,8 +1,10 @@
 """The command line as a user meets it: exit codes, streams, JSON, Ctrl-C."""
 
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,3 +301,34 @@ def test_an_extra_that_is_not_there_is_named(
     monkeypatch.delitem(sys.modules, "lowmem_wanda.evaluation.zeroshot", raising=False)
     assert main(["eval", source, "--text", str(token_file), *flags]) == 1
     assert install in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("platform", "before", "after"), [
+    ("linux", {}, "expandable_segments:True"), ("linux", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+    ("linux", {"PYTORCH_CUDA_ALLOC_CONF": "x"}, None), ("win32", {}, None), ("darwin", {}, None),
+])  # fmt: skip
+def test_the_allocator_is_set_up_unless_the_user_has(monkeypatch, capsys, platform, before, after):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, ""), monkeypatch.delenv(name)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lowmem_wanda.cli.main.sys.platform", platform)
+    assert main(["check", "nothing-there"]) == 1
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == after
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_stdout_that_cannot_show_a_path_escapes_it(tiny, token_file, tmp_path, monkeypatch, encoding):
+    for place, name in enumerate(("模型", "mod\udce9le")):
+        source, out = tmp_path / name, tmp_path / f"出{place}"
+        shutil.copytree(tiny("llama"), source)
+        stream = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr("sys.stdout", stream)
+        text = ["--text", str(token_file)]
+        for command in (["plan", str(source), *text], ["prune", str(source), str(out), *text], ["check", str(out)],
+                        ["survive", str(out)], ["survive", str(out), "--json"],
+                        ["imatrix", str(source), str(tmp_path / f"模{place}.gguf"), *text],
+                        ["eval", str(source), *text, "--report", str(tmp_path / f"報{place}")]):  # fmt: skip
+            assert main(command) == 0, command
+        stream.flush()
+        assert stream.buffer.getvalue().decode(encoding)
