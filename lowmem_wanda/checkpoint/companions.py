@@ -55,6 +55,13 @@ def companions(source: Path, code: bool = False) -> Companions:
     return Companions(tuple(files), left_out)
 
 
+def require_no_pipes(source: Path) -> None:
+    """Raises CheckpointError for a pipe or a device in the place of a small file, which a reader would wait for."""
+    for path in sorted(source.iterdir()):
+        if _is_copied(path, code=True) and path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path}: is a pipe or a device, not a file; put the file itself in its place")
+
+
 def differing(files: Iterable[Path], source: Path, target: Path) -> list[Path]:
     """Those of the relative paths `files` whose file is missing in `target` or has other bytes than in `source`."""
     return [file for file in files if not (target / file).is_file() or not _same(target / file, source / file)]

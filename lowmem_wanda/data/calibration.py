@@ -17,7 +17,7 @@ import numpy as np
 
 from lowmem_wanda.data.chats import Render, no_template
 from lowmem_wanda.data.documents import Documents, documents_of
-from lowmem_wanda.data.token_ids import holds_ids, load_ids, padded_rows, require_ids
+from lowmem_wanda.data.token_ids import facts_of_ids, holds_ids, load_ids, padded_rows, require_ids
 from lowmem_wanda.errors import CalibrationError
 
 BUILT_IN = Path(__file__).parent / "texts"
@@ -69,8 +69,8 @@ def calibrate(
         tokens, files = _from_ids([Path(text) for text in texts], sequences, length, seed)
     elif texts:
         read = [_training(text, render) for text in texts]
-        encoded = [partial(_encoded, one, reader, encode) for one in read for reader in one.readers]
-        tokens = _sampled(encoded, sequences, length, seed, name)
+        documents = [partial(encoded, one, reader, encode) for one in read for reader in one.readers]
+        tokens = _sampled(documents, sequences, length, seed, name)
     else:
         tokens, read = _built_in(encode, sequences, length, seed)
     require_ids(tokens, vocabulary, name, made=not ids)
@@ -84,7 +84,7 @@ def calibrate(
     return Calibration(tokens, sources, tuple(files), tuple(warnings if count else ()))
 
 
-def _encoded(read: Documents, reader: Callable[[], str], encode: Encode) -> np.ndarray:
+def encoded(read: Documents, reader: Callable[[], str], encode: Encode) -> np.ndarray:
     """The token ids of a document, which are counted."""
     ids = np.array(encode(reader()), dtype=np.int64)
     read.tokens, read.read = read.tokens + len(ids), read.read + 1
@@ -114,7 +114,7 @@ def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> tuple[n
     The documents are shuffled, joined and cut into sequences one after the other, so that no token is used twice.
     """
     read = [documents_of(path) for path in sorted(BUILT_IN.glob("*.txt"))]
-    readers = [partial(_encoded, one, reader, encode) for one in read for reader in one.readers]
+    readers = [partial(encoded, one, reader, encode) for one in read for reader in one.readers]
     random.Random(seed).shuffle(readers)
     stream = np.concatenate([reader() for reader in readers])
     held = len(stream) // length
@@ -175,8 +175,7 @@ def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> tupl
         raise CalibrationError(f"{name}: rows of different lengths; give files of one width")
     facts: list[dict[str, Any]] = []
     for path, array in zip(paths, arrays, strict=True):
-        rows, how = (len(array), "rows of token ids") if widths else (1, "token ids")
-        facts.append({"name": path.name, "how": how, "documents": rows, "read": rows, "tokens": int(array.size)})
+        facts.append(facts_of_ids(path, array))
     if not widths:
         return _sampled([partial(np.asarray, array) for array in arrays], sequences, length, seed, name), facts
     wanted: list[np.ndarray] = []

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,12 @@ def padded_rows(tokens: np.ndarray) -> tuple[int, int]:
     padded = (tokens[:, -PADDED:] == tokens[:, -1:]).all(axis=1)
     ids, counts = np.unique(tokens[padded, -1], return_counts=True)
     return int(padded.sum()), int(ids[counts.argmax()]) if len(ids) else 0
+
+
+def facts_of_ids(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """What a report says of a file of token ids."""
+    rows, how = (len(array), "rows of token ids") if array.ndim == 2 else (1, "token ids")
+    return {"name": path.name, "how": how, "documents": rows, "read": rows, "tokens": int(array.size)}
 
 
 def load_ids(path: Path) -> np.ndarray:

@@ -9,17 +9,18 @@ Tokens at the end of the text that do not fill a window are dropped.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.data.calibration import Encode, download, require_counts
+from lowmem_wanda.data.calibration import Encode, download, encoded, require_counts
 from lowmem_wanda.data.chats import Render, no_template
-from lowmem_wanda.data.documents import documents_of
-from lowmem_wanda.data.token_ids import holds_ids, load_ids, require_ids
+from lowmem_wanda.data.documents import Documents, documents_of
+from lowmem_wanda.data.token_ids import facts_of_ids, holds_ids, load_ids, require_ids
 from lowmem_wanda.errors import CalibrationError
 
 CONVENTIONS = ("windows", "llama.cpp")
@@ -32,13 +33,14 @@ class Windows:
     """Windows of token ids, int64 (windows, length), and which of their tokens are evaluated.
 
     In each window these are the tokens from index `first` on, int64 (windows,). `sources` are the file names of the
-    texts.
+    texts, `files` the facts of each, as those of a calibration.
     """
 
     tokens: np.ndarray
     first: np.ndarray
     convention: str
     sources: tuple[str, ...]
+    files: tuple[dict[str, Any], ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -76,7 +78,7 @@ def windows(
     require_counts({"--length": length, "--windows": most, "--stride": stride})
     if stride is not None and (convention != "windows" or stride >= length):
         raise CalibrationError(f"--stride {stride} must be below --length {length}, and --convention must be windows")
-    tokens = _stream(texts, encode, render, most)
+    tokens, files = _stream(texts, encode, render, most)
     step = stride or length
     if tokens.ndim == 2:
         if stride is not None:
@@ -96,27 +98,32 @@ def windows(
         tokens[:, : len(special)] = special
     if (tokens.shape[1] - first).sum() < 2:
         raise CalibrationError(f"{name}: --length {length} leaves no tokens to evaluate; give a larger one")
-    return Windows(tokens, first, "stride" if stride else convention, tuple(Path(text).name for text in texts))
+    sources = tuple(Path(text).name for text in texts)
+    return Windows(tokens, first, "stride" if stride else convention, sources, tuple(files))
 
 
-def _stream(texts: Sequence[str], encode: Encode, render: Render, most: int | None) -> np.ndarray:
-    """All token ids of the texts, int64: in one row, or in the first `most` rows of two-dimensional ids."""
+def _stream(
+    texts: Sequence[str], encode: Encode, render: Render, most: int | None
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """All token ids of the texts, int64, in one row or in the first `most` rows of two dimensions; their facts."""
     if holds_ids(texts):
         arrays = [load_ids(Path(text)) for text in texts]
         if len({array.shape[1:] for array in arrays}) > 1:
             raise CalibrationError(f"{' and '.join(texts)}: rows of different lengths; give files of one width")
-        return np.concatenate([array[:most] if array.ndim == 2 else array for array in arrays]).astype(np.int64)
-    readers: list[Callable[[], str]] = []
+        files = [facts_of_ids(Path(text), array) for text, array in zip(texts, arrays, strict=True)]
+        return np.concatenate([array[:most] if array.ndim == 2 else array for array in arrays]).astype(np.int64), files
+    read: list[Documents] = []
     for text in texts:
         if text == "wikitext2":
             rows = download(text, "test")
-            readers.append(partial("\n\n".join, [row() for row in rows]))
+            read.append(Documents(text, "downloaded", [partial("\n\n".join, [row() for row in rows])]))
         elif text == "c4":
             rows = download(text, "validation")[:C4_DOCUMENTS]
-            readers.append(partial(" ".join, [row() for row in rows]))
+            read.append(Documents(text, "downloaded", [partial(" ".join, [row() for row in rows])]))
         else:
-            readers += documents_of(Path(text), render, strip=None, longest=WHOLE).readers
-    return np.concatenate([np.array(encode(read()), dtype=np.int64) for read in readers] or [np.empty(0, np.int64)])
+            read.append(documents_of(Path(text), render, strip=None, longest=WHOLE))
+    ids = [encoded(one, reader, encode) for one in read for reader in one.readers]
+    return np.concatenate(ids or [np.empty(0, np.int64)]), [one.facts() for one in read]
 
 
 def _paper_windows(texts: Sequence[str]) -> int | None:

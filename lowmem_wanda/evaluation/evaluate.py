@@ -58,6 +58,7 @@ class EvaluationReport(TypedDict, total=False):
     arguments: dict[str, Any]
     versions: dict[str, str]
     text: list[str]
+    files: list[dict[str, Any]]
     convention: str
     length: int
     windows: int
@@ -237,4 +238,10 @@ def describe_windows(text: Windows | None) -> dict[str, Any]:
     if text is None:
         return {}
     count, length = text.tokens.shape
-    return {"text": list(text.sources), "convention": text.convention, "length": length, "windows": count}
+    return {
+        "text": list(text.sources),
+        "convention": text.convention,
+        "length": length,
+        "windows": count,
+        "files": list(text.files),
+    }

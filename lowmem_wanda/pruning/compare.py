@@ -46,6 +46,7 @@ class ComparisonReport(TypedDict):
     settings: dict[str, Any]
     versions: dict[str, str]
     text: list[str]
+    files: list[dict[str, Any]]
     convention: str
     length: int
     windows: int

@@ -151,7 +151,7 @@ def test_nothing_waits_for_a_pipe(source, tmp_path, name, kind):
     thread.join(30)
     assert not thread.is_alive()
     assert not found or name in found[0]
-    assert found or name in ("tokenizer.json", "generation_config.json")  # which are not needed here
+    assert found or kind == "folder"  # a folder of that name is passed over
 
 
 @pytest.mark.parametrize("name", [".lock", ".progress.jsonl", "job.json"])

@@ -339,3 +339,11 @@ def test_the_models_own_template_renders_chats(tmp_path):
         CalibrationError, match="chat template does not take a chat of 2 messages .*roles must alternate"
     ):
         opened(tmp_path / "model").render(CHAT, None)
+
+
+def test_windows_say_how_their_texts_were_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes(TEXT.encode("utf-16"))
+    (tmp_path / "b.jsonl").write_text(LINES)
+    (one, two) = windows([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], encode, length=64, vocabulary=256).files
+    assert (one["how"], two["how"], two["documents"]) == ("UTF-16 text", "UTF-8 JSON lines, field text", 5)
+    assert one["tokens"] == len(TEXT.encode()) and two["read"] == 5
