@@ -55,11 +55,14 @@ def companions(source: Path, code: bool = False) -> Companions:
     return Companions(tuple(files), left_out)
 
 
-def require_no_pipes(source: Path) -> None:
-    """Raises CheckpointError for a pipe or a device in the place of a small file, which a reader would wait for."""
+def require_files(source: Path) -> None:
+    """Raises CheckpointError for what is in the place of a small file: a pipe or a device, or a pointer of Git LFS."""
     for path in sorted(source.iterdir()):
-        if _is_copied(path, code=True) and path.exists() and not path.is_file() and not path.is_dir():
+        if not _is_copied(path, code=True) or not path.exists() or path.is_dir():
+            continue
+        if not path.is_file():
             raise CheckpointError(f"{path}: is a pipe or a device, not a file; put the file itself in its place")
+        require_no_pointer(path)
 
 
 def differing(files: Iterable[Path], source: Path, target: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_wanda.checkpoint.cache import locate
-from lowmem_wanda.checkpoint.companions import ADAPTER, pieces_of, require_no_pipes
+from lowmem_wanda.checkpoint.companions import ADAPTER, pieces_of, require_files
 from lowmem_wanda.checkpoint.reader import FLOATS, QUANTIZED, Tensor, opened, read_header, read_json
 from lowmem_wanda.errors import CheckpointError
 
@@ -131,7 +131,7 @@ def _base(path: Path) -> str:
 
 def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
     """Raises CheckpointError for a quantized source, and for one with Python code of its own that is not trusted."""
-    require_no_pipes(checkpoint.path)
+    require_files(checkpoint.path)
     config = checkpoint.config()
     with opened(checkpoint.path / CONFIG) as file:
         if file.read(3) == b"\xef\xbb\xbf":
