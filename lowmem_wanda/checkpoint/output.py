@@ -204,6 +204,8 @@ def report_folder(path: str | Path, kind: str) -> Path:
     """The folder for a report. Raises OutputError unless it is new, empty, or holds a report of the same kind."""
     folder = Path(path)
     with explained(folder):
+        if folder.is_symlink() and not folder.exists():
+            raise OutputError(f"{folder}: is a link that leads nowhere; give another directory, or remove the link")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             held = folder / REPORT
             if not held.is_file() or read_json(held).get("kind") != kind:

@@ -92,8 +92,8 @@ def taken(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text)):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number above 0, of at most 18 digits")
     return int(text)
 
 

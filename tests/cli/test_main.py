@@ -317,6 +317,24 @@ def test_the_allocator_is_set_up_unless_the_user_has(monkeypatch, capsys, platfo
     assert os.environ.get("PYTORCH_ALLOC_CONF") == after
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "9" * 5000, "²", "٣", "x"])
+def test_what_is_no_number_is_usage_in_a_short_line(capsys, number):
+    with pytest.raises(SystemExit) as error:
+        main(["plan", "x", f"--sequences={number}"])
+    assert error.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "is not a whole number above 0" in line and len(line) < 200
+
+
+def test_a_report_cannot_lie_behind_a_link_that_leads_nowhere(source, tmp_path, capsys):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 999)
+    assert main(["eval", source, "--text", str(text), "--report", str(tmp_path / "a")]) == 1
+    assert "a: is a link that leads nowhere; give another directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_stdout_that_cannot_show_a_path_escapes_it(tiny, token_file, tmp_path, monkeypatch, encoding):
     for place, name in enumerate(("模型", "mod\udce9le")):
