@@ -21,7 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
     from lowmem_wanda import survive
 
     report = survive(arguments.path, arguments.model, arguments.imatrix)
-    return shown(arguments, report, *lines(report), types_table(report), *report["advice"])
+    left = report["left_out"]
+    said = [f"{len(left)} matrices are not looked at, such as {left[0]}: llama.cpp splits them in two"] if left else []
+    return shown(arguments, report, *lines(report), types_table(report), *said, *report["advice"])
 
 
 def types_table(report: Mapping[str, Any]) -> Any:

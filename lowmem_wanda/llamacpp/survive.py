@@ -16,7 +16,7 @@ from lowmem_wanda.checkpoint.pruned import PrunedMatrix, Rows, holds, pruned_mat
 from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.llamacpp.gguf_file import PART, mapped, part_name, read_gguf
 from lowmem_wanda.llamacpp.imatrix import read as read_imatrix
-from lowmem_wanda.llamacpp.names import gguf_names, package
+from lowmem_wanda.llamacpp.names import gguf_names, package, split_names
 from lowmem_wanda.llamacpp.quant_types import KEEPS, TYPES, Survival, advice
 
 Importance = Callable[[str], np.ndarray]  # name of a matrix -> factor of errors in its columns, (columns,) or (1,)
@@ -33,6 +33,7 @@ class SurvivalReport(TypedDict, total=False):
     kind: str
     path: str
     imatrix: str | None
+    left_out: list[str]
     types: list[dict[str, Any]]
     advice: list[str]
     model: str
@@ -61,8 +62,11 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
         [1.0]
     """
     require_finished(Path(path))
-    matrices = pruned_matrices(Checkpoint(path), read_report(Path(path)))
+    checkpoint = Checkpoint(path)
+    matrices = pruned_matrices(checkpoint, read_report(Path(path)))
     names = gguf_names(list(matrices), "survive")
+    split = split_names(names, str(checkpoint.config().get("model_type", "")))
+    matrices = {name: matrix for name, matrix in matrices.items() if name not in split}
     importance = _importance(imatrix, matrices, names)
     tiny = any(matrix.promise.tiny for matrix in matrices.values())
     report: SurvivalReport = {
@@ -70,6 +74,7 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
         "kind": "survive",
         "path": str(path),
         "imatrix": str(imatrix) if imatrix else None,
+        "left_out": list(split),
     }
     if model is None:
         report |= {"types": predict_types(matrices, importance), "advice": advice(tiny=tiny)}

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lowmem_wanda import prune
 from lowmem_wanda.cli.imatrix import imatrix_table
+from lowmem_wanda.cli.main import main
 from lowmem_wanda.errors import CalibrationError
 from lowmem_wanda.llamacpp import collect, latents
 from lowmem_wanda.llamacpp.imatrix import read
@@ -91,3 +92,11 @@ def test_norms_of_parts_are_not_those_of_the_matrix(sources, token_file, tmp_pat
     with pytest.raises(CalibrationError, match=r"llama.cpp splits tensor .*kv_b_proj.weight in two .*--exclude it"):
         prepare(sources["youtu"], norms=str(tmp_path / "x.gguf"))
     prepare(sources["youtu"], norms=str(tmp_path / "x.gguf"), exclude=["*kv_b_proj*"])
+
+
+def test_survive_says_which_matrices_it_does_not_look_at(sources, token_file, tmp_path, capsys):
+    prune(sources["youtu"], tmp_path / "out", text=[str(token_file)], exclude=["*q_a_proj*"])
+    collected(sources["youtu"], token_file, tmp_path / "x.gguf")
+    assert main(["survive", str(tmp_path / "out"), "--imatrix", str(tmp_path / "x.gguf")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3 matrices are not looked at, such as model.layers.0.self_attn.kv_b_proj.weight: llama.cpp splits" in shown
