@@ -1,12 +1,20 @@
 """The fixtures of all tests: tiny checkpoints, tokens, and the way to shared/."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+with pytest.MonkeyPatch.context() as environment, suppress(ImportError):
+    import torch
+
+    if not torch.cuda.is_available():
+        environment.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported, be it by transformers
+    import triton  # noqa: F401
 
 import numpy as np
-import pytest
 from helpers import SHARED, save_tiny
 
 

@@ -12,9 +12,9 @@ if sys.platform != "linux":
     pytest.skip("Triton is for Linux only", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRET = "1" if DEVICE == "cpu" else "0"
+triton = pytest.importorskip("triton", reason="needs Triton, which torch for CUDA brings: pip install triton")
 with pytest.MonkeyPatch.context() as environment:
-    environment.setenv("TRITON_INTERPRET", INTERPRET)  # read when Triton is first imported, and by each kernel
-    triton = pytest.importorskip("triton", reason="needs Triton, which torch for CUDA brings: pip install triton")
+    environment.setenv("TRITON_INTERPRET", INTERPRET)  # each kernel reads it; conftest.py has set it for Triton itself
     from lowmem_wanda.sparsity import kernels
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
