@@ -18,7 +18,7 @@ from lowmem_wanda.errors import ModelError
 from lowmem_wanda.evaluation.requests import Answer, collect_inputs, group_inputs, sweep
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, open_model
-from lowmem_wanda.streaming.skeleton import load_tokenizer
+from lowmem_wanda.streaming.tokenizer import load_tokenizer
 from lowmem_wanda.streaming.walk import Notify
 
 Request = tuple[Any, list[int], list[int]]  # its key in the harness, ids of its context, ids of its continuation

@@ -20,7 +20,8 @@ from lowmem_wanda.errors import CalibrationError, ModelError, first_line
 from lowmem_wanda.streaming.buffers import DTYPES, buffer_bytes, specs_of
 from lowmem_wanda.streaming.machine import ANY, Budget, Machine
 from lowmem_wanda.streaming.resources import SMALL, map_blocks_from
-from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton, load_tokenizer
+from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton
+from lowmem_wanda.streaming.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

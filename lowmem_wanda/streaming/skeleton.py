@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
-from lowmem_wanda.errors import CalibrationError, ModelError, first_line
+from lowmem_wanda.errors import ModelError, first_line
 from lowmem_wanda.streaming.matrices import LINEARS, Matrix, find_matrices
 from lowmem_wanda.streaming.naming import account, match
 
@@ -121,27 +120,6 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     _require_no_experts(model, blocks)
     untouched = account(model, checkpoint, names, unexpected, blocks)
     return Skeleton(model, names, blocks, tuple(model.get_submodule(blocks)), untouched)  # type: ignore[arg-type]
-
-
-def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False, **settings: Any) -> Any:
-    """The checkpoint's own tokenizer as transformers makes it. Raises CalibrationError where it cannot be loaded."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code, **settings
-        )
-        if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_tokens)):  # made of no file
-            raise ValueError("no file of it holds a vocabulary")
-        return tokenizer
-    except Exception as error:  # tokenizers raises plain Exception, and odd files anything
-        pieces = sorted(file.name for kind in ("tokenizer.model*", "*.spm") for file in checkpoint.path.glob(kind))
-        if pieces and not (checkpoint.path / "tokenizer.json").exists() and not find_spec("sentencepiece"):
-            move = f"it is in {pieces[0]}, which needs another package: pip install sentencepiece protobuf"
-        else:
-            move = "add a tokenizer.json that is whole"
-        raise CalibrationError(
-            f"{checkpoint.path}: its tokenizer cannot be loaded ({first_line(error)}); {move}, or give token ids "
-            "(.npy) to --text"
-        ) from None
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:

