@@ -1,6 +1,7 @@
 """Flags that commands share. Their choices come from the library's face, so --help imports nothing heavy."""
 
 import argparse
+import re
 from typing import Any
 
 from lowmem_wanda import DTYPES, READS, byte_size
@@ -35,13 +36,7 @@ def add_calibration(command: argparse.ArgumentParser, seeds: str = "seed of the 
     add("--sequences", type=positive, default=128, metavar="N", help="number of calibration sequences (default: 128)")
     add("--length", type=positive, default=2048, metavar="N",
         help="tokens of each sequence, capped by the model (default: 2048)")  # fmt: skip
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help=f"{seeds} (default: 0)",
-    )
+    add("--seed", type=whole, default=0, metavar="N", help=f"{seeds} (default: 0)")
 
 
 def add_selection(command: argparse.ArgumentParser) -> None:
@@ -97,6 +92,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number, for argparse."""
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at most 18 digits")
+    return int(text)
+
+
 def size(text: str) -> int:
     """The bytes of a size such as "8GB", for argparse."""
     try:
@@ -109,13 +111,13 @@ def names(text: str) -> tuple[str, ...]:
     """The words of "a,b,c", for argparse."""
     words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not words:
-        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} names nothing")
     return words
 
 
 def numbers(text: str) -> tuple[int, ...]:
     """The numbers of "0,1,2", for argparse."""
     try:
-        return tuple(dict.fromkeys(int(word) for word in names(text)))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,8,64") from None
+        return tuple(dict.fromkeys(whole(word) for word in names(text)))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a list of whole numbers such as 1,8,64") from None

@@ -19,7 +19,7 @@ from lowmem_wanda.cli.options import (
 )
 from lowmem_wanda.cli.shrink import show_outline
 from lowmem_wanda.cli.terminal import Bar, add_peaks, calibration_text, duration, number, pairs, shown, size
-from lowmem_wanda.errors import PatternError
+from lowmem_wanda.errors import OutputError, PatternError
 
 PRUNING = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude",
            "norms", "imatrix", "zeros")  # fmt: skip
@@ -64,7 +64,12 @@ def run_prune(arguments: argparse.Namespace) -> int:
     from lowmem_wanda.cli.page import PAGE, save_page
 
     settings = {**taken(arguments, *PRUNING, "verify_source"), **machine(arguments)}
+    made: list[Mapping[str, Any]] = []
     with Bar("pruning") as bar:
+
+        def finish(report: Mapping[str, Any]) -> None:
+            made.append(report)
+            save_page(arguments.target, report)
 
         def begin(facts: Mapping[str, Any]) -> None:
             bar.line(about(facts))
@@ -76,11 +81,17 @@ def run_prune(arguments: argparse.Namespace) -> int:
             **settings,
             on_start=begin,
             on_block=lambda record: bar.show(record, block_line(record, bar.total)),
-            on_report=lambda report: save_page(arguments.target, report),
+            on_report=finish,
         )
-    if not (Path(arguments.target) / PAGE).exists():
-        save_page(arguments.target, report)
-    return shown(arguments, report, closing(report, arguments.target))
+    try:
+        if not (Path(arguments.target) / PAGE).exists():
+            save_page(arguments.target, report)
+        return shown(arguments, report, closing(report, arguments.target))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        if made:
+            raise
+        again = f"delete {arguments.target} and prune again"  # the report of a finished job, read from its file
+        raise OutputError(f"{arguments.target}: its report.json is not what prune wrote; {again}") from None
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

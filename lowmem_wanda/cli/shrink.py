@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from lowmem_wanda import EXPERT_SCORES
-from lowmem_wanda.cli.options import add_command, positive, taken
+from lowmem_wanda.cli.options import add_command, positive, taken, whole
 from lowmem_wanda.cli.options import size as byte_count
 from lowmem_wanda.cli.terminal import Bar, duration, pairs, printable, shown, size, verdict
 
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         "what each expert does")  # fmt: skip
     add("--score", choices=EXPERT_SCORES, help="how experts are scored: summed norms of outputs, estimated from --from "
         "(ean); its counts alone (frequency); weights alone, without data (aimer); random (default: ean)")  # fmt: skip
-    add("--seed", type=int, metavar="N", help="seed of --score random (default: 0)")
+    add("--seed", type=whole, metavar="N", help="seed of --score random (default: 0)")
     add("--plan", metavar="FILE", help='JSON of the experts to keep, {"layer": [ids]}, instead of a score')
     add("--write-plan", metavar="FILE", help="write the choice as such a plan, too")
     add(

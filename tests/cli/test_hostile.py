@@ -84,3 +84,22 @@ def test_no_command_opens_a_socket_unasked(tmp_path, token_file, monkeypatch, ca
     ):  # fmt: skip
         assert main(words) == (1 if words[1] == "org/name" else 0)
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(("key", "value"), [("timing", None), ("summary", {"sparsity": "x"}), ("peak_memory", "x")])
+def test_odd_figures_in_the_report_of_a_finished_job(tmp_path, token_file, capsys, key, value):
+    source, out = save_tiny(tmp_path / "source", "llama"), tmp_path / "out"
+    words = ["prune", str(source), str(out), "--text", str(token_file)]
+    assert main(words) == 0
+    report = json.loads((out / "report.json").read_bytes())
+    (out / "report.json").write_text(json.dumps({**report, key: value}))
+    assert main(words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and error.endswith(f"delete {out} and prune again")
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--sequences", "--max-ram"])
+def test_numbers_of_flags_are_bounded(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        main(["prune", str(tmp_path), str(tmp_path / "out"), flag, "9" * 5000])
+    assert len(capsys.readouterr().err.splitlines()[-1]) < 200
