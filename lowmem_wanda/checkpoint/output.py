@@ -58,8 +58,8 @@ class Output:
         with explained(self.path / PROGRESS), _appended(self.path / PROGRESS) as file:
             file.write(b"\n" + text + b" " + _sum(text) + b"\n")  # a kill may have cut the last line
             os.fsync(file.fileno())
-        if not self.finished:
-            sync_directory(self.path)
+            if not self.finished:
+                sync_directory(self.path)
         self.finished[shard] = entry
 
     def publish_files(self, source: Checkpoint, files: Sequence[Path]) -> None:

@@ -75,7 +75,8 @@ def prune(
     """Writes a pruned copy of a checkpoint, one decoder block in memory at a time.
 
     After a kill, the same call goes on where the job stopped, and gives the bytes of an uninterrupted run. Until the
-    last file is written, the target cannot be loaded as a checkpoint.
+    last file is written, the target cannot be loaded as a checkpoint. Threads of one process must not prune at the same
+    time, because transformers changes torch's settings for all threads while it builds a model; processes may.
 
     Args:
         source: the folder of a Hugging Face safetensors checkpoint.
