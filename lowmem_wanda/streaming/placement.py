@@ -22,7 +22,7 @@ from lowmem_wanda.streaming.resources import SMALL, anonymous, free_memory
 
 CPU_TOKENS, DEVICE_TOKENS = 256, 2048  # of a micro-batch; more make the products hardly faster
 # Bytes that torch and transformers take on the host for their first products. CUDA took 652 MB (torch 2.11, H100).
-LATE, LATE_CUDA = 12 << 20, 640 << 20
+LATE, LATE_CUDA = 36 << 20, 640 << 20
 SLACK = 128 << 20  # bytes of a GPU, for the workspace of its products (H100: 104 MB) and its allocator's rounding up
 # Plan with at most 95 % of free memory. Of what a placement leaves, at most 80 % (GPU: 50 %) may hold waiting
 # micro-batches: they are freed in another order than they were made, which leaves holes. With 80 % of 24 GB, a 70B
