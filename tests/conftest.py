@@ -5,11 +5,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 with pytest.MonkeyPatch.context() as environment, suppress(ImportError):
-    import torch
-
     if not torch.cuda.is_available():
         environment.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported, be it by transformers
     import triton  # noqa: F401
@@ -29,6 +28,12 @@ def tiny(tmp_path_factory):
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny Llama in bfloat16, where a test file makes no source of its own."""
+    return save_tiny(tmp_path_factory.mktemp("source"), "llama", torch.bfloat16)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
+from lowmem_wanda.checkpoint.reader import opened
 from lowmem_wanda.errors import CalibrationError, first_line
 
 
@@ -53,7 +54,7 @@ def _cause_in_pieces(folder: Path) -> str:
     if not pieces or (folder / "tokenizer.json").exists():
         return ""
     name = pieces[0].name
-    with pieces[0].open("rb") as file:
+    with opened(pieces[0]) as file:
         beginning = file.read(1 << 10)
     if beginning[:1] == b"\n":  # the protocol buffer's tag of the first piece
         package = "" if find_spec("sentencepiece") else "sentencepiece protobuf"

@@ -33,11 +33,6 @@ LATENT = {"kv_lora_rank": 20, "q_lora_rank": 12, "qk_nope_head_dim": 16, "qk_rop
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("source"), "llama", torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """Blocks of 180 MB, and 64 sequences of 512 tokens."""
     path = tmp_path_factory.mktemp("wide")

@@ -22,11 +22,6 @@ MB = 10**6
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("source"), "llama", torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """Blocks of 3.6 MB, and hidden states of 8 MB."""
     path = tmp_path_factory.mktemp("wide")
