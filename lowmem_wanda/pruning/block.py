@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowmem_wanda.errors import ModelError, NumberError
@@ -19,6 +20,7 @@ from lowmem_wanda.streaming.walk import MicroBatches, advance
 
 SAMPLE = 1 << 16  # weights of a matrix whose scores are sampled for the report
 PERCENT = (1, 10, 50, 90, 99)
+TINY = float(np.finfo(np.float64).tiny)
 
 
 def prune_block(
@@ -65,14 +67,14 @@ def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: An
     try:
         scores = method.scores(weight, inputs)
         sample = Sample(scores, *weight.shape)
-        prune_lowest(weight, scores, job.pattern, chunk)
+        zeros, holds = prune_lowest(weight, scores, job.pattern, chunk)
         if method.update is not None and dense is not None:
             method.update(weight, dense, inputs)
             if not bool(torch.isfinite(weight).all()):
                 raise NumberError(f"method {method}: its update leaves NaN or infinity")
+            zeros, holds = survey(weight, job.pattern, chunk)
     except NumberError as error:
         raise type(error)(f"tensor {matrix.name}: {error}") from None
-    zeros, holds = survey(weight, job.pattern, chunk)
     if not holds:
         move = f"the update of method {method} must leave pruned weights zero"
         move = "report this bug" if method.keeps_bits else move
@@ -101,7 +103,7 @@ class Sample:
     def __init__(self, score: Score, rows: int, columns: int) -> None:
         step = -(-rows // max(1, SAMPLE // columns))
         self.rows = slice(0, rows, step)
-        self.scores = score(self.rows)
+        self.scores = score(self.rows).cpu().numpy()
 
     def spread(self, pruned: torch.Tensor) -> dict[str, Any]:
         """The `quantiles` of the scores by percent, and the share of their squares that pruning `lost`.
@@ -109,10 +111,8 @@ class Sample:
         `pruned` is the weight (rows, columns) afterwards. For Wanda's score `lost` is the share of its squares that the
         output loses where inputs are uncorrelated.
         """
-        squares = self.scores.double() if self.scores.is_cpu else self.scores
-        squares = squares.square()
-        lost = squares[pruned[self.rows] == 0].sum() / squares.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        ordered = self.scores.flatten().sort().values
-        places = torch.tensor([percent * (len(ordered) - 1) // 100 for percent in PERCENT], device=ordered.device)
-        quantiles = dict(zip(map(str, PERCENT), ordered[places].tolist(), strict=True))
+        squares = np.square(self.scores, dtype=np.float64)
+        lost = squares[(pruned[self.rows] == 0).cpu().numpy()].sum() / max(squares.sum(), TINY)
+        ordered = np.sort(self.scores, axis=None)
+        quantiles = {str(percent): float(ordered[percent * (len(ordered) - 1) // 100]) for percent in PERCENT}
         return {"quantiles": quantiles, "lost": float(lost)}

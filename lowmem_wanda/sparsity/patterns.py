@@ -5,14 +5,10 @@ code (arXiv 2306.11695, `prune_n:prune_m`) counts the zeros instead; for 1:4 the
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
 
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.sparsity import GROUPS
-from lowmem_wanda.sparsity.selection import Score, kth_smallest, lowest_of_groups, lowest_of_rows, row_chunks
 
 LONGEST = 40  # characters of a pattern that is read
 
@@ -53,24 +49,9 @@ class Unstructured:
                 f"tensor {name} has {columns} inputs, of which {self} is less than one weight: use a larger sparsity"
             )
 
-    def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yields (slice of rows, bool mask of the weights to prune in them), about `chunk` weights at a time."""
-        if self.group == "row":
-            for some_rows in row_chunks(rows, columns, chunk):
-                yield some_rows, lowest_of_rows(score(some_rows), int(columns * self.sparsity))
-        else:
-            chunks = row_chunks(rows, columns, chunk)
-            threshold = kth_smallest(lambda: map(score, chunks), int(rows * columns * self.sparsity))
-            for some_rows in chunks:
-                yield some_rows, score(some_rows) <= threshold
-
     def groups(self, columns: int) -> Group | None:
         """The groups that are compared within a row of `columns` weights; None if the whole matrix is compared."""
         return Group(columns, int(columns * self.sparsity)) if self.group == "row" else None
-
-    def zeros_per_group(self, mask: torch.Tensor) -> torch.Tensor:
-        """The number of zeros in each group of a bool mask (rows, columns) of zeros; here a group is a row."""
-        return mask.sum(dim=1)
 
     def zeros_in_all(self, weights: int) -> int:
         """The least number of zeros in a matrix of `weights` weights; 0 if each row is counted on its own."""
@@ -101,24 +82,9 @@ class NM:
                 f"--pattern {self} cannot hold there, use another pattern or --exclude it"
             )
 
-    def masks(self, score: Score, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yields (slice of rows, bool mask of the weights to prune in them), about `chunk` weights at a time."""
-        for some_rows in row_chunks(rows, columns, chunk):
-            yield some_rows, lowest_of_groups(score(some_rows), self.of, self.of - self.kept)
-
     def groups(self, columns: int) -> Group:
         """The groups that are compared within a row of `columns` weights."""
         return Group(self.of, self.of - self.kept)
-
-    def zeros_per_group(self, mask: torch.Tensor) -> torch.Tensor:
-        """The number of zeros in each group of a bool mask (rows, columns) of zeros, uint8 or int64 (groups,)."""
-        groups = mask.reshape(-1, self.of).view(torch.uint8)  # (groups, of)
-        if self.of > 255:  # a group of zeros is more than uint8 can count
-            return groups.sum(dim=1, dtype=torch.int64)
-        counts = groups[:, 0].clone()
-        for place in range(1, self.of):  # `sum` over so few values takes 4 times as long
-            counts += groups[:, place]
-        return counts
 
     def zeros_in_all(self, weights: int) -> int:
         """The least number of zeros in a matrix of `weights` weights."""

@@ -6,15 +6,16 @@ Counts within rows and groups are exact: of equal scores, the one in the lowest 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 Score = Callable[[slice], torch.Tensor]  # some rows of a matrix -> their scores, float32 (rows, columns), at least 0
 
-# The number of weights that are scored at a time. On a CPU it is just too small for torch to share the work among its
-# threads: when another program kept a core busy, the threads waited for each other at every small operation, 10 times
-# as long as the work took. On a GPU it takes 80 MB, because few large launches are faster than many small ones.
-CPU_CHUNK, DEVICE_CHUNK = (1 << 15) - 1, 1 << 22
+# The number of weights that are scored at a time. On a CPU they stay in its cache; on a GPU they take 80 MB, because few
+# large launches are faster than many small ones.
+CPU_CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 22
+# What torch scores at a time on a CPU is just too small for torch to share among its threads: when another program kept
+# a core busy, they waited for each other at every small operation, 10 times as long as the work took.
+UNSHARED = (1 << 15) - 1
 SCORE_BYTES = 20  # bytes of workspace for each weight that is scored at a time
 
 
@@ -37,8 +38,6 @@ class Scaled:
 
 def lowest_of_rows(score: torch.Tensor, count: int) -> torch.Tensor:
     """The mask of exactly the `count` lowest scores of each row, bool (rows, columns)."""
-    if score.is_cpu:
-        return torch.from_numpy(_lowest_of_host_rows(score.numpy(), count))
     kth = (
         score.kthvalue(count, dim=1, keepdim=True).values
         if score.is_cuda
@@ -53,19 +52,6 @@ def lowest_of_rows(score: torch.Tensor, count: int) -> torch.Tensor:
     return lowest
 
 
-def _lowest_of_host_rows(score: np.ndarray, count: int) -> np.ndarray:
-    """The mask of `lowest_of_rows`, by a partition instead of a sort.
-
-    It takes 3.6-8 ns per weight, a sort 84-106 (one thread, AVX2).
-    """
-    kth = np.partition(score, count - 1, axis=1)[:, count - 1 : count]
-    lowest: np.ndarray = score <= kth
-    for row in np.flatnonzero(np.count_nonzero(lowest, axis=1) > count):
-        tied = np.flatnonzero(score[row] == kth[row])
-        lowest[row, tied[count - np.count_nonzero(score[row] < kth[row]) :]] = False
-    return lowest
-
-
 def lowest_of_groups(score: torch.Tensor, of: int, count: int) -> torch.Tensor:
     """The mask of exactly the `count` lowest scores of each `of` consecutive columns, bool (rows, columns).
 
@@ -74,8 +60,6 @@ def lowest_of_groups(score: torch.Tensor, of: int, count: int) -> torch.Tensor:
     """
     if of > 16:
         return lowest_of_rows(score.reshape(-1, of), count).reshape(score.shape)
-    if score.is_cpu:
-        return torch.from_numpy(_lowest_of_host_groups(score.numpy().reshape(-1, of), count)).reshape(score.shape)
     groups = score.reshape(-1, of)
     ranks = [torch.zeros(len(groups), dtype=torch.int8, device=score.device) for _ in range(of)]
     for later in range(1, of):
@@ -84,29 +68,6 @@ def lowest_of_groups(score: torch.Tensor, of: int, count: int) -> torch.Tensor:
             ranks[later] += first
             ranks[earlier] += first.logical_not_()
     return torch.stack([rank < count for rank in ranks], dim=1).reshape(score.shape)
-
-
-def _lowest_of_host_groups(groups: np.ndarray, count: int) -> np.ndarray:
-    """The mask of the `count` lowest of each group, bool (groups, of), by ranks.
-
-    The scores of each place in the groups are copied next to each other in memory. This takes 1.1 ns per weight for 2:4
-    (one thread, AVX-512); the same operations on strided places take 8 ns, a top-k 15-19 ns.
-    """
-    of = groups.shape[1]
-    places = np.ascontiguousarray(groups.T)  # (of, groups)
-    ranks = np.empty(places.shape, np.int8)
-    ranks[:] = np.arange(of)[::-1, None]  # as if all later places came before
-    goes_first = np.empty(places.shape, np.bool_)
-    for apart in range(1, of):
-        earlier, later = slice(None, -apart), slice(apart, None)
-        first = np.less_equal(places[earlier], places[later], out=goes_first[earlier]).view(np.int8)
-        ranks[later] += first
-        ranks[earlier] -= first
-    lowest = np.less(ranks, count, out=goes_first)
-    mask = np.empty(groups.shape, np.bool_)
-    for place in range(of):
-        mask[:, place] = lowest[place]
-    return mask
 
 
 def kth_smallest(chunks: Callable[[], Iterator[torch.Tensor]], k: int) -> torch.Tensor:

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from lowmem_wanda.errors import NumberError, PatternError
-from lowmem_wanda.sparsity.masks import prune_lowest, survey
+from lowmem_wanda.sparsity import host
+from lowmem_wanda.sparsity.masks import masks, prune_lowest, survey
 from lowmem_wanda.sparsity.patterns import NM, Unstructured, parse
-from lowmem_wanda.sparsity.selection import kth_smallest, lowest_of_groups
+from lowmem_wanda.sparsity.selection import Scaled, kth_smallest
 
 
 def slow_lowest(score, count):
@@ -22,12 +23,20 @@ def scores(rows, columns, values):
     )
 
 
+def mask_of(score, pattern, chunk):
+    """The mask in torch, as for a GPU; it must be the mask on the host."""
+    found = torch.cat([mask for _, mask in masks(lambda rows: score[rows], pattern, *score.shape, chunk)])
+    weight = torch.ones_like(score)
+    assert prune_lowest(weight, lambda rows: score[rows], pattern, chunk)[1]
+    assert torch.equal(weight == 0, found)
+    return found
+
+
 @pytest.mark.parametrize("values", [3, 10**6])
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.6, 0.99])
 def test_rows_lose_exactly_their_lowest(values, sparsity):
     score = scores(7, 50, values)
-    ((part, mask),) = Unstructured(sparsity).masks(lambda rows: score[rows], 7, 50, 1 << 20)
-    for row, pruned in zip(score.tolist(), mask, strict=True):
+    for row, pruned in zip(score.tolist(), mask_of(score, Unstructured(sparsity), 100), strict=True):
         assert set(pruned.nonzero().flatten().tolist()) == slow_lowest(row, int(50 * sparsity))
 
 
@@ -35,7 +44,7 @@ def test_rows_lose_exactly_their_lowest(values, sparsity):
 @pytest.mark.parametrize(("kept", "of"), [(2, 4), (4, 8), (1, 4), (3, 4), (5, 16), (8, 32)])
 def test_groups_lose_exactly_their_lowest(values, kept, of):
     score = scores(6, 96, values)
-    mask = lowest_of_groups(score, of, of - kept).reshape(-1, of)
+    mask = mask_of(score, NM(kept, of), 200).reshape(-1, of)
     for group, pruned in zip(score.reshape(-1, of).tolist(), mask, strict=True):
         assert set(pruned.nonzero().flatten().tolist()) == slow_lowest(group, of - kept)
 
@@ -44,14 +53,35 @@ def test_groups_lose_exactly_their_lowest(values, kept, of):
 def test_a_matrix_loses_all_up_to_the_papers_threshold(values):
     score = scores(9, 40, values) / 7
     threshold = score.flatten().sort().values[int(score.numel() * 0.5)]
-    masks = Unstructured(0.5, "matrix").masks(lambda rows: score[rows], 9, 40, 100)
-    assert torch.equal(torch.cat([mask for _, mask in masks]), score <= threshold)
+    assert torch.equal(mask_of(score, Unstructured(0.5, "matrix"), 100), score <= threshold)
 
 
 @pytest.mark.parametrize("k", [0, 1, 500, 998, 999])
 def test_radix_select_is_the_sorted_value(k):
     score = torch.cat([torch.rand(900) * 1e-30, torch.rand(50) * 1e30, torch.zeros(25), torch.full((25,), 1e-45)])
-    assert kth_smallest(lambda: iter(score.split(77)), k) == score.sort().values[k]
+    expected = score.sort().values[k]
+    assert kth_smallest(lambda: iter(score.split(77)), k) == expected
+    for dtype in ("uint32", "uint16"):
+        keys = (score.numpy().view("uint32") >> (0 if dtype == "uint32" else 16)).astype(dtype)
+        assert host.kth_key(lambda: iter(np.split(keys, 4)), k) == np.sort(keys)[k]  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "pattern", [NM(2, 4), NM(3, 16), NM(8, 32), Unstructured(0.5), Unstructured(0.6), Unstructured(0.5, "matrix")]
+)
+def test_scores_of_any_dtype_are_compared_as_float32(dtype, scaled, transposed, pattern):
+    generator = torch.Generator().manual_seed(0)
+    stored = (torch.randn(64, 96, generator=generator) * 4).round().to(dtype)
+    stored[:, 7], stored[3], stored[5, 9] = 1e-40, -0.0, 60000
+    weight = stored[:, :64].t() if transposed else stored
+    norms = torch.rand(weight.shape[1], generator=generator) if scaled else None
+    score = weight.double().abs().float() * (1 if norms is None else norms)
+    expected = torch.where(mask_of(score, pattern, 500), 0, weight)
+    zeros, holds = prune_lowest(weight, Scaled(weight, norms), pattern, 500)
+    assert torch.equal(weight, expected) and zeros == int((expected == 0).sum()) and holds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -69,12 +99,17 @@ def test_kept_weights_keep_their_bits_and_zeros_are_positive(dtype, transposed, 
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5), Unstructured(0.5, "matrix")])
-def test_nan_and_infinity_stop(bad, pattern):
-    weight = torch.ones(4, 8)
-    weight[2, 3] = bad
-    with pytest.raises(NumberError):
-        prune_lowest(weight, lambda rows: weight[rows].abs(), pattern)
+def test_nan_and_infinity_stop(bad, dtype, pattern):
+    for score in (lambda rows: weight[rows].float().abs(), None, torch.ones(8)):
+        weight = torch.ones(4, 8, dtype=dtype)
+        weight[2, 3] = bad
+        with pytest.raises(NumberError):
+            prune_lowest(weight, score if callable(score) and not isinstance(score, torch.Tensor) else Scaled(weight, score), pattern)
+    weight = torch.full((4, 8), 3e4, dtype=dtype)
+    with pytest.raises(NumberError):  # the product is more than float32 holds
+        prune_lowest(weight, Scaled(weight, torch.full((8,), 1e35)), pattern)
 
 
 def test_survey_sees_a_missing_zero():
