@@ -1,6 +1,6 @@
 """The door: `python cli.py --help`."""
 
-from lowmem_wanda.cli.main import main
+from lowmem_wanda.cli.main import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run()

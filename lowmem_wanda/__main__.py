@@ -1,5 +1,5 @@
 """`python -m lowmem_wanda`, the same as `python cli.py`."""
 
-from lowmem_wanda.cli.main import main
+from lowmem_wanda.cli.main import run
 
-raise SystemExit(main())
+run()

@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lowmem_wanda.checkpoint.checksum import checksum_in, matches
 from lowmem_wanda.checkpoint.companions import JOB, REPORT, differing
 from lowmem_wanda.checkpoint.directory import CONFIG, INDEX, Checkpoint
 from lowmem_wanda.checkpoint.reader import opened, read_header, read_json, require_regular
-from lowmem_wanda.checkpoint.writer import PARTIAL, copy_file, explained, sha256_of, sync_directory, write_json
+from lowmem_wanda.checkpoint.writer import PARTIAL, copy_file, explained, sync_directory, write_json
 from lowmem_wanda.errors import CheckpointError, OutputError
 
 FORMAT = 1  # the format number of job.json and report.json
@@ -53,7 +54,7 @@ class Output:
             write_json(self.path / JOB, self.arguments)
 
     def add(self, shard: str, entry: dict[str, Any]) -> None:
-        """Records a finished shard. `entry` holds its nbytes and sha256 and goes into the report."""
+        """Records a finished shard. `entry` holds its nbytes and checksum and goes into the report."""
         text = json.dumps({"shard": shard, **entry}).encode()
         with explained(self.path / PROGRESS), _appended(self.path / PROGRESS) as file:
             file.write(b"\n" + text + b" " + _sum(text) + b"\n")  # a kill may have cut the last line
@@ -96,15 +97,15 @@ class Output:
         again = f"delete {self.path} and prune again"
         try:
             report = read_json(self.path / REPORT)
-            expected = {shard["name"]: shard["sha256"] for shard in report["shards"]}
+            shards = {shard["name"]: checksum_in(shard) for shard in report["shards"]}
             index = read_json(self.path / INDEX)["weight_map"]
             report["summary"]["sparsity"], dict(report.get("imatrix") or {})
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             raise OutputError(f"{self.path}: its {REPORT} or {INDEX} is damaged; {again}") from None
-        for name, sha256 in expected.items():
-            if not (self.path / name).exists() or sha256_of(self.path / name) != sha256:
+        for name, checksum in shards.items():
+            if not matches(self.path / name, checksum):
                 raise OutputError(f"{self.path / name}: is not the shard that was written; {again}")
-        if index != {name: shard for shard in expected for name in read_header(self.path / shard)}:
+        if index != {name: shard for shard in shards for name in read_header(self.path / shard)}:
             raise OutputError(f"{self.path / INDEX}: does not say where the tensors are; {again}")
         for file in differing(files, source.path, self.path):
             raise OutputError(f"{self.path / file}: is not the source's; {again}")
@@ -121,7 +122,7 @@ class Output:
         for line in _lines(self.path / PROGRESS):
             entry = _entry(line)
             name = str(entry.pop("shard", "")) if isinstance(entry, dict) else ""
-            if name in shards and (self.path / name).exists() and sha256_of(self.path / name) == entry.get("sha256"):
+            if name in shards and matches(self.path / name, entry):
                 self.finished[name] = entry
 
     def _require_same(self, before: dict[str, Any], label: Callable[[str], str]) -> None:

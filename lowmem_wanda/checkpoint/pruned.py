@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lowmem_wanda.checkpoint.checksum import checksum_in
 from lowmem_wanda.checkpoint.companions import REPORT
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.reader import FLOATS, Tensor, read_json
@@ -91,10 +92,10 @@ def promises_of(report: Mapping[str, Any]) -> dict[str, Promise]:
     return found
 
 
-def shards_of(report: Mapping[str, Any]) -> dict[str, str]:
-    """{file name: SHA-256 in hex} of the shards in a pruning's report. Raises KeyError, TypeError or ValueError."""
-    shards = {shard["name"]: shard["sha256"] for shard in report["shards"]}
-    if not all(isinstance(text, str) and "\0" not in text for pair in shards.items() for text in pair):
+def shards_of(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """{file name: its checksum} of the shards in a pruning's report. Raises KeyError, TypeError or ValueError."""
+    shards = {shard["name"]: checksum_in(shard) for shard in report["shards"]}
+    if not all(isinstance(name, str) and "\0" not in name for name in shards):
         raise ValueError("shards")
     return shards
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lowmem_wanda.checkpoint.checksum import matches
 from lowmem_wanda.checkpoint.companions import REPORT, companions, differing
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.output import require_finished
@@ -26,7 +27,6 @@ from lowmem_wanda.checkpoint.pruned import (
     shards_of,
 )
 from lowmem_wanda.checkpoint.reader import FLOATS, PIECE, Tensor
-from lowmem_wanda.checkpoint.writer import sha256_of
 
 PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # (kept, of); the first that holds is shown
 TINY = {"F64": 1 << 52, "F32": 1 << 23, "F16": 1 << 10, "BF16": 1 << 7}  # bits of the smallest normal number
@@ -145,9 +145,9 @@ def _rows(tensor: Tensor, multiple: int) -> Iterator[np.ndarray]:
 
 def _compare_report(path: Path, report: Mapping[str, Any], promises: Mapping[str, Promise], findings: Findings) -> None:
     """Compares checksums, zeros and patterns with report.json; every difference becomes a problem."""
-    for name, sha256 in shards_of(report).items():
+    for name, checksum in shards_of(report).items():
         file = path / Path(name).name
-        if file.is_file() and sha256_of(file) == sha256:
+        if matches(file, checksum):
             findings.shards_verified += 1
         else:
             findings.problems.append(f"{file.name}: is not the file whose checksum {REPORT} gives")

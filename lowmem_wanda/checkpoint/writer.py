@@ -5,7 +5,6 @@
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lowmem_wanda.checkpoint.checksum import FASTEST, KINDS, digest_of
 from lowmem_wanda.checkpoint.reader import ITEMSIZE, PIECE, Tensor, advise, nonfinite, opened
 from lowmem_wanda.errors import NumberError, OutputError
 
@@ -28,11 +28,11 @@ NOT_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPE
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard that was written: its file name, size in bytes, and SHA-256 in hex."""
+    """A shard that was written: its file name, its size in bytes, and {kind: digest in hex} of its checksum."""
 
     name: str
     nbytes: int
-    sha256: str
+    checksum: dict[str, str]
 
 
 def write_shard(
@@ -53,7 +53,7 @@ def write_shard(
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path, 8 + len(text) + end) as file:
+    with replacing(path, 8 + len(text) + end, FASTEST) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor, pieces in ordered:
             looks = tensor.name in finite
@@ -69,7 +69,7 @@ def write_shard(
                 f"{path.name}: {file.size} bytes were written where its header promises {8 + len(text) + end}; "
                 "report this bug"
             )
-    return ShardFile(path.name, file.size, file.digest.hexdigest())
+    return ShardFile(path.name, file.size, {FASTEST: file.digest.hexdigest()})
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -96,15 +96,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def replacing(path: Path, size: int = 0) -> Iterator["Growing"]:
+def replacing(path: Path, size: int = 0, kind: str = "sha256") -> Iterator["Growing"]:
     """A file to write to. It appears at `path` when all went well, and not at all otherwise.
 
-    Its disk space is taken at once if its `size` in bytes is known (0: unknown). Raises OutputError.
+    Its disk space is taken at once if its `size` in bytes is known (0: unknown). `kind` is that of its checksum. Raises
+    OutputError.
     """
     with _partial(path) as partial:
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            file = Growing(handle)
+            file = Growing(handle, kind)
             preallocate(handle, size)
             yield file
             os.fsync(handle)
@@ -125,7 +126,7 @@ def named_partial(path: Path) -> Iterator[Path]:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        if path.exists() and sha256_of(path) == sha256_of(partial):
+        if path.exists() and digest_of(path, FASTEST) == digest_of(partial, FASTEST):
             return
         require_new(path)
         os.replace(partial, path)
@@ -155,11 +156,11 @@ class Growing:
 
     Each piece of 16 MiB is sent to the disk at once and leaves the page cache two pieces later, so that nothing is left
     for fsync to wait for (1.6 GB take 4.5-5 s, against 16-19 s). `size` is the number of bytes that were written,
-    `digest` is their SHA-256.
+    `digest` is their checksum.
     """
 
-    def __init__(self, handle: int) -> None:
-        self.size, self.digest = 0, hashlib.sha256()
+    def __init__(self, handle: int, kind: str) -> None:
+        self.size, self.digest = 0, KINDS[kind]()
         self._handle, self._sent = handle, 0
 
     def write(self, content: bytes | bytearray | memoryview) -> None:
@@ -226,15 +227,6 @@ def sync_directory(path: Path) -> None:
                 raise
         finally:
             os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file in hex. The file is read 16 MiB at a time."""
-    digest = hashlib.sha256()
-    with opened(path) as file:
-        while piece := file.read(16 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 # What Linux can do with files beyond writing them. On other systems these functions do nothing, and all still works.

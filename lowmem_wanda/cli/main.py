@@ -1,14 +1,16 @@
 """The command line: arguments in, results on stdout, progress and errors on stderr, an exit code."""
 
 import argparse
+import atexit
 import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import NoReturn
 
 from lowmem_wanda import __version__
 from lowmem_wanda.cli.terminal import bounded, printable
@@ -30,6 +32,19 @@ EXAMPLE = """example:
   %(prog)s shrink qwen3-30b-a3b.gguf small.gguf --drop-experts 25%% --from imatrix.gguf
 
 %(prog)s COMMAND --help says what a command takes."""
+
+
+def run() -> NoReturn:
+    """Runs the command of this process and ends it.
+
+    Python's own end takes half a second or more where torch and transformers are imported, to take them apart. So the
+    functions that were registered for the end are called, and the process is gone.
+    """
+    code = main()
+    atexit._run_exitfuncs()
+    with suppress(OSError):  # a reader that has gone
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:

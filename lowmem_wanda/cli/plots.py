@@ -35,13 +35,14 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {name: (x valu
 def heat(name: str, title: str, rows: Sequence[str], values: Sequence[Sequence[float]], share: bool = False) -> str:
     """A heat map of `values` [row][block]; NaN stays empty.
 
-    Values that are a `share` are shown in percent. Where all are alike, their scale is from 0 to 100.
+    Values that are a `share` are shown in percent. Where all are alike, a line says so in place of a map.
     """
     known = [value for line in values for value in line if math.isfinite(value)]
     if not known:
         return ""
+    if share and max(known) - min(known) < 0.001:
+        return f"<p>{escape(title)}: {sum(known) / len(known):.2%} of every linear in every block.</p>"
     factor = 100 if share else 1
-    limits = {"vmin": 0, "vmax": 100} if share and max(known) - min(known) < 0.001 else {}
 
     def draw(figure: Any) -> None:
         from matplotlib import colormaps, colors
@@ -49,7 +50,7 @@ def heat(name: str, title: str, rows: Sequence[str], values: Sequence[Sequence[f
         # viridis without its ends, which are too near to the backgrounds; a bar of 50 colours would become a bitmap
         shades = colors.ListedColormap([colormaps["viridis"](0.12 + 0.85 * step / 47) for step in range(48)])
         axes = figure.add_subplot()
-        mesh = axes.pcolormesh([[factor * float(value) for value in line] for line in values], cmap=shades, **limits)
+        mesh = axes.pcolormesh([[factor * float(value) for value in line] for line in values], cmap=shades)
         axes.set_yticks([index + 0.5 for index in range(len(rows))], [_label(row, 26) for row in rows])
         _block_axis(axes, max(map(len, values)), first=0.5)
         axes.invert_yaxis()

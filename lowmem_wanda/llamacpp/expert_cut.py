@@ -105,7 +105,7 @@ def write_copy(
         if file.size != part.nbytes:
             raise OutputError(f"{part.path}: {file.size} bytes were written instead of {part.nbytes}; report this bug")
     return lambda: [
-        ShardFile(part.path.name, file.size, file.digest.hexdigest())
+        ShardFile(part.path.name, file.size, {"sha256": file.digest.hexdigest()})
         for part, file in zip(copy.parts, files, strict=True)
     ]
 

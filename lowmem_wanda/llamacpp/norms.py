@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lowmem_wanda.checkpoint.writer import sha256_of
+from lowmem_wanda.checkpoint.checksum import sha256_of
 from lowmem_wanda.errors import CalibrationError
 from lowmem_wanda.llamacpp.imatrix import About, Entry, read
 from lowmem_wanda.sparsity.statistics import SquaredNorm

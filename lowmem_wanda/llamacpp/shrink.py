@@ -190,7 +190,7 @@ def _write(
             with suppress(OSError):
                 file.unlink(missing_ok=True)
         raise
-    return [vars(file) for file in sums()]
+    return [{"name": file.name, "nbytes": file.nbytes, **file.checksum} for file in sums()]
 
 
 def _require_disk(copies: Sequence[Copy]) -> None:

@@ -108,22 +108,27 @@ def _importance(
 
 
 def outlook(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The prediction for a checkpoint that was just pruned; without the gguf package, only the rules of the types."""
+    """The prediction for a checkpoint that was just pruned, from a quarter of the rows that `survive` takes.
+
+    Without the gguf package it has only the rules of the types.
+    """
     matrices = pruned_matrices(checkpoint, report)
     try:
-        types = predict_types(matrices, lambda name: np.ones(1))
+        types = predict_types(matrices, lambda name: np.ones(1), SAMPLE // 4)
     except LowmemError:
         types = [{"type": kind, "bits": known.bits, "grid": known.grid} for kind, known in TYPES.items()]
     return {"types": types, "advice": advice(tiny=any(matrix.promise.tiny for matrix in matrices.values()))}
 
 
-def predict_types(matrices: Mapping[str, PrunedMatrix], importance: Importance) -> list[dict[str, Any]]:
-    """A record for each type of a GGUF: what it leaves of some rows of all matrices.
+def predict_types(
+    matrices: Mapping[str, PrunedMatrix], importance: Importance, sample: int = SAMPLE
+) -> list[dict[str, Any]]:
+    """A record for each type of a GGUF: what it leaves of some rows of all matrices, of about `sample` weights.
 
     The record holds only the rule if the gguf package cannot quantize to the type, or if the type's blocks do not
     divide the inputs of any matrix.
     """
-    gguf, share = package("a prediction"), SAMPLE // max(1, len(matrices))
+    gguf, share = package("a prediction"), sample // max(1, len(matrices))
     known = {kind.name: kind for kind in gguf.GGMLQuantizationType}
     kinds = [known[name] for name in TYPES if name in known and _can_quantize(gguf, known[name])]
     sums, fitting = {kind.name: Survival() for kind in kinds}, dict.fromkeys((kind.name for kind in kinds), 0)

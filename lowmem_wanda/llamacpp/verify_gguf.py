@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowmem_wanda.checkpoint.checksum import sha256_of
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, opened
-from lowmem_wanda.checkpoint.writer import sha256_of
 from lowmem_wanda.errors import CheckpointError
 from lowmem_wanda.llamacpp.expert_layers import ExpertLayers, expert_layers
 from lowmem_wanda.llamacpp.gguf_file import GGUF, PART, read_gguf

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from lowmem_wanda.checkpoint.checksum import sha256_of
 from lowmem_wanda.checkpoint.companions import Companions, companions
 from lowmem_wanda.checkpoint.directory import fingerprint
 from lowmem_wanda.checkpoint.reader import ITEMSIZE
-from lowmem_wanda.checkpoint.writer import sha256_of
 from lowmem_wanda.data.calibration import Calibration, calibrate, name_list, require_counts
 from lowmem_wanda.errors import CalibrationError, PatternError
 from lowmem_wanda.llamacpp.names import gguf_names

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lowmem_wanda.checkpoint.checksum import sha256_of
 from lowmem_wanda.checkpoint.companions import REPORT
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.output import (
@@ -20,7 +21,7 @@ from lowmem_wanda.checkpoint.output import (
     shard_names,
 )
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
-from lowmem_wanda.checkpoint.writer import require_new, sha256_of, write_json, write_shard
+from lowmem_wanda.checkpoint.writer import require_new, write_json, write_shard
 from lowmem_wanda.data.calibration import in_batches
 from lowmem_wanda.errors import OutputError
 from lowmem_wanda.llamacpp.collect import InputSums, save_imatrix, splits
@@ -236,7 +237,7 @@ class _Walk:
         shard = write_shard(self.output.path / self.shared, [(tensor, None) for tensor in outside], finite=used)
         add_seconds(self.spent, {"copy": time.perf_counter() - start})
         names = [tensor.name for tensor in outside]
-        self.output.add(self.shared, {"nbytes": shard.nbytes, "sha256": shard.sha256, "tensors": names})
+        self.output.add(self.shared, {"nbytes": shard.nbytes, **shard.checksum, "tensors": names})
 
     def write_block(self, record: dict[str, Any], slot: Slot) -> None:
         """Writes a block's shard; runs in the writing thread."""
@@ -248,7 +249,7 @@ class _Walk:
             shard = write_shard(self.output.path / name, pieces, finite={tensor.name for tensor in tensors} - pruned)
         record["parts"] |= slot.seconds
         now = time.perf_counter()
-        record |= {"nbytes": shard.nbytes, "sha256": shard.sha256, "host_bytes": anonymous()}
+        record |= {"nbytes": shard.nbytes, **shard.checksum, "host_bytes": anonymous()}
         record["seconds"], self.last = now - self.last, now
         self.output.add(name, record)
         self.on_block(dict(record))

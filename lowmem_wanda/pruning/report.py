@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from lowmem_wanda.checkpoint.checksum import checksum_in
 from lowmem_wanda.checkpoint.directory import seen_share
 from lowmem_wanda.checkpoint.output import FORMAT
 from lowmem_wanda.pruning.job import PruneJob
@@ -59,7 +60,7 @@ class BlockRecord(TypedDict, total=False):
     passes: float
     parts: dict[str, float]
     nbytes: int
-    sha256: str
+    blake3: str  # or sha256, where that package is missing
     host_bytes: int
     seconds: float
 
@@ -188,7 +189,7 @@ def build(
         "copied_files": [str(file) for file in job.companions.files],
         **left(job),  # type: ignore[typeddict-item]
         "shards": [
-            {"name": name, "nbytes": record["nbytes"], "sha256": record["sha256"]} for name, record in shards.items()
+            {"name": name, "nbytes": record["nbytes"], **checksum_in(record)} for name, record in shards.items()
         ],
         "blocks": blocks,
     }

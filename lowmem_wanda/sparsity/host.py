@@ -131,13 +131,19 @@ def _keys(weight: torch.Tensor, score: Score) -> tuple[Keys, int, int]:
     bits, norms = bits_of(weight).view(f"u{weight.element_size()}"), score.norms
     if norms is None:
         return (lambda part: _absolute(bits[part])), INFINITE[weight.dtype], weight.numel()
-    scale = norms.abs().numpy()
-    return (lambda part: (_floats(_absolute(bits[part]), weight.dtype) * scale).view(np.uint32)), 0xFF << 23, weight.numel()
+    scale: np.ndarray = norms.abs().numpy()
+
+    def products(part: slice) -> np.ndarray:
+        scores: np.ndarray = _floats(_absolute(bits[part]), weight.dtype) * scale
+        return scores.view(np.uint32)
+
+    return products, INFINITE[torch.float32], weight.numel()
 
 
 def _absolute(bits: np.ndarray) -> np.ndarray:
     """The bits of floats without their signs, contiguous."""
-    return np.ascontiguousarray(bits) & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
+    without: np.ndarray = np.ascontiguousarray(bits) & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
+    return without
 
 
 def _floats(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -147,7 +153,9 @@ def _floats(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return bits.view(np.float16).astype(np.float32) if dtype == torch.float16 else bits.view(np.float32)
 
 
-def _selection(pattern: Pattern, group: Group | None, chunks: Callable[[], Iterator[np.ndarray]], weights: int) -> Lowest:
+def _selection(
+    pattern: Pattern, group: Group | None, chunks: Callable[[], Iterator[np.ndarray]], weights: int
+) -> Lowest:
     """What selects the keys to prune among some rows' keys."""
     if group is None:
         threshold = kth_key(chunks, pattern.zeros_in_all(weights) - 1)

@@ -73,14 +73,12 @@ def _in_chunks(weight: torch.Tensor, score: Score, pattern: Pattern, chunk: int)
         torch.maximum(highest, scores.amax(), out=highest)
         return scores
 
-    for part, pruned in masks(noted, pattern, *weight.shape, chunk):
+    for part, pruned in masks(noted, pattern, weight.shape[0], weight.shape[1], chunk):
         bits[part].mul_(pruned.logical_not_())
     return torch.isfinite(highest)  # a NaN or an infinity is carried into the maximum
 
 
-def masks(
-    score: Score, pattern: Pattern, rows: int, columns: int, chunk: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
+def masks(score: Score, pattern: Pattern, rows: int, columns: int, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yields (slice of rows, bool mask of the weights to prune in them), about `chunk` weights at a time, in torch."""
     group, parts = pattern.groups(columns), row_chunks(rows, columns, chunk)
     if group is None:

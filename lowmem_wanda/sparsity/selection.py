@@ -10,9 +10,9 @@ import torch
 
 Score = Callable[[slice], torch.Tensor]  # some rows of a matrix -> their scores, float32 (rows, columns), at least 0
 
-# The number of weights that are scored at a time. On a CPU they stay in its cache; on a GPU they take 80 MB, because few
-# large launches are faster than many small ones.
-CPU_CHUNK, DEVICE_CHUNK = 1 << 16, 1 << 22
+# The number of weights that are scored at a time. On a CPU they stay in its cache; on a GPU they take 80 MB, because
+# few large launches are faster than many small ones.
+CPU_CHUNK, DEVICE_CHUNK = 1 << 17, 1 << 22
 # What torch scores at a time on a CPU is just too small for torch to share among its threads: when another program kept
 # a core busy, they waited for each other at every small operation, 10 times as long as the work took.
 UNSHARED = (1 << 15) - 1

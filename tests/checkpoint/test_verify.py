@@ -93,7 +93,7 @@ def test_a_changed_file_and_a_broken_promise_are_found(source, pruned):
     report = json.loads((pruned / "report.json").read_text())
     report["blocks"][1]["linears"][UP]["zeros"] += 1
     report["blocks"][0]["linears"]["model.layers.0.mlp.up_proj.weight"]["pattern"] = "1:4"
-    report["shards"][0]["sha256"] = "0" * 64
+    report["shards"][0]["blake3"] = "0" * 64
     (pruned / "report.json").write_text(json.dumps(report))
     problems = "\n".join(check(pruned, source).problems)
     for words in ("config.json: is missing or differs", f"{UP}: has 1024 zeros, report.json says 1025",

@@ -9,9 +9,10 @@ import pytest
 from safetensors import safe_open
 
 from lowmem_wanda.checkpoint import writer
+from lowmem_wanda.checkpoint.checksum import FASTEST, digest_of, matches
 from lowmem_wanda.checkpoint.companions import companions
 from lowmem_wanda.checkpoint.reader import Tensor, read_header
-from lowmem_wanda.checkpoint.writer import sha256_of, write_bytes, write_shard
+from lowmem_wanda.checkpoint.writer import write_bytes, write_shard
 from lowmem_wanda.errors import OutputError
 
 
@@ -29,7 +30,8 @@ def test_a_shard_to_the_byte(tmp_path):
     text = '{"__metadata__":{"format":"pt"},"ü":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[3],"data_offsets":[8,14]}}'
     header = text.encode() + b" " * (-len(text.encode()) % 8)
     assert file.read_bytes() == len(header).to_bytes(8, "little") + header + b"abcdefgh\1\2\3\4\5\6"
-    assert (shard.name, shard.nbytes, shard.sha256) == (file.name, file.stat().st_size, sha256_of(file))
+    assert (shard.name, shard.nbytes) == (file.name, file.stat().st_size)
+    assert shard.checksum == {FASTEST: digest_of(file, FASTEST)} and matches(file, shard.checksum)
     assert read_header(file)["b"].shape == (3,)
     with safe_open(file, "pt") as opened:
         assert opened.get_tensor("b").shape == (3,)
@@ -95,7 +97,7 @@ def test_a_tensor_is_copied_from_its_own_file(tmp_path, monkeypatch, kernel):
     monkeypatch.setattr(writer, "copy_range", lambda *args: calls.append(copy(*args) if kernel else 0) or calls[-1])
     shard = write_shard(tmp_path / "s.safetensors", [(tensor, None)])
     assert (tmp_path / "s.safetensors").read_bytes().endswith(content)
-    assert shard.sha256 == sha256_of(tmp_path / "s.safetensors") and len(calls) == 1
+    assert matches(tmp_path / "s.safetensors", shard.checksum) and len(calls) == 1
 
 
 def test_what_is_written_is_sent_to_the_disk_in_windows(tmp_path, monkeypatch):
