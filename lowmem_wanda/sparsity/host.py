@@ -17,6 +17,7 @@ from lowmem_wanda.sparsity.selection import UNSHARED, Scaled, Score, row_chunks
 
 INFINITE = {torch.bfloat16: 0xFF << 7, torch.float16: 0x1F << 10, torch.float32: 0xFF << 23}  # the key of infinity
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an item
+WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes
 WIDEST = 16  # weights of a group whose pairs are all compared; larger groups are partitioned
 Keys = Callable[[slice], np.ndarray]  # some rows of a matrix -> their keys, uint16 or uint32 (rows, columns)
 Lowest = Callable[[np.ndarray], np.ndarray]  # keys -> the mask of those to prune, bool of the same shape
@@ -52,17 +53,19 @@ def bits_of(weight: torch.Tensor) -> np.ndarray:
 
 def count_zeros(bits: np.ndarray, group: Group | None) -> tuple[int, bool]:
     """The zeros of either sign among floats (rows, columns) as integers, and whether each group has enough of them."""
-    zero = np.ascontiguousarray(np.left_shift(bits, 1) == 0).reshape(-1)
+    zero = (np.left_shift(bits, 1) == 0).reshape(-1)
     found = int(np.count_nonzero(zero))
     if group is None or not found:
         return found, group is None or not group.zeros
     if group.size > WIDEST:
         return found, bool(np.count_nonzero(zero.reshape(-1, group.size), axis=1).min() >= group.zeros)
     ones = zero.view(np.uint8)
-    counts = ones[: len(ones) - group.size + 1].copy()  # of `size` weights in a row, from every place on
-    for place in range(1, group.size):
-        counts += ones[place : place + len(counts)]
-    return found, bool(counts[:: group.size].min() >= group.zeros)
+    if word := WORDS.get(group.size):  # one integer for each group, whose bytes are added up by a product
+        counts = ones.view(word)
+        counts = (counts * word(sum(1 << 8 * place for place in range(group.size)))) >> word(8 * (group.size - 1))
+    else:
+        counts = sum(ones[place :: group.size] for place in range(group.size))
+    return found, bool(counts.min() >= group.zeros)
 
 
 def lowest_of_rows(keys: np.ndarray, count: int) -> np.ndarray:
@@ -93,7 +96,8 @@ def lowest_of_groups(keys: np.ndarray, of: int, count: int) -> np.ndarray:
     next to each other it took 2.2.
     """
     later, within = _pairs(keys.shape[1], of)
-    flat, ranks, goes_first = keys.reshape(-1), np.empty(keys.shape, np.int8), np.empty(keys.shape, np.bool_)
+    flat = keys.reshape(-1).view(np.float32 if keys.itemsize == 4 else np.uint16)  # which are compared faster
+    ranks, goes_first = np.empty(keys.shape, np.int8), np.empty(keys.shape, np.bool_)
     ranks[:] = later  # as if all later ones came first
     first, flat_ranks = goes_first.reshape(-1), ranks.reshape(-1)
     for apart in range(1, of):
@@ -134,7 +138,8 @@ def _keys(weight: torch.Tensor, score: Score) -> tuple[Keys, int, int]:
     scale: np.ndarray = norms.abs().numpy()
 
     def products(part: slice) -> np.ndarray:
-        scores: np.ndarray = _floats(_absolute(bits[part]), weight.dtype) * scale
+        scores = _floats(_absolute(bits[part]), weight.dtype)
+        scores *= scale
         return scores.view(np.uint32)
 
     return products, INFINITE[torch.float32], weight.numel()
@@ -149,7 +154,9 @@ def _absolute(bits: np.ndarray) -> np.ndarray:
 def _floats(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Floats of a dtype, given as bits, as float32."""
     if dtype == torch.bfloat16:
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+        wide = bits.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     return bits.view(np.float16).astype(np.float32) if dtype == torch.float16 else bits.view(np.float32)
 
 

@@ -20,7 +20,7 @@ from lowmem_wanda.streaming.head import head_bytes
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.resources import SMALL, anonymous, free_memory
 
-CPU_TOKENS, DEVICE_TOKENS = 256, 2048  # of a micro-batch; more make the products hardly faster
+CPU_TOKENS, DEVICE_TOKENS = 512, 2048  # of a micro-batch; more make the products hardly faster
 # Bytes that torch and transformers take on the host for their first products. CUDA took 652 MB (torch 2.11, H100).
 LATE, LATE_CUDA = 36 << 20, 640 << 20
 SLACK = 128 << 20  # bytes of a GPU, for the workspace of its products (H100: 104 MB) and its allocator's rounding up
