@@ -31,13 +31,13 @@ ROOMS = {  # beside `errors`
 }
 THIRD = {  # a star: within a function, so that the package is needed only where it is used
     "sparsity": {"torch", "numpy", "triton", "*triton"},
-    "checkpoint": {"numpy"},
+    "checkpoint": {"numpy", "blake3"},
     "data": {"numpy", "*compression", "*datasets", "*pyarrow", "*zstandard"},
     "streaming": {"torch", "numpy", "transformers", "accelerate", "huggingface_hub", "psutil"},
     "llamacpp": {"numpy", "torch", "*gguf"},
     "evaluation": {"torch", "numpy", "lm_eval", "jinja2", "tqdm"},
     "pruning": {"torch", "numpy", "*greenlet"},
-    "cli": {"*rich", "*matplotlib"},
+    "cli": {"*rich", "*matplotlib", "*psutil"},
 }
 ONLY = {  # packages that some modules of a room alone may import
     "torch": {"llamacpp": {"collect", "latents", "norms"}},

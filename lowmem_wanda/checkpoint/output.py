@@ -102,9 +102,8 @@ class Output:
             report["summary"]["sparsity"], dict(report.get("imatrix") or {})
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             raise OutputError(f"{self.path}: its {REPORT} or {INDEX} is damaged; {again}") from None
-        for name, checksum in shards.items():
-            if not matches(self.path / name, checksum):
-                raise OutputError(f"{self.path / name}: is not the shard that was written; {again}")
+        if wrong := next((name for name, checksum in shards.items() if not matches(self.path / name, checksum)), ""):
+            raise OutputError(f"{self.path / wrong}: is not the shard that was written; {again}")
         if index != {name: shard for shard in shards for name in read_header(self.path / shard)}:
             raise OutputError(f"{self.path / INDEX}: does not say where the tensors are; {again}")
         for file in differing(files, source.path, self.path):

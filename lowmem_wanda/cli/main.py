@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from lowmem_wanda import __version__
+from lowmem_wanda.cli.load import settle
 from lowmem_wanda.cli.terminal import bounded, printable
 from lowmem_wanda.errors import LowmemError, limit_of_machine
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if not _downloads(arguments):
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded unless it was asked for
     _leave_fewer_holes()
+    settle(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any byte
     try:
