@@ -1,27 +1,18 @@
 """Reads safetensors files: checks their headers, locates tensors and copies a tensor's bytes to memory.
 
 A file (https://github.com/huggingface/safetensors#format) starts with eight bytes, the little-endian length of the
-header. Then come the header, JSON {name: {dtype, shape, data_offsets}}, and the tensors' bytes. A tensor is copied to
-memory in one of two ways:
-
-pread   its bytes are read to their place, 16 MiB at a time (the default; nothing is ever mapped)
-mmap    exactly its bytes are mapped read-only, copied and unmapped
-
-Either way the tensor is copied once, and the system can have its pages back afterwards. A file that has changed since
-its header was read is an error. If a file is cut short while its mapping is being copied, the system kills the process;
-this is one reason for the default.
+header. Then come the header, JSON {name: {dtype, shape, data_offsets}}, and the tensors' bytes. A file that has changed
+since its header was read is an error.
 """
 
 import json
 import math
-import mmap
 import os
 import stat
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,7 +68,7 @@ class Tensor:
                 file.seek(self.offset + start)
                 for at in range(start, stop, size):
                     piece = bytearray(min(size, stop - at))
-                    _fill(file, self, memoryview(piece))
+                    fill(file, self, memoryview(piece))
                     yield piece
             self.check(file)
 
@@ -187,47 +178,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def read(destinations: Sequence[tuple[Tensor, np.ndarray]], way: str = "pread", drop: bool = False) -> None:
-    """Copies the bytes of each tensor into its array, uint8 (nbytes,), in the order in which they lie on disk.
-
-    `way` is "pread" or "mmap". With `drop` the pages are given back to the system afterwards. Raises CheckpointError.
-    """
-    copy = _mapped if way == "mmap" else _read_at
-    ordered = sorted(destinations, key=lambda pair: (pair[0].file, pair[0].offset))
-    for path, group in groupby(ordered, key=lambda pair: pair[0].file):
-        with opened(path) as file:
-            advise(file, 0, 0, "SEQUENTIAL")  # a cold file: 1,130 MB/s with this advice, 580 without
-            for tensor, out in group:
-                tensor.check(file)
-                if tensor.nbytes:
-                    copy(file, tensor, out)
-                tensor.check(file)
-                if drop:
-                    advise(file, tensor.offset, tensor.nbytes, "DONTNEED")
-
-
-def _read_at(file: BinaryIO, tensor: Tensor, out: np.ndarray) -> None:
-    file.seek(tensor.offset)
-    for start in range(0, tensor.nbytes, PIECE):
-        _fill(file, tensor, out[start : start + PIECE].data)
-
-
-def _fill(file: BinaryIO, tensor: Tensor, out: memoryview) -> None:
+def fill(file: BinaryIO, tensor: Tensor, out: memoryview) -> None:
     """Reads until `out` is full, because one read may give fewer bytes than it was asked for."""
     while out:
         count = file.readinto(out)  # type: ignore[attr-defined]
         if not count:
             raise changed(tensor)
         out = out[count:]
-
-
-def _mapped(file: BinaryIO, tensor: Tensor, out: np.ndarray) -> None:
-    start = tensor.offset - tensor.offset % mmap.ALLOCATIONGRANULARITY
-    skip = tensor.offset - start
-    if os.fstat(file.fileno()).st_size < tensor.offset + tensor.nbytes:  # past the end, a mapping raises SIGBUS
-        raise changed(tensor)
-    with mmap.mmap(file.fileno(), skip + tensor.nbytes, offset=start, access=mmap.ACCESS_READ) as mapped:
-        out[:] = np.frombuffer(mapped, np.uint8, tensor.nbytes, skip)
 
 
 def nonfinite(piece: bytes | bytearray | memoryview, dtype: str) -> bool:

@@ -1,7 +1,7 @@
 """How torch's threads wait and how many there are: chosen by the load of the machine, before torch is imported.
 
-By default threads that wait for each other keep their cores busy. Where other programs need a core, they then wait for a
-thread that has none: with two busy programs beside on two cores, a pruning of 11 s took 33 to 44 s. With one thread
+By default threads that wait for each other keep their cores busy. Where other programs need a core, they then wait for
+a thread that has none: with two busy programs beside on two cores, a pruning of 11 s took 33 to 44 s. With one thread
 that sleeps it takes 23 s.
 """
 
@@ -49,7 +49,7 @@ def busy_cores(cores: set[int]) -> float:
     import psutil
 
     shares = psutil.cpu_percent(SAMPLE, percpu=True)
-    return sum(shares[core] for core in cores if core < len(shares)) / 100
+    return float(sum(shares[core] for core in cores if core < len(shares))) / 100
 
 
 def _cores() -> set[int]:

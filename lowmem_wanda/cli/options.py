@@ -71,7 +71,8 @@ def add_machine(command: argparse.ArgumentParser) -> None:
         help="GPU memory that tensors may take, such as 8GB (default: what is free)")  # fmt: skip
     add("--slots", type=int, choices=(1, 2, 3), help="blocks in host memory: 3 to read, compute and write at the same "
         "time, 1 to do so one after the other (default: 3 where they fit)")  # fmt: skip
-    add("--read", default="pread", choices=READS, help="how shards are read (default: pread)")
+    add("--read", default="auto", choices=READS, help="how shards are read; auto maps them on local disks and reads "
+        "them elsewhere (default: auto)")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="run, and copy, Python code that the checkpoint brings")
 
 

@@ -89,7 +89,7 @@ def evaluate(  # type: ignore[misc]
     max_ram: float | str | None = None,
     max_vram: float | str | None = None,
     slots: int | None = None,
-    read: str = "pread",
+    read: str = "auto",
     states: str | None = None,
     trust_remote_code: bool = False,
     on_start: Notify = ignore,
@@ -123,7 +123,7 @@ def evaluate(  # type: ignore[misc]
         max_ram: host memory that the process may take in all, in bytes or as "8GB" (default: what is free).
         max_vram: GPU memory that tensors may take, in bytes or as "8GB" (default: what is free).
         slots: the number of block buffers in host memory, 1 to 3 (default: 3 where they fit).
-        read: how shards are read, "pread" (default) or "mmap".
+        read: how shards are read, "mmap", "pread" or "auto" (default: "auto", mapped on local disks).
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
         trust_remote_code: run Python code that a checkpoint brings (default: False).
         on_start: called before each model is measured on the text, with a record of what will be done.

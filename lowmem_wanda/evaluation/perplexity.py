@@ -47,7 +47,7 @@ def evaluate_model(
         "dtype": model.dtype_name,
         "seconds": found.timing["wall"],
         "timing": found.timing,
-        "layout": {**asdict(placement), "reading": model.budget.read},
+        "layout": {**asdict(placement), "reading": found.timing["reading"]},
         "memory": list(found.peak.series),
         "peak_memory": found.peak.beside(need.host, need.device),
     }

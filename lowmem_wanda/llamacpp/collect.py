@@ -61,7 +61,7 @@ def imatrix(
     max_ram: float | str | None = None,
     max_vram: float | str | None = None,
     slots: int | None = None,
-    read: str = "pread",
+    read: str = "auto",
     states: str | None = None,
     trust_remote_code: bool = False,
     on_start: Notify = ignore,
@@ -85,7 +85,7 @@ def imatrix(
         max_ram: host memory that the process may take in all, bytes or a text such as "8GB" (default: what is free).
         max_vram: GPU memory that tensors may take, bytes or a text such as "8GB" (default: what is free).
         slots: block buffers in host memory, 1 to 3 (default: 3 if they fit).
-        read: how shards are read, "pread" (default) or "mmap".
+        read: how shards are read, "mmap", "pread" or "auto" (default: "auto", mapped on local disks).
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
         trust_remote_code: whether Python code that the checkpoint brings may run (default: False).
         on_start: a function that is called once, before the work, with what will be done.

@@ -78,7 +78,7 @@ def compare(
     max_ram: float | str | None = None,
     max_vram: float | str | None = None,
     slots: int | None = None,
-    read: str = "pread",
+    read: str = "auto",
     trust_remote_code: bool = False,
     on_block: Notify = ignore,
     on_report: Notify = ignore,
@@ -111,7 +111,7 @@ def compare(
         max_ram: host memory that the process may take in all, in bytes or as "8GB" (default: what is free).
         max_vram: GPU memory that tensors may take, in bytes or as "8GB" (default: what is free).
         slots: the number of block buffers in host memory, 1 to 3 (default: 3 where they fit).
-        read: how shards are read, "pread" (default) or "mmap".
+        read: how shards are read, "mmap", "pread" or "auto" (default: "auto", mapped on local disks).
         trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
         on_block: called with each block's record, which names the `variant`.
         on_report: called with the report, just before it is written.

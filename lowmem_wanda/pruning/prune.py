@@ -65,7 +65,7 @@ def prune(
     max_ram: float | str | None = None,
     max_vram: float | str | None = None,
     slots: int | None = None,
-    read: str = "pread",
+    read: str = "auto",
     states: str | None = None,
     held: int | None = None,
     trust_remote_code: bool = False,
@@ -105,7 +105,7 @@ def prune(
         max_ram: host memory that the process may take in all, in bytes or as "8GB" (default: what is free).
         max_vram: GPU memory that tensors may take, in bytes or as "8GB" (default: what is free).
         slots: the number of block buffers in host memory, 1 to 3 (default: 3 where they fit).
-        read: how shards are read, "pread" (default) or "mmap".
+        read: how shards are read, "mmap", "pread" or "auto" (default: "auto", mapped on local disks).
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
         held: the number of micro-batches that may wait for a matrix in the sequential order (default: as many as fit).
         trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).

@@ -183,7 +183,7 @@ def build(
         "imatrix": _imatrix(job, plan),
         "peak_memory": peak.beside(plan.host_peak, plan.device_peak),
         "memory": list(peak.series),
-        "layout": {**asdict(plan.layout), "reading": job.model.budget.read},
+        "layout": {**asdict(plan.layout), "reading": timing["reading"]},
         "timing": timing,
         "copied_tensors": next(record["tensors"] for record in shards.values() if "tensors" in record),
         "copied_files": [str(file) for file in job.companions.files],

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowmem_wanda.checkpoint.reader import Tensor, read
+from lowmem_wanda.checkpoint.loading import read
+from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.checkpoint.writer import PARTIAL, explained, preallocate
 from lowmem_wanda.streaming.resources import host_memory
 
@@ -127,10 +128,11 @@ class BlockBuffers:
         nbytes: int,
         hosts: int = 3,
         devices: int = 2,
-        read_by: str = "pread",
+        read_by: str = "auto",
         not_locked: Bytes = lambda nbytes: None,
     ) -> None:
         self.spent: dict[str, float] = {}
+        self.ways: set[str] = set()  # in which shards were read
         self.device, self.nbytes, self.read_by, self._not_locked = device, nbytes, read_by, not_locked
         self._cuda, self._beside = device.type == "cuda", device.type != "cpu"
         self._hosts, self._devices = SimpleQueue[Any](), SimpleQueue[Any]()
@@ -197,7 +199,8 @@ class BlockBuffers:
         slot = Slot(self._take(self._hosts, lambda: self._memory.enter_context(make())), self.spent)
         with slot.clocked("read"):
             slot.stored = views(specs_of(tensors), slot.host)
-            read([(tensor, raw(slot.stored[tensor.name])) for tensor in tensors], self.read_by, drop=True)
+            places = [(tensor, raw(slot.stored[tensor.name])) for tensor in tensors]
+            self.ways |= read(places, self.read_by, drop=True)
         if self._cuda:
             self._upload(slot)
         return slot

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from lowmem_wanda.errors import BudgetError, ModelError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # that a model can be computed in
-READS = ("pread", "mmap")
+READS = ("auto", "mmap", "pread")
 STATES = ("device", "host", "file")
 MOST_BYTES = 1 << 100  # of a size that is read
 
@@ -16,14 +16,15 @@ class Budget:
     """The limits of the placement of a walk. Where one is None, what fits is chosen.
 
     `max_ram` is in bytes of this process on the host, `max_vram` in bytes of tensors on the GPU. `slots` is the number
-    of block buffers on the host (1 to 3) and `read` how shards are read ("pread", "mmap"). `states` says where hidden
-    states lie ("device", "host", "file"), `held` how many micro-batches may wait for a matrix in the sequential order.
+    of block buffers on the host (1 to 3) and `read` how shards are read ("auto", "mmap", "pread"). `states` says where
+    hidden states lie ("device", "host", "file"), `held` how many micro-batches may wait for a matrix in the sequential
+    order.
     """
 
     max_ram: int | None = None
     max_vram: int | None = None
     slots: int | None = None
-    read: str = "pread"
+    read: str = "auto"
     states: str | None = None
     held: int | None = None
 
@@ -69,7 +70,7 @@ class Machine:
         max_ram: float | str | None = None,
         max_vram: float | str | None = None,
         slots: int | None = None,
-        read: str = "pread",
+        read: str = "auto",
         states: str | None = None,
         held: int | None = None,
     ) -> "Machine":

@@ -81,11 +81,15 @@ class Stream:
         self.buffers.submit(action)
 
     def timing(self) -> dict[str, Any]:
-        """The seconds so far, as `timing` of `resources` gives them. Waits for the writing thread."""
+        """The seconds so far, as `timing` of `resources` gives them, and how shards were read (`reading`).
+
+        Waits for the writing thread.
+        """
         self.buffers.drain()
         together = dict(self.spent)
         add_seconds(together, self.buffers.spent)
-        return timing(time.perf_counter() - self._start, together)
+        reading = " and ".join(sorted(self.buffers.ways))
+        return {**timing(time.perf_counter() - self._start, together), "reading": reading}
 
     def _embed(self) -> None:
         clock = Clock(self.buffers.device)

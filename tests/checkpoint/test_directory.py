@@ -11,9 +11,11 @@ from helpers import read_tensor, save_tiny
 from safetensors.torch import load_file, save_file
 
 from lowmem_wanda import prune
+from lowmem_wanda.checkpoint import loading
 from lowmem_wanda.checkpoint import reader as reading
 from lowmem_wanda.checkpoint.directory import INDEX, Checkpoint
-from lowmem_wanda.checkpoint.reader import read, read_header
+from lowmem_wanda.checkpoint.loading import is_local, read
+from lowmem_wanda.checkpoint.reader import read_header
 from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.pruning.job import prepare
 from lowmem_wanda.streaming.machine import READS
@@ -201,7 +203,8 @@ def destinations(checkpoint):
 @pytest.mark.parametrize("drop", [False, True])
 def test_every_way_of_reading_brings_the_same_bytes(llama, way, drop):
     wanted = destinations(Checkpoint(llama))
-    read(wanted, way, drop)
+    taken = {"auto": {"mmap"} if is_local(llama) else {"pread"}}.get(way, {way})
+    assert read(wanted, way, drop) == taken
     for tensor, out in wanted:
         assert out.tobytes() == b"".join(tensor.pieces())
 
@@ -235,3 +238,43 @@ def test_old_buffers_are_copied_through(tmp_path, token_file):
     prune(path, tmp_path / "out", text=[str(token_file)], on_start=started.append)
     assert started[0]["untouched"] == ["transformer.h.0.attn.bias"]
     assert "transformer.h.0.attn.bias" in Checkpoint(tmp_path / "out").tensors
+
+
+def mount(number, place, kind, root="/"):
+    return f"36 35 {number} {root} {place} rw,noatime master:1 - {kind} /dev/root rw,errors=continue\n"
+
+
+def test_only_local_disks_are_mapped(tmp_path, monkeypatch):
+    device = tmp_path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    table = tmp_path / "mountinfo"
+    monkeypatch.setattr(loading, "MOUNTS", table)
+    cases = {
+        mount(number, "/", "ext4"): True,
+        mount(number, "/home", "nfs4"): False,
+        mount(number, "/home", "fuse.sshfs"): False,
+        mount("0:77", "/", "xfs") + mount("0:78", str(tmp_path), "btrfs"): True,  # files of btrfs have other numbers
+        mount("0:77", "/", "xfs") + mount("0:78", str(tmp_path), "9p"): False,
+        "": False,
+    }
+    for text, expected in cases.items():
+        table.write_text(text)
+        is_local.cache_clear()
+        assert is_local(tmp_path) == expected, text
+    table.unlink()
+    is_local.cache_clear()
+    assert not is_local(tmp_path)
+    is_local.cache_clear()
+
+
+def test_what_cannot_be_mapped_is_read(llama, monkeypatch):
+    def refused(*args, **kwargs):
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(loading, "is_local", lambda folder: True)
+    monkeypatch.setattr(loading.mmap, "mmap", refused)
+    wanted = destinations(Checkpoint(llama))
+    assert read(wanted) == {"pread"}
+    assert all(out.tobytes() == b"".join(tensor.pieces()) for tensor, out in wanted)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read(wanted, "mmap")
