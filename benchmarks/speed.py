@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from measure import ROOT, Usage, commit, follow, llama, machine, random_tokens, size_of
+from measure import ROOT, Usage, commit, drop_cache, follow, llama, machine, random_tokens, size_of
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
 
@@ -199,15 +199,6 @@ def leftovers(key: str, place: Path) -> list[dict[str, Any]]:
         if files:
             found.append({"name": f"{key}/{entry.name}", "files": len(files), "mb": round(size / 1e6, 2)})
     return found
-
-
-def drop_cache(checkpoint: Path) -> None:
-    """Drops a checkpoint's shards from the page cache, so that the next reader reads them from the disk."""
-    for file in checkpoint.glob("*.safetensors"):
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
 
 
 def figures(usage: Usage, size: int) -> dict[str, float]:

@@ -49,3 +49,16 @@ def test_experts_are_as_in_the_documents(shared, tmp_path):
     page = (BENCHMARKS.parent / "lowmem_wanda/docs/llama-cpp.md").read_text("utf-8")
     for row in rows[1:]:
         assert (f"{row['kl']:.4f}" if row["score"][0] != "r" else f"{row['kl']:.3f}") in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_copying_in_a_small_size(tmp_path):
+    shape = ("--width", "128", "--hidden", "256", "--blocks", "2", "--vocabulary", "64", "--rounds", "1")
+    rows = run(tmp_path, "copying.py", *shape)["rows"]
+    assert len(rows) == 4 and rows["cp -r, sync"]["ratio"] == 1 and all(row["seconds"] > 0 for row in rows.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_busy_in_a_small_size(tmp_path):
+    rows = run(tmp_path, "busy.py", "--width", "128", "--blocks", "2", "--rounds", "1")["rows"]
+    assert len(rows) == 4 and all(row["ratio"] == row["busy"] / row["quiet"] > 0 for row in rows)
