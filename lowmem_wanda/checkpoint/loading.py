@@ -50,6 +50,12 @@ def read(destinations: Sequence[tuple[Tensor, np.ndarray]], way: str = "auto", d
     return taken
 
 
+def forget_cached(tensor: Tensor) -> None:
+    """Gives the pages of a tensor that are in memory back to the system, so that it will be read from the disk."""
+    with opened(tensor.file) as file:
+        advise(file, tensor.offset, tensor.nbytes, "DONTNEED")
+
+
 @lru_cache
 def is_local(folder: Path) -> bool:
     """Whether a folder is known to lie on a disk of this machine; False where the system does not tell (not Linux)."""

@@ -60,7 +60,7 @@ def add_windows(command: argparse.ArgumentParser) -> None:
 def add_machine(command: argparse.ArgumentParser) -> None:
     """Adds the flags that say where models are computed, and in how much memory."""
     add = command.add_argument
-    add("--batch", type=positive, metavar="N", help="sequences computed at a time (default: as many as make 256 "
+    add("--batch", type=positive, metavar="N", help="sequences computed at a time (default: as many as make 512 "
         "tokens, on a GPU 2048, or fewer if memory is short)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--dtype", default="auto", choices=DTYPES, help="dtype to compute in, not to store; auto is float32 on a CPU, "
@@ -98,6 +98,11 @@ def whole(text: str) -> int:
     if not re.fullmatch(r"-?[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at most 18 digits")
     return int(text)
+
+
+def rate(text: str) -> int:
+    """The amount in a second of a rate such as "3GB/s", "80T" or "80 TFLOPS", for argparse."""
+    return size(re.sub(r"(flops?)?(/s)?$", "", text.strip(), flags=re.I).strip())
 
 
 def size(text: str) -> int:

@@ -15,7 +15,11 @@ from lowmem_wanda.cli.options import (
     add_selection,
     add_source,
     machine,
+    rate,
     taken,
+)
+from lowmem_wanda.cli.options import (
+    size as size_flag,
 )
 from lowmem_wanda.cli.shrink import show_outline
 from lowmem_wanda.cli.terminal import Bar, add_peaks, calibration_text, duration, number, pairs, shown, size
@@ -23,6 +27,7 @@ from lowmem_wanda.errors import OutputError, PatternError
 
 PRUNING = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude",
            "norms", "imatrix", "zeros")  # fmt: skip
+ABSENT = ("vram", "ram", "flops", "disk")  # of a machine that is not here
 
 
 def add(commands: Any) -> None:
@@ -36,6 +41,7 @@ def add(commands: Any) -> None:
     for command in (prune, plan):
         add_pruning(command)
         add_machine(command)
+    add_absent(plan)
     plan.set_defaults(default_of=plan.get_default)
 
 
@@ -57,6 +63,21 @@ def add_pruning(command: argparse.ArgumentParser) -> None:
         "pruned blocks (block, as the paper's code); the dense model (dense); also the pruned matrices before them in "
         "the block (sequential) (default: block)")  # fmt: skip
     add_selection(command)
+
+
+def add_absent(command: argparse.ArgumentParser) -> None:
+    """Adds the flags that describe a machine that is not here."""
+    add = command.add_argument
+    add(
+        "--vram",
+        type=size_flag,
+        metavar="SIZE",
+        help="plan for another machine, with a GPU of so much memory, such as 24GB",
+    )
+    add("--ram", type=size_flag, metavar="SIZE", help="plan for another machine, with so much host memory free")
+    add("--flops", type=rate, metavar="RATE", help="operations of that machine in a second, in the dtype that is "
+        "computed in, such as 80T")  # fmt: skip
+    add("--disk", type=rate, metavar="RATE", help="bytes that its disk reads, or writes, in a second, such as 3GB/s")
 
 
 def run_prune(arguments: argparse.Namespace) -> int:
@@ -101,13 +122,14 @@ def run_plan(arguments: argparse.Namespace) -> int:
         _require_defaults(arguments)
         return show_outline(arguments)
     facts: dict[str, Any] = {}
-    found = plan(arguments.source, **taken(arguments, *PRUNING), **machine(arguments), on_start=facts.update)
+    settings = {**taken(arguments, *PRUNING, *ABSENT), **machine(arguments)}
+    found = plan(arguments.source, **settings, on_start=facts.update)
     return shown(arguments, asdict(found), plan_table(found, facts))
 
 
 def _require_defaults(arguments: argparse.Namespace) -> None:
     """Raises PatternError for a flag of pruning beside a GGUF, which is not pruned."""
-    for name in (*PRUNING, *MACHINE):
+    for name in (*PRUNING, *MACHINE, *ABSENT):
         if getattr(arguments, name) != arguments.default_of(name):
             raise PatternError(
                 f"--{name.replace('_', '-')} says how a checkpoint is pruned, and {arguments.source} is a GGUF, whose "
@@ -184,6 +206,20 @@ def timing_text(seconds: float, timing: Mapping[str, Any]) -> str:
     return duration(seconds) + (f", computing in {timing['compute_busy']:.0%} of it" if timing["serial"] else "")
 
 
+def time_text(plan: Any) -> str:
+    """How long a pruning will take, and by which rates."""
+    if plan.seconds is None:
+        return "give that machine's rates: --disk 3GB/s" + (" --flops 80T" if plan.flops else "")
+    rates, known = plan.rates, []
+    if "flops" in rates:
+        known.append(f"products {rates['flops'] / 1e12:.3g} TFLOP/s")
+    if "weights" in rates:
+        known.append(f"masks {number(rates['weights'])} weights/s")
+    disk = {"reading": "read", "writing": "written"}
+    known += [f"{name} {size(rates[key])}/s" for name, key in disk.items() if key in rates]
+    return f"about {duration(plan.seconds)} after the start ({', '.join(known)})"
+
+
 def plan_table(plan: Any, facts: Mapping[str, Any]) -> Any:
     """The table that says what pruning would need."""
     from rich.markup import escape
@@ -199,6 +235,7 @@ def plan_table(plan: Any, facts: Mapping[str, Any]) -> Any:
     if plan.layout.held:
         table.add_row("held", f"{plan.layout.held} micro-batches may wait for a linear")
     table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
+    table.add_row("time", time_text(plan))
     table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
     if plan.device_peak:
         table.add_row("device memory", f"{size(plan.device_peak)} predicted at most")

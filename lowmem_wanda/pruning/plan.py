@@ -1,10 +1,11 @@
 """What a pruning will hold, compute and write, predicted before a weight is read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
+from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, measure, temporary_folder
 from lowmem_wanda.pruning.job import PruneJob, prepare
 from lowmem_wanda.pruning.report import started
 from lowmem_wanda.sparsity.methods import Method
@@ -15,7 +16,11 @@ from lowmem_wanda.streaming.walk import Notify, ignore
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts, bytes and floating-point operations of a pruning; `device_peak` is 0 where the host computes."""
+    """Counts, bytes and floating-point operations of a pruning; `device_peak` is 0 where the host computes.
+
+    `seconds` are those from the first block to the last, by the `rates` of products (operations), masks (weights),
+    reading and writing (bytes), each in a second; None for a machine that is not here and whose rates are not given.
+    """
 
     parameters: int
     prunable: int
@@ -29,6 +34,8 @@ class Plan:
     device_peak: int
     disk: int
     layout: Placement
+    seconds: float | None = None
+    rates: dict[str, float] | None = None
 
 
 def plan(
@@ -57,9 +64,16 @@ def plan(
     states: str | None = None,
     held: int | None = None,
     trust_remote_code: bool = False,
+    vram: float | str | None = None,
+    ram: float | str | None = None,
+    flops: float | str | None = None,
+    disk: float | str | None = None,
     on_start: Notify = ignore,
 ) -> Plan:
-    """What `prune` with the same parameters will need: memory, disk and operations. No weight is read.
+    """What `prune` with the same parameters will need: memory, disk, operations and time.
+
+    For the time this machine is measured, for at most a second. A machine that is not here is planned for by its `ram`
+    and `vram`, and by its rates.
 
     Args:
         source: the folder of a Hugging Face safetensors checkpoint.
@@ -88,6 +102,10 @@ def plan(
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
         held: the number of micro-batches that may wait for a matrix in the sequential order (default: as many as fit).
         trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
+        vram: the memory of a GPU that is not here, in bytes or as "24GB" (default: this machine).
+        ram: the host memory that is free on that machine (default: what is free here).
+        flops: the operations of that machine in a second, in the computing dtype, such as "80T" (default: none).
+        disk: the bytes that its disk reads, or writes, in a second, such as "3GB" (default: none).
         on_start: called once, with what would be done.
 
     Returns:
@@ -104,14 +122,23 @@ def plan(
     """
     if imatrix:
         require_matrix_target(imatrix, "--imatrix", Path(source))
-    machine = Machine.of(device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held)
+    absent = absent_machine(vram, ram, flops, disk)
+    machine = Machine.of(
+        device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held, free=absent.memory
+    )
     job = prepare(
         source, method=method, pattern=pattern, group=group, text=text, sequences=sequences, length=length, seed=seed,
         statistics=statistics, include=include, exclude=exclude, norms=norms, imatrix=imatrix, zeros=zeros,
         machine=machine,
     )  # fmt: skip
     on_start(started(job))
-    return predict(job)
+    found = predict(job)
+    if absent.memory == (None, None):
+        with temporary_folder() as folder:
+            rates: Rates | None = measure(job, found, folder)
+    else:
+        rates = absent.rates(on_host=not found.device_peak, computes=found.flops > 0)
+    return found if rates is None else replace(found, seconds=estimate(job, found, rates), rates=rates.finite())
 
 
 def predict(job: PruneJob, batch: int | None = None) -> Plan:

@@ -18,7 +18,7 @@ class Budget:
     `max_ram` is in bytes of this process on the host, `max_vram` in bytes of tensors on the GPU. `slots` is the number
     of block buffers on the host (1 to 3) and `read` how shards are read ("auto", "mmap", "pread"). `states` says where
     hidden states lie ("device", "host", "file"), `held` how many micro-batches may wait for a matrix in the sequential
-    order.
+    order. For a machine that is not here, `free_ram` and `free_vram` are the bytes that it has (0: no GPU).
     """
 
     max_ram: int | None = None
@@ -27,6 +27,8 @@ class Budget:
     read: str = "auto"
     states: str | None = None
     held: int | None = None
+    free_ram: int | None = None
+    free_vram: int | None = None
 
     def __post_init__(self) -> None:
         if self.held is not None and self.held < 0:
@@ -73,17 +75,24 @@ class Machine:
         read: str = "auto",
         states: str | None = None,
         held: int | None = None,
+        free: tuple[int, int] | tuple[None, None] = (None, None),
     ) -> "Machine":
-        """The machine of the flat parameters that the library's functions share. A size may be a text such as "8GB"."""
-        ram, vram = _bytes("max_ram", max_ram), _bytes("max_vram", max_vram)
-        return cls(device, dtype, batch, trust_remote_code, Budget(ram, vram, slots, read, states, held))
+        """The machine of the flat parameters that the library's functions share. A size may be a text such as "8GB".
+
+        `free` is the memory of a machine that is not here, on the host and on its GPU.
+        """
+        ram, vram = size_of("max_ram", max_ram), size_of("max_vram", max_vram)
+        return cls(device, dtype, batch, trust_remote_code, Budget(ram, vram, slots, read, states, held, *free))
 
 
 ANY = Machine()
 
 
-def _bytes(name: str, size: float | str | None) -> int | None:
-    """The bytes of a parameter. Raises BudgetError, with the parameter's name, for a value that is not a size."""
+def size_of(name: str, size: float | str | None) -> int | None:
+    """The bytes, or the amount in a second, of a parameter.
+
+    Raises BudgetError, with the parameter's name, for a value that is not a size.
+    """
     try:
         return None if size is None else byte_size(size)
     except BudgetError as error:

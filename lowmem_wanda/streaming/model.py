@@ -118,7 +118,8 @@ def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
     map_blocks_from(SMALL)  # a walk before this one may have left a larger limit
     checkpoint = Checkpoint(source)
     require_prunable(checkpoint, machine.trust_remote_code)
-    device = find_device(machine.device)
+    elsewhere = machine.budget.free_vram  # of a machine that is not here
+    device = find_device(machine.device) if elsewhere is None else torch.device("cuda" if elsewhere else "cpu")
     dtype = find_dtype(machine.dtype, device, checkpoint)
     return StreamedModel(
         checkpoint=checkpoint,
@@ -189,6 +190,8 @@ def _has_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16 by itself; GPUs before NVIDIA's Ampere do not, or slowly."""
     if device.type == "mps":
         return bool(torch.backends.mps.is_macos_or_newer(14, 0))
+    if not torch.cuda.is_available():  # a GPU that is not here is taken for a recent one
+        return True
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 

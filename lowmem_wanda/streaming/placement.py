@@ -124,11 +124,11 @@ def choose(work: Workload, batch: int | None = None) -> tuple[Placement, Need]:
     where no placement keeps them; the message says what would fit.
     """
     budget = work.model.budget
-    vram = free_memory(work.model.device)  # comes first: it starts CUDA, which takes memory on the host
+    # the GPU comes first: it starts CUDA, which takes memory on the host
+    vram = free_memory(work.model.device) if budget.free_vram is None else budget.free_vram
     base = anonymous()
-    ram = min(
-        sys.maxsize if budget.max_ram is None else budget.max_ram, base + int(free_memory(torch.device("cpu")) * SPARE)
-    )
+    free = base + free_memory(torch.device("cpu")) if budget.free_ram is None else budget.free_ram
+    ram = min(sys.maxsize if budget.max_ram is None else budget.max_ram, base + int((free - base) * SPARE))
     vram = min(sys.maxsize if budget.max_vram is None else budget.max_vram, int(vram * SPARE))
     sizes, tried, fitting = Sizes(work, base), [], []
     for cost, placement in placements(work, batch or work.model.batch):
@@ -256,6 +256,8 @@ def _too_small(work: Workload, tried: list[tuple[Need, Placement]], ram: int, vr
     if need.host <= ram:
         flag, least, free, limit = ("--max-vram", need.device, vram, budget.max_vram)
     limited = limit is not None and limit <= free
+    if budget.free_ram is not None and not limited:
+        flag, least, limited = flag.replace("max-", ""), int(least / SPARE), True
     move = f"give {flag} {-(-least // 10**6)}MB" if limited else "end other programs"
     shorter = ", or fewer or shorter sequences (--sequences, --length)" if work.sequences else ""
     return BudgetError(

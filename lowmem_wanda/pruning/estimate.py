@@ -1,0 +1,203 @@
+"""How long a pruning will take, from rates that are measured on this machine for at most a second, or are given."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowmem_wanda.checkpoint.checksum import FASTEST
+from lowmem_wanda.checkpoint.loading import forget_cached
+from lowmem_wanda.checkpoint.reader import PIECE
+from lowmem_wanda.checkpoint.writer import replacing
+from lowmem_wanda.errors import BudgetError, OutputError
+from lowmem_wanda.pruning.job import PruneJob
+from lowmem_wanda.sparsity.masks import prune_lowest
+from lowmem_wanda.sparsity.selection import Scaled
+from lowmem_wanda.streaming.buffers import DTYPES
+from lowmem_wanda.streaming.containers import folder_on_disk
+from lowmem_wanda.streaming.machine import size_of
+from lowmem_wanda.streaming.placement import Placement
+from lowmem_wanda.streaming.resources import free_memory, wait
+
+if TYPE_CHECKING:
+    from lowmem_wanda.pruning.plan import Plan
+
+PRODUCTS = 0.7  # share of a block's forward that is products: 0.68 on a CPU (width 1024), 0.73 on an H100 (70B)
+MOST, SHARE = 1.0, 0.03  # seconds that measuring takes at most, also as a share of a rough estimate
+ROUGH = (1e11, 4e8, 1e9)  # operations, weights and bytes per second, for that rough estimate
+WEIGHTS = 1 << 22  # of the matrix that products are measured with, and a quarter of it for masks
+READ, WRITTEN = 64 << 20, 48 << 20  # bytes at most
+MASKS = 4e8  # weights per second on a CPU that is not here: 2.5 ns each on an Intel Xeon with AVX-512
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second.
+
+    `flops` are operations of matrix products, `weights` are weights that are masked, `read` and `written` are bytes.
+    `busy` are the seconds of a core that a byte takes to be read and written, of `cores` cores.
+    """
+
+    flops: float
+    weights: float
+    read: float
+    written: float
+    busy: float = 0.0
+    cores: int = 1
+
+    def finite(self) -> dict[str, float]:
+        """What bounds the job, by name."""
+        return {name: value for name, value in vars(self).items() if value and value != float("inf")}
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new folder on a disk, where there is one."""
+    try:
+        place = folder_on_disk()
+    except BudgetError:
+        place = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        yield Path(folder)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A machine that is not here: the bytes that are free on its host and its GPU, and what it does in a second."""
+
+    memory: tuple[int, int] | tuple[None, None] = (None, None)
+    flops: int | None = None
+    disk: int | None = None
+
+    def rates(self, on_host: bool, computes: bool) -> Rates | None:
+        """Its rates; None where not all that count are given."""
+        if not self.disk or (computes and not self.flops):
+            return None
+        masks = MASKS if on_host else float("inf")  # which take no time beside the products on a GPU
+        return Rates(self.flops or float("inf"), masks, self.disk, self.disk)
+
+
+def absent_machine(
+    vram: float | str | None, ram: float | str | None, flops: float | str | None, disk: float | str | None
+) -> Absent:
+    """The machine of these parameters; one without memory if it is this machine. Raises BudgetError."""
+    rates = size_of("flops", flops), size_of("disk", disk)
+    if vram is None and ram is None:
+        if rates != (None, None):
+            raise BudgetError("--flops and --disk are of a machine that is not here: give its --ram, or --vram, too")
+        return Absent()
+    free = free_memory(torch.device("cpu")) if ram is None else size_of("ram", ram)
+    return Absent((free or 0, size_of("vram", vram) or 0), *rates)
+
+
+def measure(job: PruneJob, plan: "Plan", folder: Path) -> Rates:
+    """The rates of this machine: of products in the plan's micro-batches, of the pattern's masks, and of disks.
+
+    What is written goes to `folder`, and is removed. The seconds that this takes grow with the rough seconds of the
+    job, up to one second in all.
+    """
+    layout, flops = plan.layout, plan.flops
+    weights, nbytes = sum(one.weights for block in job.selected for one in block), job.model.checkpoint.nbytes
+    rough = flops / ROUGH[0] + weights / ROUGH[1] + nbytes / ROUGH[2]
+    seconds = min(MOST, SHARE * rough)
+    products = _rate(_product(job, layout), 0.4 * seconds, job.model.device) if flops else float("inf")
+    masks = _rate(_mask(job), 0.2 * seconds, job.model.device)
+    start = time.thread_time()
+    read = _read_rate(job, 0.2 * seconds)
+    written = _write_rate(folder, min(WRITTEN, int(ROUGH[2] * 0.2 * seconds) + 1))
+    busy = (time.thread_time() - start) / (read[0] + written[0]) * 2
+    on_host = job.model.device.type == "cpu"
+    return Rates(products, masks, read[1], written[1], busy if on_host else 0.0, torch.get_num_threads())
+
+
+def estimate(job: PruneJob, plan: "Plan", rates: Rates) -> float:
+    """The seconds from the first block to the last."""
+    flops, slots = plan.flops, plan.layout.slots
+    weights = sum(one.weights for block in job.selected for one in block)
+    inside = sum(tensor.nbytes for index in range(job.model.depth) for tensor in job.model.block_tensors(index))
+    depth, nbytes = job.model.depth, job.model.checkpoint.nbytes
+    computing = (flops / rates.flops / PRODUCTS + weights / rates.weights + inside * rates.busy / rates.cores) / depth
+    reading, writing = inside / rates.read / depth, nbytes / rates.written / depth
+    if slots == 1:
+        return depth * (computing + reading + writing)
+    together = (computing, reading, writing) if slots == 3 else (computing, reading + writing)
+    return (depth - 1) * max(together) + computing + reading + writing
+
+
+def _product(job: PruneJob, layout: Placement) -> tuple[int, Callable[[], None]]:
+    """The operations of one product of the size of a micro-batch and a part of a matrix, and what computes it."""
+    rows, columns = max((one.shape for one in job.model.skeleton.all_matrices), key=lambda shape: shape[1])
+    tokens, rows = layout.batch * job.workload.length, min(rows, max(1, WEIGHTS // columns))
+    inputs, weight = (torch.ones(size, columns).to(job.model.device, job.model.dtype) for size in (tokens, rows))
+
+    def compute() -> None:
+        torch.nn.functional.linear(inputs, weight)
+
+    return 2 * tokens * rows * columns, compute
+
+
+def _mask(job: PruneJob) -> tuple[int, Callable[[], None]]:
+    """The weights of a part of a matrix, and what prunes it."""
+    matrix = max((one for block in job.selected for one in block), key=lambda one: one.weights)
+    columns, dtype = matrix.shape[1], DTYPES[job.model.checkpoint.tensors[matrix.tensor].dtype]
+    rows = min(matrix.shape[0], max(1, WEIGHTS // 4 // columns))
+    mixed = torch.arange(rows * columns) * 7919 % 65521 - 32760  # of every sign and size, in no order
+    weight = mixed.view(rows, columns).to(job.model.device, dtype)
+    norms = torch.ones(columns, device=weight.device) if job.method.statistic is not None else None
+
+    def prune() -> None:
+        prune_lowest(weight, Scaled(weight, norms), job.pattern)
+
+    return weight.numel(), prune
+
+
+def _rate(work: tuple[int, Callable[[], None]], seconds: float, device: torch.device) -> float:
+    """How much of some work is done in a second; it is done once unmeasured, and then for about `seconds`."""
+    amount, act = work
+    with torch.no_grad():
+        act()
+        wait(device)
+        start, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - start < seconds:
+            act()
+            wait(device)
+            count += 1
+    return amount * count / (time.perf_counter() - start)
+
+
+def _read_rate(job: PruneJob, seconds: float) -> tuple[int, float]:
+    """How many bytes of the source were read, and how many are in a second, from the disk."""
+    tensor = max(job.model.checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
+    forget_cached(tensor)
+    start, done = time.perf_counter(), 0
+    for piece in tensor.pieces(PIECE // 4):
+        done += len(piece)
+        if time.perf_counter() - start >= seconds or done >= READ:
+            break
+    return done, done / (time.perf_counter() - start)
+
+
+def _write_rate(folder: Path, nbytes: int) -> tuple[int, float]:
+    """How many bytes were written, and how many are in a second, with a checksum, until they are on the disk.
+
+    Where nothing can be written, that will be said when the job begins; here it takes no time.
+    """
+    path, piece = folder / f".{os.getpid()}.probe", bytes(min(PIECE, nbytes))
+    start, done = time.perf_counter(), 0
+    try:
+        with replacing(path, nbytes, FASTEST) as file:
+            while done < nbytes:
+                file.write(piece)
+                done += len(piece)
+        return done, done / (time.perf_counter() - start)
+    except OutputError:
+        return 0, float("inf")
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
