@@ -94,7 +94,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
         def begin(facts: Mapping[str, Any]) -> None:
             bar.line(about(facts))
-            bar.begin(facts["blocks"])
+            bar.begin(facts["blocks"], expected(facts.get("seconds")))
 
         report = prune(
             arguments.source,
@@ -202,8 +202,14 @@ def closing(report: Mapping[str, Any], target: str) -> Any:
 
 
 def timing_text(seconds: float, timing: Mapping[str, Any]) -> str:
-    """The time of all blocks, and the share of it that was computing."""
-    return duration(seconds) + (f", computing in {timing['compute_busy']:.0%} of it" if timing["serial"] else "")
+    """The time of all blocks, what was expected, and the share of it that was computing."""
+    busy = f", computing in {timing['compute_busy']:.0%} of it" if timing["serial"] else ""
+    return duration(seconds) + busy + (f" ({expected(timing['expected'])} expected)" if timing.get("expected") else "")
+
+
+def expected(seconds: float | None) -> str:
+    """An estimate of a time in words; "" where there is none."""
+    return f"about {duration(max(1, seconds))}" if seconds else ""
 
 
 def time_text(plan: Any) -> str:
@@ -217,7 +223,7 @@ def time_text(plan: Any) -> str:
         known.append(f"masks {number(rates['weights'])} weights/s")
     disk = {"reading": "read", "writing": "written"}
     known += [f"{name} {size(rates[key])}/s" for name, key in disk.items() if key in rates]
-    return f"about {duration(plan.seconds)} after the start ({', '.join(known)})"
+    return f"{expected(plan.seconds)} after the start ({', '.join(known)})"
 
 
 def plan_table(plan: Any, facts: Mapping[str, Any]) -> Any:

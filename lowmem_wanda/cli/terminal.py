@@ -117,9 +117,10 @@ class Bar:
         """Prints a line above the bar."""
         self._progress.console.print(text, highlight=False, markup=False)
 
-    def begin(self, total: int | None) -> None:
-        """Shows the bar for `total` blocks (None: not known)."""
+    def begin(self, total: int | None, expected: str = "") -> None:
+        """Shows the bar for `total` blocks (None: not known), and the time that is `expected` in all."""
         self.total = total or 0
+        self.title += f", {expected}" if expected else ""
         if self._bar is None:
             self._bar = self._progress.add_task(self.title, total=total)
             self._progress.start()

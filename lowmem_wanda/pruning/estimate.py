@@ -3,8 +3,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +13,8 @@ import torch
 from lowmem_wanda.checkpoint.checksum import FASTEST
 from lowmem_wanda.checkpoint.loading import forget_cached
 from lowmem_wanda.checkpoint.reader import PIECE
-from lowmem_wanda.checkpoint.writer import replacing
-from lowmem_wanda.errors import BudgetError, OutputError
+from lowmem_wanda.checkpoint.writer import Growing
+from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.pruning.job import PruneJob
 from lowmem_wanda.sparsity.masks import prune_lowest
 from lowmem_wanda.sparsity.selection import Scaled
@@ -56,15 +55,12 @@ class Rates:
         return {name: value for name, value in vars(self).items() if value and value != float("inf")}
 
 
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A new folder on a disk, where there is one."""
+def folder_for_files() -> Path:
+    """A folder to measure writing in: one on a disk, where there is one."""
     try:
-        place = folder_on_disk()
+        return Path(folder_on_disk())
     except BudgetError:
-        place = tempfile.gettempdir()
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        yield Path(folder)
+        return Path(tempfile.gettempdir())
 
 
 @dataclass(frozen=True)
@@ -99,8 +95,8 @@ def absent_machine(
 def measure(job: PruneJob, plan: "Plan", folder: Path) -> Rates:
     """The rates of this machine: of products in the plan's micro-batches, of the pattern's masks, and of disks.
 
-    What is written goes to `folder`, and is removed. The seconds that this takes grow with the rough seconds of the
-    job, up to one second in all.
+    Writing is measured in `folder`. The seconds that this takes grow with the rough seconds of the job, up to one in
+    all.
     """
     layout, flops = plan.layout, plan.flops
     weights, nbytes = sum(one.weights for block in job.selected for one in block), job.model.checkpoint.nbytes
@@ -130,6 +126,12 @@ def estimate(job: PruneJob, plan: "Plan", rates: Rates) -> float:
     return (depth - 1) * max(together) + computing + reading + writing
 
 
+def seconds_here(job: PruneJob, plan: "Plan", target: Path) -> float:
+    """`estimate` by the rates of this machine, and of the disk that `target` will be on."""
+    folder = next(folder for folder in target.resolve().parents if folder.is_dir())
+    return estimate(job, plan, measure(job, plan, folder))
+
+
 def _product(job: PruneJob, layout: Placement) -> tuple[int, Callable[[], None]]:
     """The operations of one product of the size of a micro-batch and a part of a matrix, and what computes it."""
     rows, columns = max((one.shape for one in job.model.skeleton.all_matrices), key=lambda shape: shape[1])
@@ -137,7 +139,7 @@ def _product(job: PruneJob, layout: Placement) -> tuple[int, Callable[[], None]]
     inputs, weight = (torch.ones(size, columns).to(job.model.device, job.model.dtype) for size in (tokens, rows))
 
     def compute() -> None:
-        torch.nn.functional.linear(inputs, weight)
+        inputs @ weight.t()
 
     return 2 * tokens * rows * columns, compute
 
@@ -186,18 +188,15 @@ def _read_rate(job: PruneJob, seconds: float) -> tuple[int, float]:
 def _write_rate(folder: Path, nbytes: int) -> tuple[int, float]:
     """How many bytes were written, and how many are in a second, with a checksum, until they are on the disk.
 
-    Where nothing can be written, that will be said when the job begins; here it takes no time.
+    The file has no name. Where nothing can be written, that will be said when the job begins; here it takes no time.
     """
-    path, piece = folder / f".{os.getpid()}.probe", bytes(min(PIECE, nbytes))
-    start, done = time.perf_counter(), 0
+    piece, start = bytes(min(PIECE, nbytes)), time.perf_counter()
     try:
-        with replacing(path, nbytes, FASTEST) as file:
-            while done < nbytes:
-                file.write(piece)
-                done += len(piece)
-        return done, done / (time.perf_counter() - start)
-    except OutputError:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            growing = Growing(file.fileno(), FASTEST)
+            while growing.size < nbytes:
+                growing.write(piece)
+            os.fsync(file.fileno())
+    except OSError:
         return 0, float("inf")
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+    return growing.size, growing.size / (time.perf_counter() - start)

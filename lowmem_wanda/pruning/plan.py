@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
-from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, measure, temporary_folder
+from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
 from lowmem_wanda.pruning.job import PruneJob, prepare
 from lowmem_wanda.pruning.report import started
 from lowmem_wanda.sparsity.methods import Method
@@ -134,8 +134,7 @@ def plan(
     on_start(started(job))
     found = predict(job)
     if absent.memory == (None, None):
-        with temporary_folder() as folder:
-            rates: Rates | None = measure(job, found, folder)
+        rates: Rates | None = measure(job, found, folder_for_files())
     else:
         rates = absent.rates(on_host=not found.device_peak, computes=found.flops > 0)
     return found if rates is None else replace(found, seconds=estimate(job, found, rates), rates=rates.finite())

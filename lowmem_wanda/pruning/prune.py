@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-from lowmem_wanda.checkpoint.checksum import sha256_of
-from lowmem_wanda.checkpoint.companions import REPORT
-from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.output import (
     Output,
     begun,
@@ -21,16 +18,16 @@ from lowmem_wanda.checkpoint.output import (
     shard_names,
 )
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
-from lowmem_wanda.checkpoint.writer import require_new, write_json, write_shard
+from lowmem_wanda.checkpoint.writer import require_new, write_shard
 from lowmem_wanda.data.calibration import in_batches
-from lowmem_wanda.errors import OutputError
-from lowmem_wanda.llamacpp.collect import InputSums, save_imatrix, splits
+from lowmem_wanda.llamacpp.collect import InputSums, splits
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
 from lowmem_wanda.llamacpp.store import Store
-from lowmem_wanda.llamacpp.survive import outlook
 from lowmem_wanda.pruning.block import move_on, prune_block
+from lowmem_wanda.pruning.estimate import seconds_here
 from lowmem_wanda.pruning.job import PruneJob, label, prepare
 from lowmem_wanda.pruning.plan import predict
+from lowmem_wanda.pruning.publish import publish, verified
 from lowmem_wanda.pruning.report import PruneReport, build, started
 from lowmem_wanda.sparsity.methods import Method
 from lowmem_wanda.streaming.buffers import Slot, Write, raw
@@ -141,21 +138,28 @@ def prune(
         statistics=statistics, include=include, exclude=exclude, norms=norms, imatrix=imatrix, zeros=zeros,
         verify_source=verify_source, machine=machine,
     )  # fmt: skip
-    on_start({**started(job), "resumed": bool(begun(Path(target)))})
-    return run(job, Path(target), on_block, on_report)
+    expected = None if begun(Path(target)) else seconds_here(job, predict(job), Path(target))
+    on_start({**started(job), "resumed": bool(begun(Path(target))), "seconds": expected})
+    return run(job, Path(target), on_block, on_report, expected)
 
 
-def run(job: PruneJob, target: Path, on_block: Notify = ignore, on_report: Notify = ignore) -> PruneReport:
+def run(
+    job: PruneJob,
+    target: Path,
+    on_block: Notify = ignore,
+    on_report: Notify = ignore,
+    expected: float | None = None,
+) -> PruneReport:
     """Prunes into `target`, which may hold a part of the job already; gives the report.
 
     `require_target` must have passed the target. Shards are written first, then the small files, the index, the
-    importance matrix, the report, and config.json last.
+    importance matrix, the report, and config.json last. `expected` are the seconds that were estimated.
     """
     before = begun(target).get("batch") if job.batch is None else job.batch
     before = before if isinstance(before, int) else None
     if finished(target):
         with exclusive(target):
-            return _verified(job, Output(target, job.arguments(before or 0), label))
+            return verified(job, Output(target, job.arguments(before or 0), label))
     if job.imatrix and not begun(target):
         require_new(job.imatrix)
     plan = predict(job, before)
@@ -169,10 +173,10 @@ def run(job: PruneJob, target: Path, on_block: Notify = ignore, on_report: Notif
         walk = _Walk(job, output, plan.layout, on_block)
         with streamed(job.model, batches=walk.batches, placement=plan.layout, folder=target) as stream:
             walk.through(stream)
-            timing = stream.timing()
+            timing = {**stream.timing(), "expected": expected}
         arguments = {name: value for name, value in output.arguments.items() if name != "format"}
         report = build(job, plan, stream.peak, output.finished, arguments, timing)
-        _publish(job, output, report, walk.store, on_report)
+        publish(job, output, report, walk.store, on_report)
     return report
 
 
@@ -253,41 +257,6 @@ class _Walk:
         record["seconds"], self.last = now - self.last, now
         self.output.add(name, record)
         self.on_block(dict(record))
-
-
-def _publish(job: PruneJob, output: Output, report: PruneReport, store: Store, on_report: Notify) -> None:
-    """Writes all files that make shards a checkpoint; config.json comes last."""
-    source = job.model.checkpoint
-    output.publish_files(source, job.companions.files)
-    if job.imatrix and job.calibration:
-        left_out = save_imatrix(job.imatrix, job.model, job.calibration, job.names, store)
-        made = {"sha256": sha256_of(job.imatrix), **({"left_out": left_out} if left_out else {})}
-        report["imatrix"] = {**(report["imatrix"] or {}), **made}
-    report["quantization"] = outlook(Checkpoint(output.path), report)
-    on_report(report)  # type: ignore[arg-type]
-    write_json(output.path / REPORT, report)
-    output.publish_config(source)
-    _end(output)
-
-
-def _end(output: Output) -> None:
-    """Removes what only an unfinished job needs."""
-    Store(output.path).remove()
-    output.end()
-
-
-def _verified(job: PruneJob, output: Output) -> PruneReport:
-    """The report of a finished job, after its files are compared with it. Raises OutputError where they differ."""
-    report = output.verified(job.model.checkpoint, job.companions.files)
-    made = report.get("imatrix") or {}
-    same = made.get("recorded_on") == job.recorded_on and job.imatrix and job.imatrix.exists()
-    if job.imatrix and not (same and sha256_of(job.imatrix) == made.get("sha256")):
-        raise OutputError(
-            f"{output.path}: is done, and {job.imatrix} is not the importance matrix that was made with it on this "
-            f"text; make one by: imatrix {output.path} NEW.gguf with its own --text, --sequences, --length and --seed"
-        )
-    _end(output)
-    return report  # type: ignore[return-value]
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:

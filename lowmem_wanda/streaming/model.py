@@ -52,7 +52,7 @@ class StreamedModel:
     @property
     def place(self) -> str:
         """The device in words; where it has no bfloat16, which most weights are stored in, also that this is so."""
-        wide = self.dtype == torch.float32 and self.device.type != "cpu"
+        wide = self.dtype == torch.float32 and self.device.type != "cpu" and self.budget.free_vram is None
         lacks = wide and _stored(self.checkpoint) == torch.bfloat16 and not _has_bfloat16(self.device)
         return f"{self.device}" + " (in float32, because it has no bfloat16)" * lacks
 
@@ -120,7 +120,7 @@ def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
     require_prunable(checkpoint, machine.trust_remote_code)
     elsewhere = machine.budget.free_vram  # of a machine that is not here
     device = find_device(machine.device) if elsewhere is None else torch.device("cuda" if elsewhere else "cpu")
-    dtype = find_dtype(machine.dtype, device, checkpoint)
+    dtype = find_dtype(machine.dtype, device, checkpoint, recent=bool(elsewhere))
     return StreamedModel(
         checkpoint=checkpoint,
         skeleton=build_skeleton(checkpoint, dtype, machine.trust_remote_code),
@@ -160,10 +160,11 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", int(number or 0)) if kind == "cuda" else torch.device(kind)
 
 
-def find_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+def find_dtype(name: str, device: torch.device, checkpoint: Checkpoint, recent: bool = False) -> torch.dtype:
     """The computing dtype for `name`. "auto" is the dtype that most weights are stored in, but float32 on a CPU.
 
-    Also on a GPU that has no bfloat16 it is float32 instead of bfloat16.
+    Also on a GPU that has no bfloat16 it is float32 instead of bfloat16. A GPU that is not here is taken for a `recent`
+    one, which has it.
 
     A CPU without bfloat16 units multiplies float32 matrices 60 times as fast (61 against 0.9 GFLOP/s).
     """
@@ -172,7 +173,7 @@ def find_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch
     if device.type == "cpu":
         return torch.float32
     stored = _stored(checkpoint)
-    if stored == torch.float64 or (stored == torch.bfloat16 and not _has_bfloat16(device)):
+    if stored == torch.float64 or (stored == torch.bfloat16 and not recent and not _has_bfloat16(device)):
         return torch.float32
     return stored
 
@@ -190,8 +191,6 @@ def _has_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16 by itself; GPUs before NVIDIA's Ampere do not, or slowly."""
     if device.type == "mps":
         return bool(torch.backends.mps.is_macos_or_newer(14, 0))
-    if not torch.cuda.is_available():  # a GPU that is not here is taken for a recent one
-        return True
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 

@@ -112,7 +112,7 @@ def test_what_a_report_lacks_has_no_section(reports):
         for linear in block["linears"].values():
             del linear["score"]
     html = page(pruned)
-    assert "score" not in sections(html) and html.count("<svg") == 2
+    assert "score" not in sections(html) and html.count("<svg") == 1
     model = evaluated["models"][0]
     del evaluated["length"]
     evaluated["models"] = [{"path": model["path"], "tasks": model["tasks"]}]
@@ -132,7 +132,7 @@ def test_linears_that_some_blocks_lack_and_scores_of_zero(reports):
     for block in report["blocks"]:
         for linear in block["linears"].values():
             linear["score"]["quantiles"] = score["quantiles"]
-    assert page(report).count("<svg") == 4
+    assert page(report).count("<svg") == 3
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_it_survives_a_stop(tiny, token_file, tmp_path, order, first, blocks):
 def test_a_kill_among_the_last_files_is_made_good(tiny, token_file, tmp_path, monkeypatch, last):
     settings = {"text": [str(token_file)], "batch": 4, "imatrix": tmp_path / "x.gguf"}
     with monkeypatch.context() as patch:
-        patch.setattr(f"lowmem_wanda.pruning.prune.{last}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(f"lowmem_wanda.pruning.publish.{last}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prune(tiny("llama"), tmp_path / "out", **settings)
     assert (tmp_path / "x.gguf").exists() == (last != "save_imatrix")
@@ -201,7 +201,7 @@ def test_a_file_that_came_meanwhile_is_not_replaced_and_nothing_lost(tiny, token
 def test_a_damaged_store_is_recorded_again(tiny, token_file, tmp_path, monkeypatch):
     job = prepare(tiny("llama"), text=[str(token_file)], imatrix=tmp_path / "x.gguf", machine=Machine(batch=4))
     with monkeypatch.context() as patch:
-        patch.setattr("lowmem_wanda.pruning.prune.save_imatrix", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("lowmem_wanda.pruning.publish.save_imatrix", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(job, tmp_path / "out")
     damaged = sorted((tmp_path / "out/.imatrix").iterdir())[1]

@@ -45,7 +45,7 @@ def work(path, statistics="block", **machine):
 def test_the_fastest_comes_first_and_the_smallest_last(wide, still):
     costs = dict(reversed(pair) for pair in placements(work(wide), None))
     first, last = min(costs, key=costs.get), max(costs, key=costs.get)
-    assert (first.states, first.slots, first.batch, costs[first]) == ("device", 3, 4, 0)
+    assert (first.states, first.slots, first.batch, costs[first]) == ("device", 3, 8, 0)
     assert (last.states, last.slots, last.batch) == ("file", 1, 1)
 
 
@@ -69,7 +69,7 @@ def test_a_smaller_budget_is_kept_by_a_smaller_layout(wide, still):
 
 def test_what_waits_is_what_still_fits(wide, still):
     held, need = choose(work(wide, statistics="sequential"))
-    assert held.held == 32 and choose(work(wide))[0].held == 0
+    assert held.held == 16 and choose(work(wide))[0].held == 0
     fewer, less = choose(work(wide, statistics="sequential", max_ram=need.host - 15 * MB))
     assert 0 < fewer.held < 32 and less.host <= need.host - 15 * MB
 
