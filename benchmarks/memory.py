@@ -19,11 +19,12 @@ import sys, torch
 from lowmem_wanda.streaming.resources import Peak, anonymous
 from lowmem_wanda.sparsity.masks import prune_lowest
 from lowmem_wanda.sparsity.patterns import parse
+from lowmem_wanda.sparsity.selection import Scaled
 weight = torch.empty(28672, 8192, dtype=torch.bfloat16).normal_()
 for name, group in (("2:4", "row"), ("50%", "row"), ("50%", "matrix")):
     before = anonymous()
     with Peak(torch.device("cpu"), 0.001) as peak:
-        prune_lowest(weight, lambda rows: weight[rows].float().abs(), parse(name, group))
+        prune_lowest(weight, Scaled(weight, torch.ones(8192)), parse(name, group))
     print(name, group, round((peak.host - before) / 1e6))
 """
 

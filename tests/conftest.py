@@ -8,6 +8,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # for processes: the load does not count
 with pytest.MonkeyPatch.context() as environment, suppress(ImportError):
     if not torch.cuda.is_available():
         environment.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported, be it by transformers
