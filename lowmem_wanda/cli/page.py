@@ -90,17 +90,12 @@ def _scores(kinds: Kinds, blocks: Sequence[Record]) -> str:
     def lost(one: Record) -> float:
         return float(one["score"]["lost"]) if one.get("score") else math.nan
 
-    def median(one: Record) -> float:
-        value = one["score"]["quantiles"]["50"] if one.get("score") else 0
-        return math.log10(value) if value > 0 else math.nan
-
     def band(line: Mapping[int, Any]) -> list[tuple[float, float, float, float]]:
         scored = {index + 1: one["score"]["quantiles"] for index, one in line.items() if one.get("score")}
         return [(block, values["10"], values["50"], values["90"]) for block, values in scored.items()]
 
     figures = (
         plots.heat("lost", "pruned share of squared scores", *_grid(kinds, blocks, lost), share=True),
-        plots.heat("median", "median score, as power of ten", *_grid(kinds, blocks, median)),
         plots.bands("bands", "median score, and where 80 % of scores lie", {key: band(kinds[key]) for key in kinds}),
     )
     return f'<p>{escape(LOST)}</p><div class="plots">{"".join(figures)}</div>' if any(figures) else ""

@@ -32,6 +32,7 @@ MOST, SHARE = 1.0, 0.03  # seconds that measuring takes at most, also as a share
 ROUGH = (1e11, 4e8, 1e9)  # operations, weights and bytes per second, for that rough estimate
 WEIGHTS = 1 << 22  # of the matrix that products are measured with, and a quarter of it for masks
 READ, WRITTEN = 64 << 20, 48 << 20  # bytes at most
+PART = 32  # of a checkpoint, one such part is written at most
 MASKS = 4e8  # weights per second on a CPU that is not here: 2.5 ns each on an Intel Xeon with AVX-512
 
 
@@ -106,7 +107,7 @@ def measure(job: PruneJob, plan: "Plan", folder: Path) -> Rates:
     masks = _rate(_mask(job), 0.2 * seconds, job.model.device)
     start = time.thread_time()
     read = _read_rate(job, 0.2 * seconds)
-    written = _write_rate(folder, min(WRITTEN, int(ROUGH[2] * 0.2 * seconds) + 1))
+    written = _write_rate(folder, min(WRITTEN, nbytes // PART + 1, int(ROUGH[2] * 0.2 * seconds) + 1))
     busy = (time.thread_time() - start) / (read[0] + written[0]) * 2
     on_host = job.model.device.type == "cpu"
     return Rates(products, masks, read[1], written[1], busy if on_host else 0.0, torch.get_num_threads())

@@ -1,6 +1,7 @@
 """Exact bytes, modes, and files that are whole or not there."""
 
 import errno
+import hashlib
 import os
 import stat
 import sys
@@ -8,12 +9,13 @@ import sys
 import pytest
 from safetensors import safe_open
 
-from lowmem_wanda.checkpoint import writer
+from lowmem_wanda import check, prune
+from lowmem_wanda.checkpoint import checksum, writer
 from lowmem_wanda.checkpoint.checksum import FASTEST, digest_of, matches
 from lowmem_wanda.checkpoint.companions import companions
 from lowmem_wanda.checkpoint.reader import Tensor, read_header
 from lowmem_wanda.checkpoint.writer import write_bytes, write_shard
-from lowmem_wanda.errors import OutputError
+from lowmem_wanda.errors import CheckpointError, OutputError
 
 
 def tensors(tmp_path):
@@ -157,3 +159,22 @@ def test_what_could_not_be_written_is_told(monkeypatch):
     monkeypatch.setattr(writer.ctypes, "get_errno", lambda: errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         writer.end_writeback(0, 0, 4096)
+
+
+def test_a_job_that_began_with_sha256_goes_on(source, token_file, tmp_path, monkeypatch):
+    settings = {"text": [str(token_file)], "batch": 4}
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "FASTEST", "sha256")
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, tmp_path / "out", on_block=stop, **settings)
+    shards = prune(source, tmp_path / "out", **settings)["shards"]
+    assert "sha256" in shards[0] and FASTEST in shards[-1]
+    findings = check(tmp_path / "out", against=source)
+    assert not findings.problems and findings.shards_verified == len(shards)
+    monkeypatch.setattr(checksum, "KINDS", {"sha256": hashlib.sha256})
+    with pytest.raises(CheckpointError, match="pip install blake3"):
+        check(tmp_path / "out")

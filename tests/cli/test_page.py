@@ -101,7 +101,7 @@ def test_names_are_shown_not_run(reports):
 def test_without_matplotlib_the_page_says_what_to_install(reports, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     html = page(reports["prune"])
-    assert html.count("No plots: pip install matplotlib") == 5 and "<svg" not in html
+    assert html.count("No plots: pip install matplotlib") == 4 and "<svg" not in html
     assert set(sections(html)) == ALWAYS | SECTIONS["prune"]
 
 
