@@ -138,9 +138,7 @@ def prune(
         statistics=statistics, include=include, exclude=exclude, norms=norms, imatrix=imatrix, zeros=zeros,
         verify_source=verify_source, machine=machine,
     )  # fmt: skip
-    expected = None if begun(Path(target)) else seconds_here(job, predict(job), Path(target))
-    on_start({**started(job), "resumed": bool(begun(Path(target))), "seconds": expected})
-    return run(job, Path(target), on_block, on_report, expected)
+    return run(job, Path(target), on_block, on_report, on_start)
 
 
 def run(
@@ -148,21 +146,25 @@ def run(
     target: Path,
     on_block: Notify = ignore,
     on_report: Notify = ignore,
-    expected: float | None = None,
+    on_start: Notify | None = None,
 ) -> PruneReport:
     """Prunes into `target`, which may hold a part of the job already; gives the report.
 
     `require_target` must have passed the target. Shards are written first, then the small files, the index, the
-    importance matrix, the report, and config.json last. `expected` are the seconds that were estimated.
+    importance matrix, the report, and config.json last. The time is estimated where `on_start` is given.
     """
     before = begun(target).get("batch") if job.batch is None else job.batch
     before = before if isinstance(before, int) else None
+    told, resumed = on_start or ignore, bool(begun(target))
     if finished(target):
+        told({**started(job), "resumed": resumed, "seconds": None})
         with exclusive(target):
             return verified(job, Output(target, job.arguments(before or 0), label))
-    if job.imatrix and not begun(target):
+    if job.imatrix and not resumed:
         require_new(job.imatrix)
-    plan = predict(job, before)
+    plan = predict(job, before)  # before the time is estimated, which takes memory that products take later anyway
+    expected = seconds_here(job, plan, target) if on_start and not resumed else None
+    told({**started(job), "resumed": resumed, "seconds": expected})
     if not target.exists():
         require_disk(target, plan.disk)
         if job.calibration:
