@@ -73,6 +73,7 @@ def _pruned(report: Record) -> Iterator[Section]:
         "files": f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source's",
         "time": f"{duration(summary['seconds'])}, {summary['forward_passes_per_block']:.2f} forward passes a block",
         "memory": _peak(report["peak_memory"]),
+        "shards read by": report["layout"].get("reading"),
     })  # fmt: skip
     yield "limits", "What this gives, and what not", paragraphs([summary["gives"], summary["gives_not"]])
     kinds = _by_kind(blocks)

@@ -105,6 +105,8 @@ def measure(job: PruneJob, plan: "Plan", folder: Path) -> Rates:
     seconds = min(MOST, SHARE * rough)
     products = _rate(_product(job, layout), 0.4 * seconds, job.model.device) if flops else float("inf")
     masks = _rate(_mask(job), 0.2 * seconds, job.model.device)
+    if job.model.device.type == "cuda":
+        torch.cuda.empty_cache()  # else what is cached counts for the job that follows
     start = time.thread_time()
     read = _read_rate(job, 0.2 * seconds)
     written = _write_rate(folder, min(WRITTEN, nbytes // PART + 1, int(ROUGH[2] * 0.2 * seconds) + 1))
