@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
 from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
 from lowmem_wanda.pruning.job import PruneJob, prepare
@@ -123,6 +124,8 @@ def plan(
     if imatrix:
         require_matrix_target(imatrix, "--imatrix", Path(source))
     absent = absent_machine(vram, ram, flops, disk)
+    if absent.memory[1] and not device.startswith(("auto", "cuda")):
+        raise BudgetError(f"--vram is of a GPU, and --device {device} is none; leave one of them out")
     machine = Machine.of(
         device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held, free=absent.memory
     )

@@ -108,10 +108,10 @@ def byte_size(size: float | str) -> int:
         if not 0 <= size < MOST_BYTES:  # NaN is not, either
             raise BudgetError(f"{size:.3g} is not a number of bytes; give one such as 8_000_000_000")
         return int(size)
-    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([kmgt])(i?)b?|b)?", str(size).lower())
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([kmgtp])(i?)b?|b)?", str(size).lower())
     if not match:
         raise BudgetError(f"{str(size)[:40]!r} is not a size such as 8GB or 500MB")
     number, prefix, binary = match[1], match[2], match[3]
     if str(size).lower().endswith("b") and not prefix:
         return int(float(number))
-    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix or "g") + 1))
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgtp".index(prefix or "g") + 1))

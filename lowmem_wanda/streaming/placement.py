@@ -128,7 +128,7 @@ def choose(work: Workload, batch: int | None = None) -> tuple[Placement, Need]:
     vram = free_memory(work.model.device) if budget.free_vram is None else budget.free_vram
     base = anonymous()
     free = base + free_memory(torch.device("cpu")) if budget.free_ram is None else budget.free_ram
-    ram = min(sys.maxsize if budget.max_ram is None else budget.max_ram, base + int((free - base) * SPARE))
+    ram = min(sys.maxsize if budget.max_ram is None else budget.max_ram, min(free, base + int((free - base) * SPARE)))
     vram = min(sys.maxsize if budget.max_vram is None else budget.max_vram, int(vram * SPARE))
     sizes, tried, fitting = Sizes(work, base), [], []
     for cost, placement in placements(work, batch or work.model.batch):

@@ -73,6 +73,10 @@ def test_a_machine_that_is_not_here(source, token_file):
         plan(source, **text, vram="2MB", ram="32GB")
     with pytest.raises(BudgetError, match=r"give --ram \d+MB"):
         plan(source, **text, vram="24GB", ram="100MB")
+    with pytest.raises(BudgetError, match="--ram: 0 MB cannot be kept"):
+        plan(source, **text, ram="1KB")
+    with pytest.raises(BudgetError, match="--device cpu is none"):
+        plan(source, **text, **ABSENT, device="cpu")
     with pytest.raises(BudgetError, match="give its --ram"):
         plan(source, **text, flops="80T")
     with pytest.raises(BudgetError, match="vram='lots'"):
