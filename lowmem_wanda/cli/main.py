@@ -43,8 +43,9 @@ def run() -> NoReturn:
     """
     code = main()
     atexit._run_exitfuncs()
-    with suppress(OSError):  # a reader that has gone
-        sys.stdout.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # a reader that has gone, or a stream that was closed
+            stream.flush()
     os._exit(code)
 
 

@@ -350,3 +350,9 @@ def test_stdout_that_cannot_show_a_path_escapes_it(tiny, token_file, tmp_path, m
             assert main(command) == 0, command
         stream.flush()
         assert stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_a_closed_stdout_is_no_traceback(source, tmp_path):
+    made = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *CLI, "check", source], capture_output=True, text=True)
+    assert (made.returncode, made.stderr) == (0, "")
