@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from lowmem_wanda.pruning.plan import Plan, plan
     from lowmem_wanda.pruning.prune import prune
     from lowmem_wanda.pruning.report import PruneReport
-    from lowmem_wanda.sparsity import EXPERT_SCORES, METHODS
-    from lowmem_wanda.sparsity.methods import Method, Statistic
+    from lowmem_wanda.sparsity import EXPERT_SCORES, METHODS, REFINEMENTS, UPDATES
+    from lowmem_wanda.sparsity.gram import Gram
+    from lowmem_wanda.sparsity.methods.method import Method, Statistic
     from lowmem_wanda.sparsity.selection import Scaled
     from lowmem_wanda.sparsity.statistics import SquaredNorm
     from lowmem_wanda.streaming.hub import download
@@ -69,8 +70,9 @@ _PLACES = {
     "pruning.plan": ("Plan", "plan"),
     "pruning.prune": ("prune",),
     "pruning.report": ("PruneReport",),
-    "sparsity": ("EXPERT_SCORES", "METHODS"),
-    "sparsity.methods": ("Method", "Statistic"),
+    "sparsity": ("EXPERT_SCORES", "METHODS", "REFINEMENTS", "UPDATES"),
+    "sparsity.gram": ("Gram",),
+    "sparsity.methods.method": ("Method", "Statistic"),
     "sparsity.selection": ("Scaled",),
     "sparsity.statistics": ("SquaredNorm",),
     "streaming.hub": ("download",),
@@ -90,6 +92,7 @@ __all__ = [
     "Findings",
     "GGUFFindings",
     "GGUFOutline",
+    "Gram",
     "ImatrixReport",
     "LowmemError",
     "METHODS",
@@ -103,11 +106,13 @@ __all__ = [
     "Plan",
     "PruneReport",
     "READS",
+    "REFINEMENTS",
     "Scaled",
     "ShrinkReport",
     "SquaredNorm",
     "Statistic",
     "SurvivalReport",
+    "UPDATES",
     "byte_size",
     "check",
     "check_gguf",

@@ -10,7 +10,10 @@ from lowmem_wanda.errors import ModelError, NumberError
 from lowmem_wanda.llamacpp.collect import InputSums
 from lowmem_wanda.pruning.job import PruneJob
 from lowmem_wanda.pruning.passes import Passes
+from lowmem_wanda.sparsity.gram import Gram
 from lowmem_wanda.sparsity.masks import prune_lowest, sign_zeros, survey
+from lowmem_wanda.sparsity.methods.method import Method
+from lowmem_wanda.sparsity.patterns import Pattern
 from lowmem_wanda.sparsity.selection import Score
 from lowmem_wanda.streaming.decoder import Block
 from lowmem_wanda.streaming.matrices import Matrix
@@ -38,7 +41,7 @@ def prune_block(
         linears[matrix.name] = prune_matrix(job, block.weight(matrix), matrix, inputs, placement.chunk)
 
     if job.measures and job.method.statistic is not None:
-        passes = Passes(block, states, job.method.statistic, matrices, prune, sums)
+        passes = Passes(block, states, job.method.statistic, matrices, prune, sums, placement.apart)
         passes.run(job.statistics, moves_on, placement.held)
         return {"linears": linears, "passes": passes.count, "parts": passes.clock.seconds()}
     clock = Clock(block.device)
@@ -63,15 +66,14 @@ def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: An
     Raises NumberError for scores that are not numbers, ModelError where the pattern does not hold afterwards.
     """
     start, method = time.perf_counter(), job.method
-    dense = None if method.keeps_bits else weight.clone()
+    dense = weight.clone() if method.compares_dense else None
     try:
         scores = method.scores(weight, inputs)
         sample = Sample(scores, *weight.shape)
-        zeros, holds = prune_lowest(weight, scores, job.pattern, chunk)
-        if method.update is not None and dense is not None:
-            method.update(weight, dense, inputs)
-            if not bool(torch.isfinite(weight).all()):
-                raise NumberError(f"method {method}: its update leaves NaN or infinity")
+        if method.solve is None:
+            zeros, holds = prune_lowest(weight, scores, job.pattern, chunk)
+        notes = _change(method, weight, dense, inputs, job.pattern) if dense is not None else {}
+        if dense is not None:
             zeros, holds = survey(weight, job.pattern, chunk)
     except NumberError as error:
         raise type(error)(f"tensor {matrix.name}: {error}") from None
@@ -93,8 +95,26 @@ def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: An
         **filled,
         "sparsity": zeros / weight.numel(),
         "score": spread,
+        **notes,
         "seconds": time.perf_counter() - start,
     }
+
+
+def _change(
+    method: Method, weight: torch.Tensor, dense: torch.Tensor, inputs: Any, pattern: Pattern
+) -> dict[str, Any]:
+    """Has the method's parts change a weight (rows, columns) in place; gives their notes for the record.
+
+    Raises NumberError where they leave what is no number.
+    """
+    notes = method.solve(weight, inputs, pattern) if method.solve is not None else {}
+    if method.refine is not None:
+        notes |= method.refine(weight, dense, inputs, pattern)
+    if method.update is not None:
+        method.update(weight, dense, inputs)
+    if not bool(torch.isfinite(weight).all()):
+        raise NumberError(f"method {method}: its update leaves NaN or infinity")
+    return notes | ({"error": inputs.error(weight, dense)} if isinstance(inputs, Gram) else {})
 
 
 class Sample:

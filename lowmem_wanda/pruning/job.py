@@ -19,7 +19,9 @@ from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.llamacpp.norms import Norms, load_norms
 from lowmem_wanda.pruning import ORDERS
 from lowmem_wanda.pruning.passes import require_greenlet
-from lowmem_wanda.sparsity.methods import Method, find_method
+from lowmem_wanda.sparsity import GROUPS
+from lowmem_wanda.sparsity.methods.known import find_method
+from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
 from lowmem_wanda.sparsity.selection import SCORE_BYTES, suitable_chunk
 from lowmem_wanda.sparsity.statistics import SquaredNorm
@@ -27,6 +29,7 @@ from lowmem_wanda.streaming.machine import ANY, Machine
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
 from lowmem_wanda.streaming.placement import Workload
+from lowmem_wanda.streaming.walk import require_chain
 
 ZEROS = ("exact", "signed-tiny")
 FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "text", "statistics", "dtype", "batch",
@@ -91,17 +94,35 @@ class PruneJob:
         matrices = [matrix for block in self.selected for matrix in block]
         tensors = self.model.checkpoint.tensors
         statistic = self.method.statistic if self.measures else None
-        sums = [sum(statistic.nbytes(one.shape[1]) for one in block) for block in self.selected] if statistic else [0]
+        sums = [[statistic.nbytes(columns) for columns in block] for block in self._inputs] if statistic else [[0]]
+        together, one = max(map(sum, sums)), max(max(block, default=0) for block in sums)
         return Workload(
             (self.model,),
             sequences,
             length,
-            statistics=max(sums),
+            statistics=one if self.statistics == "sequential" else together,
+            statistics_apart=one if self.statistics == "block" else 0,
             workspace=max(self.method.workspace(*one.shape, ITEMSIZE[tensors[one.tensor].dtype]) for one in matrices),
             chunk=suitable_chunk(self.model.device),
             score_bytes=SCORE_BYTES,
             holds_micro_batches=self.statistics == "sequential" and self.measures,
         )
+
+    @cached_property
+    def _inputs(self) -> list[list[int]]:
+        """The numbers of columns of the distinct inputs of each block's matrices.
+
+        Where a statistic is small, each matrix counts as if it had inputs of its own, which need not be known.
+        """
+        if self.method.statistic is SquaredNorm or self.calibration is None:
+            return [[matrix.shape[1] for matrix in block] for block in self.selected]
+        traces = require_chain(self.model, self.calibration.tokens)
+        names = [{matrix.name for matrix in block} for block in self.selected]
+        shared = [
+            {one.inputs: one.shape[1] for one in traces[index].matrices if one.name in names[index]}
+            for index in range(self.model.depth)
+        ]
+        return [list(columns.values()) for columns in shared]
 
     @property
     def recorded_on(self) -> str:
@@ -218,8 +239,10 @@ def prepare(
 
 def _choose_pattern(text: str, group: str | None, method: Method) -> Pattern:
     """The pattern that a text names. A share is compared per `group`, or per the method's own group if that is None."""
-    pattern = parse(text, group or "row")
-    own = group is None and isinstance(pattern, Unstructured)
+    pattern = parse(text, "row" if group in (None, method.group) else group or "row")
+    if group not in (None, method.group) and method.group not in GROUPS:
+        raise PatternError(f"--group {group}: {method} compares {method.group} of its own; leave it out")
+    own = group in (None, method.group) and isinstance(pattern, Unstructured)
     return replace(pattern, group=method.group) if own else pattern
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from lowmem_wanda.errors import LowmemError
 from lowmem_wanda.llamacpp.collect import InputSums
-from lowmem_wanda.sparsity.methods import Statistic
+from lowmem_wanda.sparsity.methods.method import Statistic
 from lowmem_wanda.streaming.decoder import Block, Stop
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.resources import Clock
@@ -32,7 +32,7 @@ class Passes:
     """One block and the micro-batches that pass through it. `run` calls `prune` once for each of `matrices`.
 
     Matrices of the same inputs share a statistic (4 for the 7 matrices of a Llama block). A pass ends at the last
-    inputs that are measured, unless the hidden states move on. `sums` listens to the block that moves them on: the
+    inputs that are measured, unless the hidden states move on. With `apart` one statistic is held at a time. `sums` listens to the block that moves them on: the
     pruned block, or in the dense order the dense one. After `run`, `count` is the computing in matrices, in units of
     one pass of all sequences through the whole block, and `clock` has the seconds of the parts measure, prune and
     onward.
@@ -46,13 +46,14 @@ class Passes:
         matrices: Collection[Matrix],
         prune: Prune,
         sums: InputSums,
+        apart: bool = False,
     ) -> None:
-        self.block, self.states, self.prune, self.sums = block, states, prune, sums
+        self.block, self.states, self.prune, self.sums, self.apart = block, states, prune, sums, apart
         self.clock = Clock(block.device)
-        needed = {matrix.inputs: matrix.shape[1] for matrix in matrices}
-        order = [module for module in block.inputs if module in needed]
+        self.columns = {matrix.inputs: matrix.shape[1] for matrix in matrices}
+        order = [module for module in block.inputs if module in self.columns]
         self.groups = {module: [matrix for matrix in matrices if matrix.inputs == module] for module in order}
-        self.statistics = {module: statistic(needed[module], block.device) for module in order}
+        self.statistic, self.statistics = statistic, dict[str, Statistic]()
         self.count = 0.0
 
     def run(self, order: str, moves_on: bool, held: int) -> None:
@@ -66,28 +67,45 @@ class Passes:
                 self._sequential(moves_on, held)
             elif order == "dense" and self.groups:
                 with self.sums.listening():
-                    self._measure(through=moves_on)
+                    self._measure(self.groups, through=moves_on)
             else:
-                if self.groups:
-                    self._measure(through=False)
+                self._measure_dense()
                 if moves_on:
                     with self.clock.part("onward"), self.sums.listening():
                         advance(self.block, self.states)
 
-    def _measure(self, through: bool) -> None:
-        """Measures all inputs on the dense block, then prunes. If `through`, the outputs replace the hidden states."""
-        last = next(reversed(self.groups))
+    def _measure_dense(self) -> None:
+        """Measures all inputs on the dense block and prunes: in one pass, or `apart` in one for each.
+
+        Then the last inputs are measured and their matrices pruned first: no inputs depend on the matrices behind them,
+        so all are those of the dense block, and the result is the same to the bit.
+        """
+        if not self.apart:
+            self._measure(self.groups, through=False)
+        for module in reversed(self.groups) if self.apart else ():
+            self._measure([module], through=False)
+
+    def _measure(self, modules: Collection[str], through: bool) -> None:
+        """Measures the inputs of some modules, then prunes. If `through`, the outputs replace the hidden states."""
+        if not modules:
+            return
+        last = list(modules)[-1]
 
         def arrived(module: str, inputs: torch.Tensor) -> None:
-            self.statistics[module].add(inputs)
+            self._add(module, inputs)
             if module == last and not through:
                 raise Stop
 
-        with watched(self.block, self.groups, arrived), self.clock.part("measure"):
+        with watched(self.block, modules, arrived), self.clock.part("measure"):
             for micro_batch in self.states:
                 self._forward(micro_batch)
-        for module in self.groups:
+        for module in modules:
             self._prune(module)
+
+    def _add(self, module: str, inputs: torch.Tensor) -> None:
+        if module not in self.statistics:
+            self.statistics[module] = self.statistic(self.columns[module], self.block.device)
+        self.statistics[module].add(inputs)
 
     def _sequential(self, moves_on: bool, held: int) -> None:
         """Measures the inputs one after the other, and prunes their matrices before the next are measured.
@@ -101,7 +119,7 @@ class Passes:
         def arrived(module: str, inputs: torch.Tensor) -> None:
             if module in closed:
                 return
-            self.statistics[module].add(inputs)
+            self._add(module, inputs)
             if greenlet.getcurrent() is hub:
                 raise Stop
             hub.switch()
@@ -131,9 +149,10 @@ class Passes:
             pass
 
     def _prune(self, module: str) -> None:
+        statistic = self.statistics.pop(module)
         with self.clock.part("prune"):
             for matrix in self.groups[module]:
-                self.prune(matrix, self.statistics[module])
+                self.prune(matrix, statistic)
 
     @contextmanager
     def _counting(self) -> Iterator[None]:

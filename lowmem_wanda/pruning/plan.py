@@ -9,7 +9,7 @@ from lowmem_wanda.llamacpp.imatrix import require_matrix_target
 from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
 from lowmem_wanda.pruning.job import PruneJob, prepare
 from lowmem_wanda.pruning.report import started
-from lowmem_wanda.sparsity.methods import Method
+from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.placement import Placement, choose
 from lowmem_wanda.streaming.walk import Notify, ignore

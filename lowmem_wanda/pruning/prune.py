@@ -29,7 +29,7 @@ from lowmem_wanda.pruning.job import PruneJob, label, prepare
 from lowmem_wanda.pruning.plan import predict
 from lowmem_wanda.pruning.publish import publish, verified
 from lowmem_wanda.pruning.report import PruneReport, build, started
-from lowmem_wanda.sparsity.methods import Method
+from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.streaming.buffers import Slot, Write, raw
 from lowmem_wanda.streaming.decoder import Block
 from lowmem_wanda.streaming.machine import Machine

@@ -7,8 +7,7 @@ from typing import Any
 
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.pruning import ORDERS
-from lowmem_wanda.sparsity import METHODS
-from lowmem_wanda.sparsity.methods import find_method
+from lowmem_wanda.sparsity.methods.known import find_method
 from lowmem_wanda.sparsity.patterns import Unstructured, parse
 
 
@@ -42,7 +41,6 @@ def variants_of(
 ) -> tuple[Variant, ...]:
     """All distinct variants. Raises PatternError for an unknown word, and for a number of sequences below 1."""
     for flag, words, known in (
-        ("--methods", methods, METHODS),
         ("--groups", groups, (None, "row", "matrix")),
         ("--statistics", orders, ORDERS),
     ):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lowmem_wanda.sparsity.patterns import Group, Pattern
-from lowmem_wanda.sparsity.selection import UNSHARED, Scaled, Score, row_chunks
+from lowmem_wanda.sparsity.selection import CPU_CHUNK, UNSHARED, Scaled, Score, row_chunks
 
 INFINITE = {torch.bfloat16: 0xFF << 7, torch.float16: 0x1F << 10, torch.float32: 0xFF << 23}  # the key of infinity
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an item
@@ -44,6 +44,16 @@ def prune_(weight: torch.Tensor, score: Score, pattern: Pattern, chunk: int) -> 
             more, all_hold = count_zeros(bits[part], group)
             zeros, holds = zeros + more, holds & all_hold
     return finite, zeros, holds and zeros >= pattern.zeros_in_all(rows * columns)
+
+
+def lowest_mask(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """The mask of the scores that the pattern prunes, bool (rows, columns); they are float32 and at least 0."""
+    keys, group = scores.contiguous().numpy().view(np.uint32), pattern.groups(scores.shape[1])
+    parts, pruned = row_chunks(*keys.shape, CPU_CHUNK), np.empty(keys.shape, np.bool_)
+    lowest = _selection(pattern, group, lambda: (keys[part] for part in parts), keys.size)
+    for part in parts:
+        pruned[part] = lowest(keys[part])
+    return torch.from_numpy(pruned)
 
 
 def bits_of(weight: torch.Tensor) -> np.ndarray:

@@ -88,6 +88,14 @@ def masks(score: Score, pattern: Pattern, rows: int, columns: int, chunk: int) -
         yield part, scores <= threshold if group is None else lowest_of_groups(scores, group.size, group.zeros)
 
 
+def lowest_mask(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """The mask of the scores that the pattern prunes, bool (rows, columns); they are float32 and at least 0."""
+    if scores.is_cpu:
+        return host.lowest_mask(scores, pattern)
+    parts = masks(lambda rows: scores[rows], pattern, *scores.shape, suitable_chunk(scores.device))
+    return torch.cat([pruned for _, pruned in parts])
+
+
 def survey(weight: torch.Tensor, pattern: Pattern, chunk: int = 0) -> tuple[int, bool]:
     """The number of zeros in a weight (rows, columns), and whether these zeros hold the pattern."""
     rows, columns = weight.shape

@@ -28,7 +28,8 @@ class Unstructured:
     With `group` "row" exactly `int(columns * sparsity)` weights of each output row are pruned; of equal scores, the one
     in the lowest column is pruned first. With `group` "matrix" all scores are pruned up to and including the one at
     index `int(numel * sparsity)` of the sorted matrix. This is the rule of the paper's `prune_magnitude`: it prunes one
-    weight more than the share, and all its ties.
+    weight more than the share, and all its ties. With `group` "columns" it is done so for each 128 columns of all rows,
+    which is the rule of SparseGPT.
     """
 
     sparsity: float
@@ -40,7 +41,7 @@ class Unstructured:
     @property
     def compared_per(self) -> str:
         """The set of weights whose scores are compared with each other, in words."""
-        return self.group
+        return "128 columns of the matrix" if self.group == "columns" else self.group
 
     def require_shape(self, name: str, rows: int, columns: int) -> None:
         """Raises PatternError if no weight of a (rows, columns) matrix would be pruned."""
@@ -55,7 +56,7 @@ class Unstructured:
 
     def zeros_in_all(self, weights: int) -> int:
         """The least number of zeros in a matrix of `weights` weights; 0 if each row is counted on its own."""
-        return int(weights * self.sparsity) + 1 if self.group == "matrix" else 0
+        return 0 if self.group == "row" else int(weights * self.sparsity) + 1
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class Workload:
     """What goes through `models` side by side, and the memory that it takes beside them.
 
     `sequences` of `length` tokens are embedded (0 and 0: none). `token_bytes` are kept for each token until the end.
-    `statistics` are the bytes of the statistics of a block's inputs. Pruning one matrix takes `workspace` bytes, and
+    `statistics` are the bytes of the statistics of a block's inputs, and `statistics_apart` those of the largest one
+    where it may be held alone (0: it may not). Pruning one matrix takes `workspace` bytes, and
     `score_bytes` for each of the at most `chunk` weights that are scored at a time. `needs_logits` says that the head
     is applied, `holds_micro_batches` that micro-batches wait for each other within a block.
     """
@@ -46,6 +47,7 @@ class Workload:
     length: int = 0
     token_bytes: int = 0
     statistics: int = 0
+    statistics_apart: int = 0
     workspace: int = 0
     chunk: int = 0
     score_bytes: int = 0
@@ -75,7 +77,8 @@ class Placement:
     Hidden `states` lie on the "device", on the "host" (beside a GPU, page-locked) or in a "file". There are `slots`
     block buffers on the host and `arriving` ones on the GPU. `batch` sequences are computed at a time, and `held` such
     micro-batches may wait in the sequential order. `chunk` weights are scored at a time (0: nothing is scored).
-    Allocations of at least `mapped` bytes give their pages back when they are freed.
+    Allocations of at least `mapped` bytes give their pages back when they are freed. With `apart` one statistic is held
+    at a time, which takes a pass through the block for each.
     """
 
     states: str
@@ -85,11 +88,13 @@ class Placement:
     held: int
     chunk: int
     mapped: int
+    apart: bool = False
 
     def __str__(self) -> str:
         where = {"device": "in memory", "host": "on the host", "file": "in a file"}[self.states]
         buffers = f"{self.slots} block buffer" + "s" * (self.slots > 1)
-        return f"hidden states {where}, {buffers}, {self.batch} sequence" + "s" * (self.batch > 1) + " at a time"
+        apart = ", statistics one after the other" if self.apart else ""
+        return f"hidden states {where}, {buffers}, {self.batch} sequence" + "s" * (self.batch > 1) + " at a time" + apart
 
 
 @dataclass(frozen=True)
@@ -161,11 +166,12 @@ def placements(work: Workload, batch: int | None) -> Iterator[tuple[int, Placeme
         Choice(batches, slower=6),
         Choice(chunks, slower=1),
         Choice(mapped, slower=8),
+        Choice((False, True) if 0 < work.statistics_apart < work.statistics else (False,), slower=50),
     )
     for option in product(*(choice.priced() for choice in options)):
-        (where, slots, arriving, size, chunk, mapped_from), costs = zip(*option, strict=True)
+        (where, slots, arriving, size, chunk, mapped_from, apart), costs = zip(*option, strict=True)
         if arriving <= slots:
-            yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from)
+            yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from, apart)
 
 
 class Sizes:
@@ -226,7 +232,7 @@ class Sizes:
             return blocks + scores
         moved = placement.batch * self.state if placement.states != "device" and not work.on_host else 0
         computing = max(self.activations(placement) + moved, scores) + placement.held * self.waiting(placement)
-        computing += work.statistics
+        computing += work.statistics_apart if placement.apart else work.statistics
         return max(blocks + self.casts + computing, self.embedding, self.heads) + self.kept
 
 

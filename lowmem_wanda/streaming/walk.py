@@ -16,6 +16,7 @@ from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.streaming.buffers import BlockBuffers, Write, hidden_states
 from lowmem_wanda.streaming.containers import folder_on_disk
 from lowmem_wanda.streaming.decoder import Block, Decoder
+from lowmem_wanda.streaming.matrices import Trace
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
 from lowmem_wanda.streaming.placement import Placement
@@ -128,10 +129,14 @@ def streamed(
         yield Stream(decoders, batches, stack.enter_context(buffers), peak, allocate)
 
 
-def require_chain(model: StreamedModel, tokens: np.ndarray) -> None:
-    """Raises ModelError unless blocks are a chain (see `calls`), by one sequence of `tokens` (sequences, length)."""
+def require_chain(model: StreamedModel, tokens: np.ndarray) -> dict[int, Trace]:
+    """The trace of each block, by one sequence of `tokens` (sequences, length).
+
+    Raises ModelError unless blocks are a chain (see `calls`).
+    """
     with torch.no_grad(), Decoder(model) as decoder:
         decoder.embed([tokens[:1]])
+        return decoder.traces
 
 
 def advance(block: Block, states: MicroBatches) -> None:

@@ -1,0 +1,72 @@
+"""ALPS: the mask and the weights are found together, by ADMM with a growing penalty (arXiv 2406.07831)."""
+
+import torch
+
+from lowmem_wanda.errors import NumberError
+from lowmem_wanda.sparsity.gram import Gram
+from lowmem_wanda.sparsity.masks import lowest_mask
+from lowmem_wanda.sparsity.methods.least_squares import fit
+from lowmem_wanda.sparsity.methods.method import Notes, costs
+from lowmem_wanda.sparsity.patterns import Pattern
+
+DAMPING = 0.01  # of the diagonal, which is scaled to ones
+PENALTY = 0.1  # at first
+EVERY = 3  # rounds with one penalty
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # where more than a share of the kept weights changed: times so much
+MOST = 100  # rounds with a penalty each
+
+
+@costs(weight_bytes=24, square_bytes=12, products=2.0 * EVERY * 30 + 60, cubes=30.0)
+def alps(weight: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
+    """Prunes a weight (rows, columns) to the pattern and changes what is kept, in place (algorithm 1 and 2).
+
+    min tr((W - W0) X^T X (W - W0)^T) is split into W, which fits, and D, which holds the pattern; V pulls them
+    together with a penalty that grows until the support of D stays. Then the kept weights are fitted by `fit`. All is
+    done on inputs that are scaled to length 1 each. The notes hold the number of `rounds`.
+    """
+    products, scale = inputs.made("alps", lambda: _scaled(inputs))
+    dense = weight.float() * scale
+    found, rounds = _split(dense, products, pattern)
+    fitted = fit(found, dense, products)
+    weight.copy_(fitted.div_(scale))
+    return {"rounds": rounds}
+
+
+def _scaled(inputs: Gram) -> tuple[torch.Tensor, torch.Tensor]:
+    """X^T X of inputs of length 1, with damping, float32 (columns, columns), and the lengths (columns,)."""
+    lengths = inputs.matrix().diagonal().sqrt()
+    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    products = inputs.matrix() / lengths / lengths[:, None]
+    products.diagonal().add_(DAMPING)
+    return products, lengths
+
+
+def _split(dense: torch.Tensor, products: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, int]:
+    """Weights that hold the pattern, by ADMM, float32 (rows, columns), and the number of rounds that this took."""
+    target = dense @ products
+    sparse, pull, penalty = dense.clone(), torch.zeros_like(dense), PENALTY
+    before = torch.zeros_like(dense, dtype=torch.bool)
+    for round_ in range(1, MOST + 1):
+        inverse = _inverse(products, penalty)
+        for _ in range(EVERY):
+            free = (target - pull + penalty * sparse) @ inverse
+            sparse = free + pull / penalty
+            gone = lowest_mask(sparse.abs(), pattern)
+            sparse.masked_fill_(gone, 0)
+            pull += penalty * (free - sparse)
+        changed = int((gone ^ before).sum()) / 2 / max(1, gone.numel() - int(gone.sum()))
+        if not changed:
+            break
+        before = gone
+        penalty *= next(growth for share, growth in GROWTH if changed > share)
+    return sparse, round_
+
+
+def _inverse(products: torch.Tensor, penalty: float) -> torch.Tensor:
+    """The inverse of X^T X plus a penalty, float32 (columns, columns). Raises NumberError."""
+    shifted = products.clone()
+    shifted.diagonal().add_(penalty)
+    lower, failed = torch.linalg.cholesky_ex(shifted)
+    if failed:
+        raise NumberError("X^T X of its inputs has no Cholesky factorization")
+    return torch.cholesky_inverse(lower)
