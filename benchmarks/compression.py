@@ -13,7 +13,7 @@ import torch
 from measure import commit, machine
 
 from lowmem_wanda.sparsity.masks import prune_lowest
-from lowmem_wanda.sparsity.methods import magnitude
+from lowmem_wanda.sparsity.methods.scores import magnitude
 from lowmem_wanda.sparsity.patterns import parse
 from lowmem_wanda.streaming.buffers import raw
 

@@ -22,7 +22,7 @@ from checkpoints import random_llama
 from measure import ROOT, commit, machine, random_tokens
 
 from lowmem_wanda.sparsity.masks import prune_lowest
-from lowmem_wanda.sparsity.methods import wanda
+from lowmem_wanda.sparsity.methods.scores import wanda
 from lowmem_wanda.sparsity.patterns import parse
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 

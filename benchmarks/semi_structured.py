@@ -23,7 +23,7 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.sparsity.masks import prune_lowest, survey
-from lowmem_wanda.sparsity.methods import magnitude
+from lowmem_wanda.sparsity.methods.scores import magnitude
 from lowmem_wanda.sparsity.patterns import NM
 from lowmem_wanda.streaming.buffers import DTYPES, read_cast
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lowmem_wanda.llamacpp.shrink_report import ShrinkReport
     from lowmem_wanda.llamacpp.survive import SurvivalReport, survive
     from lowmem_wanda.llamacpp.verify_gguf import GGUFFindings, check_gguf
-    from lowmem_wanda.pruning import ORDERS
+    from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES
     from lowmem_wanda.pruning.compare import ComparisonReport, compare
     from lowmem_wanda.pruning.plan import Plan, plan
     from lowmem_wanda.pruning.prune import prune
@@ -65,7 +65,7 @@ _PLACES = {
     "llamacpp.shrink_report": ("ShrinkReport",),
     "llamacpp.survive": ("SurvivalReport", "survive"),
     "llamacpp.verify_gguf": ("GGUFFindings", "check_gguf"),
-    "pruning": ("ORDERS",),
+    "pruning": ("ALLOCATIONS", "ORDERS", "QUALITIES", "RECOVERIES"),
     "pruning.compare": ("ComparisonReport", "compare"),
     "pruning.plan": ("Plan", "plan"),
     "pruning.prune": ("prune",),
@@ -81,6 +81,7 @@ _PLACES = {
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 
 __all__ = [
+    "ALLOCATIONS",
     "BudgetError",
     "CalibrationError",
     "Checkpoint",
@@ -105,7 +106,9 @@ __all__ = [
     "PatternError",
     "Plan",
     "PruneReport",
+    "QUALITIES",
     "READS",
+    "RECOVERIES",
     "REFINEMENTS",
     "Scaled",
     "ShrinkReport",

@@ -19,7 +19,8 @@ import lowmem_wanda
 from lowmem_wanda import Checkpoint, Method, SquaredNorm, check, compare, evaluate, imatrix, plan, prune, survive
 from lowmem_wanda.errors import CalibrationError, LowmemError, NumberError, OutputError, PatternError
 from lowmem_wanda.pruning import ORDERS
-from lowmem_wanda.sparsity import METHODS, methods
+from lowmem_wanda.sparsity import METHODS, REFINEMENTS, UPDATES
+from lowmem_wanda.sparsity.methods import known
 
 FUNCTIONS = (prune, plan, check, evaluate, compare, imatrix, survive)
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "rich", "psutil"}
@@ -40,7 +41,9 @@ def test_importing_the_face_is_cheap():
     code = "import sys, lowmem_wanda; from lowmem_wanda import METHODS, ORDERS, LowmemError; " \
         f"sys.exit(bool({HEAVY} & set(sys.modules)))"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    assert set(methods.METHODS) == set(METHODS) and ORDERS == ("block", "dense", "sequential")
+    assert set(known.METHODS) == set(METHODS)
+    assert {"none", *known.REFINEMENTS} == set(REFINEMENTS) and {"none", *known.UPDATES} == set(UPDATES)
+    assert ORDERS == ("block", "dense", "sequential")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -141,7 +144,7 @@ def test_a_code_is_the_same_in_every_process_or_never():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"score": 5, "statistic": None}, "score and update are functions"),
+        ({"score": 5, "statistic": None}, "score, solve, refine and update are functions"),
         ({"score": wanda, "statistic": None, "group": "rows"}, "group 'rows' is not known"),
         ({"score": wanda, "statistic": dict}, r"its statistic has no add\(\)"),
     ],
@@ -199,7 +202,7 @@ def test_an_update_that_breaks_a_matrix_is_an_error(tiny, tmp_path, update, says
 def test_a_method_counts_its_memory(tiny):
     matrix = 32 * 64
     whole = Method(score=wanda, statistic=SquaredNorm)
-    assert whole.workspace(32, 64, 4) == 12 * matrix and methods.METHODS["wanda"].workspace(32, 64, 4) == 0
+    assert whole.workspace(32, 64, 4) == 12 * matrix and known.METHODS["wanda"].workspace(32, 64, 4) == 0
     assert Method(wanda, SquaredNorm, update=print).workspace(32, 64, 2) == 14 * matrix
     settings = {"text": [], "sequences": 1, "length": 8, "device": "cpu"}
     ids = {"method": "magnitude"}

@@ -22,10 +22,14 @@ else:
 FASTEST = next(iter(KINDS))
 
 
+class MissingPackageError(CheckpointError):
+    """The package of a checksum is not installed."""
+
+
 def digest_of(path: Path, kind: str) -> str:
     """The digest of a file in hex. The file is read 16 MiB at a time. Raises CheckpointError without the package."""
     if kind not in KINDS:
-        raise CheckpointError(f"{path}: its {kind} checksum needs a package that is not installed: pip install {kind}")
+        raise MissingPackageError(f"{path}: its checksum needs a package that is not installed: pip install {kind}")
     digest = KINDS[kind]()
     with opened(path) as file:
         while piece := file.read(PIECE):

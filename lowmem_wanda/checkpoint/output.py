@@ -130,11 +130,11 @@ class Output:
         for key in [*now, *before]:
             if before.get(key) != now.get(key):
                 move = "repeat the first command or give another directory"
+                if key == "threads":
+                    move = f"set OMP_NUM_THREADS={before.get(key)} or give another directory"
                 if key in PACKAGES:
                     version = before.get(key)
-                    move = (
-                        f"continue it with that version (pip install {label(key)}=={version}) or give another directory"
-                    )
+                    move = f"continue it with it (pip install {label(key)}=={version}) or give another directory"
                 raise OutputError(
                     f"{self.path}: holds a job with {label(key)} = {_brief(before.get(key))}, this one has "
                     f"{_brief(now.get(key))}; {move}"

@@ -100,6 +100,15 @@ def shards_of(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return shards
 
 
+def recovered_in(report: Mapping[str, Any]) -> set[str]:
+    """The names of the tensors that were trained, by the report of a pruning. Raises CheckpointError."""
+    try:
+        records = [block["recovered"] for block in report.get("blocks", ()) if "recovered" in block]
+        return {str(name) for record in records for name in record["tensors"]}
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{REPORT}: is not what prune wrote; remove it to look at the tensors alone") from None
+
+
 def keeps_bits(report: Mapping[str, Any]) -> bool:
     """Whether kept weights are the source's, as they are unless the report says that its method updates them."""
     summary = report.get("summary")

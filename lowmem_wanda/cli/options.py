@@ -101,8 +101,11 @@ def whole(text: str) -> int:
 
 
 def rate(text: str) -> int:
-    """The amount in a second of a rate such as "3GB/s", "80T" or "80 TFLOPS", for argparse."""
-    return size(re.sub(r"(flops?)?(/s)?$", "", text.strip(), flags=re.I).strip())
+    """The amount in a second of a rate such as "3GB/s", "80T" or "80 TFLOPS", for argparse; it has a prefix."""
+    amount = re.sub(r"(flops?)?(/s)?$", "", text.strip(), flags=re.I).strip()
+    if not re.fullmatch(r"[0-9.]+ ?[kmgtp]i?b?", amount, flags=re.I) or not (found := size(amount)):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a rate above 0 such as 80T or 3GB/s")
+    return found
 
 
 def size(text: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowmem_wanda import METHODS, ORDERS
+from lowmem_wanda import ALLOCATIONS, METHODS, ORDERS, QUALITIES, RECOVERIES, REFINEMENTS, UPDATES
 from lowmem_wanda.cli.options import (
     MACHINE,
     add_calibration,
@@ -15,6 +15,7 @@ from lowmem_wanda.cli.options import (
     add_selection,
     add_source,
     machine,
+    positive,
     rate,
     taken,
 )
@@ -25,8 +26,10 @@ from lowmem_wanda.cli.shrink import show_outline
 from lowmem_wanda.cli.terminal import Bar, add_peaks, calibration_text, duration, number, pairs, shown, size
 from lowmem_wanda.errors import OutputError, PatternError
 
-PRUNING = ("method", "pattern", "group", "text", "sequences", "length", "seed", "statistics", "include", "exclude",
-           "norms", "imatrix", "zeros")  # fmt: skip
+PRUNING = (
+    "method", "refine", "update", "variant", "quality", "recover", "recover_steps", "allocation", "pattern", "group",
+    "text", "sequences", "length", "seed", "statistics", "include", "exclude", "norms", "imatrix", "zeros",
+)  # fmt: skip
 ABSENT = ("vram", "ram", "flops", "disk")  # of a machine that is not here
 
 
@@ -50,7 +53,20 @@ def add_pruning(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--pattern", default="2:4", help="N:M to keep N of each M inputs (2:4, 4:8), or a share to prune (0.5, "
         "60%%) (default: 2:4)")  # fmt: skip
-    add("--method", default="wanda", choices=METHODS, help="how weights are scored (default: wanda)")
+    add("--method", default="wanda", choices=METHODS, help="how weights are scored, or solved for (default: wanda)")
+    add("--refine", default="none", choices=REFINEMENTS, help="improve the mask by swaps that lower the output's error "
+        "(default: none)")  # fmt: skip
+    add("--update", default="none", choices=UPDATES, help="fit kept weights to the dense outputs by least "
+        "squares (default: none)")  # fmt: skip
+    add("--recover", choices=RECOVERIES, help="train what is kept of each pruned block, or its norms alone, towards "
+        "what the dense block put out (default: none)")  # fmt: skip
+    add("--recover-steps", type=positive, default=200, metavar="N", help="the most steps for a block (default: 200)")
+    add("--quality", choices=QUALITIES, help="choose for me: fast is wanda, good is alps, best is alps with --recover "
+        "block")  # fmt: skip
+    add("--allocation", default="uniform", choices=ALLOCATIONS, help="how a share is divided among blocks: evenly, "
+        "by their outliers (owl), rising (atp) (default: uniform)")  # fmt: skip
+    add("--variant", action="store_true", help="with wanda, prune each row up to a share of its scores, as a variant "
+        "in the paper's code")  # fmt: skip
     add("--group", choices=("row", "matrix"),
         help="what is compared for a share (default: row for wanda, matrix for magnitude)")  # fmt: skip
     add("--norms", metavar="FILE", help="importance matrix of the dense model (.gguf, .dat), whose norms replace "
@@ -140,6 +156,7 @@ def _require_defaults(arguments: argparse.Namespace) -> None:
 def about(facts: Mapping[str, Any]) -> str:
     """The lines before the work: what is pruned and how, on which device, with which text."""
     line = f"{facts['source']}: {facts['blocks']} blocks, {facts['method']} {facts['pattern']}, on {facts['device']}"
+    line += "".join(f"\nwith {also}" for also in facts["also"])
     if calibration := facts["calibration"]:
         shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"
         line += f"\ncalibration: {shape} from {', '.join(calibration['text'])}"
@@ -175,6 +192,11 @@ def closing(report: Mapping[str, Any], target: str) -> Any:
     summary, arguments = report["summary"], report["arguments"]
     table = pairs(f"pruned: {target}")
     table.add_row("method", f"{arguments['method']} {arguments['pattern']}, compared per {summary['compared_per']}")
+    for also in summary.get("also", ()):
+        table.add_row("", also)
+    if trained := [block["recovered"] for block in report["blocks"] if "recovered" in block]:
+        before, after = (sum(record[key] for record in trained) / len(trained) for key in ("before", "after"))
+        table.add_row("recovered", f"error of a block {before:.2%} before, {after:.2%} after, on held-out sequences")
     table.add_row("calibration", calibration_text(report["calibration"]))
     table.add_row(
         "pruned",
@@ -215,7 +237,7 @@ def expected(seconds: float | None) -> str:
 def time_text(plan: Any) -> str:
     """How long a pruning will take, and by which rates."""
     if plan.seconds is None:
-        return "give that machine's rates: --disk 3GB/s" + (" --flops 80T" if plan.flops else "")
+        return "give that machine's rates: --disk 3GB/s" + (" and --flops 80T" if plan.flops else "")
     rates, known = plan.rates, []
     if "flops" in rates:
         known.append(f"products {rates['flops'] / 1e12:.3g} TFLOP/s")

@@ -8,8 +8,10 @@ import torch
 
 from lowmem_wanda.errors import ModelError, NumberError
 from lowmem_wanda.llamacpp.collect import InputSums
+from lowmem_wanda.pruning.demand import trained_parts
 from lowmem_wanda.pruning.job import PruneJob
 from lowmem_wanda.pruning.passes import Passes
+from lowmem_wanda.pruning.recover import recover
 from lowmem_wanda.sparsity.gram import Gram
 from lowmem_wanda.sparsity.masks import prune_lowest, sign_zeros, survey
 from lowmem_wanda.sparsity.methods.method import Method
@@ -18,7 +20,7 @@ from lowmem_wanda.sparsity.selection import Score
 from lowmem_wanda.streaming.decoder import Block
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.placement import Placement
-from lowmem_wanda.streaming.resources import Clock
+from lowmem_wanda.streaming.resources import Clock, add_seconds
 from lowmem_wanda.streaming.walk import MicroBatches, advance
 
 SAMPLE = 1 << 16  # weights of a matrix whose scores are sampled for the report
@@ -27,18 +29,27 @@ TINY = float(np.finfo(np.float64).tiny)
 
 
 def prune_block(
-    job: PruneJob, block: Block, states: MicroBatches, placement: Placement, moves_on: bool, sums: InputSums
+    job: PruneJob,
+    block: Block,
+    states: MicroBatches,
+    placement: Placement,
+    moves_on: bool,
+    sums: InputSums,
+    targets: MicroBatches | None = None,
 ) -> dict[str, Any]:
     """Prunes the job's matrices of a block in place; gives the record of the block.
 
-    If it `moves_on`, the hidden states are replaced by the block's output while `sums` listens.
+    If it `moves_on`, the hidden states are replaced by the block's output while `sums` listens. With `targets`, memory
+    for what the dense block puts out, the pruned block is trained towards that before.
     """
+    if targets is not None:
+        return _recovered(job, block, states, placement, moves_on, sums, targets)
     names = {matrix.name for matrix in job.selected[block.index]}
     matrices = [matrix for matrix in block.matrices if matrix.name in names]
     linears: dict[str, Any] = {}
 
     def prune(matrix: Matrix, inputs: Any) -> None:
-        linears[matrix.name] = prune_matrix(job, block.weight(matrix), matrix, inputs, placement.chunk)
+        linears[matrix.name] = prune_matrix(job, block, matrix, inputs, placement.chunk)
 
     if job.measures and job.method.statistic is not None:
         passes = Passes(block, states, job.method.statistic, matrices, prune, sums, placement.apart)
@@ -52,6 +63,35 @@ def prune_block(
     return {"linears": linears, "passes": float(moves_on), "parts": clock.seconds() | moved}
 
 
+def _recovered(
+    job: PruneJob,
+    block: Block,
+    states: MicroBatches,
+    placement: Placement,
+    moves_on: bool,
+    sums: InputSums,
+    targets: MicroBatches,
+) -> dict[str, Any]:
+    """Prunes a block, and trains it towards what it put out before; gives the record of the block."""
+    clock = Clock(block.device)
+    with clock.part("target"):
+        for micro_batch, target in zip(states, targets, strict=True):
+            target.copy_(block(micro_batch))
+    record = prune_block(job, block, states, placement, False, sums)
+    with clock.part("recover"):
+        parts = trained_parts(job, block.index)
+        trained = parts if placement.trained_apart else [[name for part in parts for name in part]]
+        record["recovered"] = recover(block, states, targets, trained, job.recover_steps)
+    for matrix in job.selected[block.index]:
+        weight, linear = block.weight(matrix), record["linears"][matrix.name]
+        linear["zeros"], linear["holds"] = survey(weight, job.pattern_in(block.index), placement.chunk)
+        linear["sparsity"] = linear["zeros"] / weight.numel()
+    moved = move_on(block, states, sums) if moves_on else {}
+    add_seconds(record["parts"], clock.seconds() | moved)
+    record["passes"] += 1 + moves_on
+    return record
+
+
 def move_on(block: Block, states: MicroBatches, sums: InputSums) -> dict[str, float]:
     """Replaces the hidden states by the block's output while `sums` listens; gives the seconds by part."""
     clock = Clock(block.device)
@@ -60,28 +100,29 @@ def move_on(block: Block, states: MicroBatches, sums: InputSums) -> dict[str, fl
     return clock.seconds()
 
 
-def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: Any, chunk: int) -> dict[str, Any]:
-    """Prunes a matrix's weight (rows, columns) in place; gives the record of the matrix.
+def prune_matrix(job: PruneJob, block: Block, matrix: Matrix, inputs: Any, chunk: int) -> dict[str, Any]:
+    """Prunes a matrix of a block in place; gives the record of the matrix.
 
     Raises NumberError for scores that are not numbers, ModelError where the pattern does not hold afterwards.
     """
     start, method = time.perf_counter(), job.method
+    weight, pattern = block.weight(matrix), job.pattern_in(block.index)
     dense = weight.clone() if method.compares_dense else None
     try:
         scores = method.scores(weight, inputs)
         sample = Sample(scores, *weight.shape)
         if method.solve is None:
-            zeros, holds = prune_lowest(weight, scores, job.pattern, chunk)
-        notes = _change(method, weight, dense, inputs, job.pattern) if dense is not None else {}
+            zeros, holds = prune_lowest(weight, scores, pattern, chunk)
+        notes = _change(method, weight, dense, inputs, pattern) if dense is not None else {}
         if dense is not None:
-            zeros, holds = survey(weight, job.pattern, chunk)
+            zeros, holds = survey(weight, pattern, chunk)
     except NumberError as error:
         raise type(error)(f"tensor {matrix.name}: {error}") from None
     if not holds:
         move = f"the update of method {method} must leave pruned weights zero"
         move = "report this bug" if method.keeps_bits else move
         found = f"{zeros} zeros of {weight.numel()}"
-        raise ModelError(f"tensor {matrix.name}: does not hold {job.pattern} after pruning ({found}); {move}")
+        raise ModelError(f"tensor {matrix.name}: does not hold {pattern} after pruning ({found}); {move}")
     spread, filled = sample.spread(weight), {}
     if job.zeros == "signed-tiny":
         count, tiny = sign_zeros(weight, job.seed, matrix.name)
@@ -89,7 +130,7 @@ def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: An
     return {
         "shape": list(weight.shape),
         "transposed": matrix.transposed,
-        "pattern": str(job.pattern),
+        "pattern": str(pattern),
         "holds": holds,
         "zeros": 0 if filled else zeros,
         **filled,
@@ -100,9 +141,7 @@ def prune_matrix(job: PruneJob, weight: torch.Tensor, matrix: Matrix, inputs: An
     }
 
 
-def _change(
-    method: Method, weight: torch.Tensor, dense: torch.Tensor, inputs: Any, pattern: Pattern
-) -> dict[str, Any]:
+def _change(method: Method, weight: torch.Tensor, dense: torch.Tensor, inputs: Any, pattern: Pattern) -> dict[str, Any]:
     """Has the method's parts change a weight (rows, columns) in place; gives their notes for the record.
 
     Raises NumberError where they leave what is no number.

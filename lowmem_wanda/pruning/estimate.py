@@ -90,6 +90,8 @@ def absent_machine(
             raise BudgetError("--flops and --disk are of a machine that is not here: give its --ram, or --vram, too")
         return Absent()
     free = free_memory(torch.device("cpu")) if ram is None else size_of("ram", ram)
+    if 0 in rates:
+        raise BudgetError("--flops and --disk are what a machine does in a second; give more than 0")
     return Absent((free or 0, size_of("vram", vram) or 0), *rates)
 
 

@@ -1,7 +1,6 @@
 """A pruning that is ready to start: everything that is chosen and checked before a weight is read."""
 
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,28 +11,30 @@ import torch
 from lowmem_wanda.checkpoint.checksum import sha256_of
 from lowmem_wanda.checkpoint.companions import Companions, companions
 from lowmem_wanda.checkpoint.directory import fingerprint
-from lowmem_wanda.checkpoint.reader import ITEMSIZE
-from lowmem_wanda.data.calibration import Calibration, calibrate, name_list, require_counts
-from lowmem_wanda.errors import CalibrationError, PatternError
-from lowmem_wanda.llamacpp.names import gguf_names
+from lowmem_wanda.data.calibration import Calibration, name_list
 from lowmem_wanda.llamacpp.norms import Norms, load_norms
-from lowmem_wanda.pruning import ORDERS
-from lowmem_wanda.pruning.passes import require_greenlet
-from lowmem_wanda.sparsity import GROUPS
-from lowmem_wanda.sparsity.methods.known import find_method
+from lowmem_wanda.pruning.allocate import progression
+from lowmem_wanda.pruning.choices import (
+    choose_calibration,
+    choose_matrices,
+    choose_method,
+    choose_names,
+    choose_pattern,
+    require_no_doubles,
+    require_options,
+    require_use_of_norms,
+)
+from lowmem_wanda.pruning.demand import demand
 from lowmem_wanda.sparsity.methods.method import Method
-from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
-from lowmem_wanda.sparsity.selection import SCORE_BYTES, suitable_chunk
-from lowmem_wanda.sparsity.statistics import SquaredNorm
+from lowmem_wanda.sparsity.patterns import Pattern, Unstructured
 from lowmem_wanda.streaming.machine import ANY, Machine
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
 from lowmem_wanda.streaming.placement import Workload
-from lowmem_wanda.streaming.walk import require_chain
 
-ZEROS = ("exact", "signed-tiny")
+STEPS = 200  # of a block's recovery
 FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "text", "statistics", "dtype", "batch",
-         "device", "trust_remote_code", "calibration", "length")  # fmt: skip
+         "device", "trust_remote_code", "calibration", "length", "recover", "recover_steps", "allocation")  # fmt: skip
 LABELS = {
     "source_sha256": "--verify-source",
     "norms_sha256": "--norms sha256",
@@ -66,11 +67,31 @@ class PruneJob:
     names: Mapping[str, str]
     zeros: str
     verify_source: bool
+    recover: str = "none"
+    recover_steps: int = STEPS
+    allocation: str = "uniform"
+    shares: tuple[float, ...] | None = None
 
     @property
     def measures(self) -> bool:
         """Whether matrices are measured on the calibration before they are pruned."""
         return self.calibration is not None and self.norms is None and self.method.statistic is not None
+
+    @property
+    def recovers(self) -> bool:
+        """Whether pruned blocks are trained."""
+        return self.recover != "none"
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the weights that are not pruned keep their bits."""
+        return self.method.keeps_bits and not self.recovers
+
+    def pattern_in(self, block: int) -> Pattern:
+        """The pattern of the matrices in a block."""
+        if self.shares is None or not isinstance(self.pattern, Unstructured):
+            return self.pattern
+        return replace(self.pattern, sparsity=self.shares[block])
 
     @property
     def moved_on_dense(self) -> bool:
@@ -90,39 +111,7 @@ class PruneJob:
     @cached_property
     def workload(self) -> Workload:
         """What goes through the model, and the memory that this takes."""
-        sequences, length = self.calibration.tokens.shape if self.calibration else (0, 0)
-        matrices = [matrix for block in self.selected for matrix in block]
-        tensors = self.model.checkpoint.tensors
-        statistic = self.method.statistic if self.measures else None
-        sums = [[statistic.nbytes(columns) for columns in block] for block in self._inputs] if statistic else [[0]]
-        together, one = max(map(sum, sums)), max(max(block, default=0) for block in sums)
-        return Workload(
-            (self.model,),
-            sequences,
-            length,
-            statistics=one if self.statistics == "sequential" else together,
-            statistics_apart=one if self.statistics == "block" else 0,
-            workspace=max(self.method.workspace(*one.shape, ITEMSIZE[tensors[one.tensor].dtype]) for one in matrices),
-            chunk=suitable_chunk(self.model.device),
-            score_bytes=SCORE_BYTES,
-            holds_micro_batches=self.statistics == "sequential" and self.measures,
-        )
-
-    @cached_property
-    def _inputs(self) -> list[list[int]]:
-        """The numbers of columns of the distinct inputs of each block's matrices.
-
-        Where a statistic is small, each matrix counts as if it had inputs of its own, which need not be known.
-        """
-        if self.method.statistic is SquaredNorm or self.calibration is None:
-            return [[matrix.shape[1] for matrix in block] for block in self.selected]
-        traces = require_chain(self.model, self.calibration.tokens)
-        names = [{matrix.name for matrix in block} for block in self.selected]
-        shared = [
-            {one.inputs: one.shape[1] for one in traces[index].matrices if one.name in names[index]}
-            for index in range(self.model.depth)
-        ]
-        return [list(columns.values()) for columns in shared]
+        return demand(self)
 
     @property
     def recorded_on(self) -> str:
@@ -131,8 +120,11 @@ class PruneJob:
         device = describe_device(self.model.device)
         return f"{text} {shape} {self.model.dtype_name} {self.moved_on_dense} {device}"
 
-    def arguments(self, batch: int) -> dict[str, Any]:
-        """All that can change a bit of the result, as it stands in job.json, for `batch` sequences at a time."""
+    def arguments(self, batch: int, trained_apart: bool = False) -> dict[str, Any]:
+        """All that can change a bit of the result, as it stands in job.json.
+
+        `batch` sequences are computed at a time, and the parts of a block are trained at once or `trained_apart`.
+        """
         source, running_on = self.model.checkpoint, versions()
         return {
             "source_fingerprint": fingerprint(source),
@@ -146,7 +138,13 @@ class PruneJob:
             "exclude": list(self.exclude),
             **({"norms_sha256": self.norms.sha256} if self.norms else {}),
             **({"zeros": self.zeros, "seed": self.seed} if self.zeros != "exact" else {}),
+            **({"allocation": self.allocation} if self.allocation != "uniform" else {}),
             **self._measured_on(batch),
+            **(
+                {"recover": self.recover, "recover_steps": self.recover_steps, "trained_apart": trained_apart}
+                if self.recovers
+                else {}
+            ),
             "device": describe_device(self.model.device),
             "trust_remote_code": self.model.trust_remote_code,
             "small_files": {str(file): sha256_of(source.path / file) for file in self.companions.files},
@@ -155,7 +153,7 @@ class PruneJob:
 
     def _measured_on(self, batch: int) -> dict[str, Any]:
         """The part of `arguments` that can change the result only where matrices are measured."""
-        if self.calibration is None or not self.measures:
+        if self.calibration is None or not (self.measures or self.recovers or self.allocation == "owl"):
             return {"text": []}
         return {
             "text": list(self.calibration.sources),
@@ -178,6 +176,13 @@ def prepare(
     source: str | Path | StreamedModel,
     *,
     method: str | Method = "wanda",
+    refine: str = "none",
+    update: str = "none",
+    variant: bool = False,
+    quality: str | None = None,
+    recover: str | None = None,
+    recover_steps: int = STEPS,
+    allocation: str = "uniform",
     pattern: str = "2:4",
     group: str | None = None,
     text: str | Path | Sequence[str | Path] = (),
@@ -200,25 +205,25 @@ def prepare(
     `prune`. Raises a LowmemError that says what is wrong.
     """
     text, include, exclude = map(name_list, (text, include, exclude))
-    chosen = find_method(method)
-    compared = _choose_pattern(pattern, group, chosen)
-    _require_known(statistics, zeros, sequences, length)
+    chosen, trained = choose_method(method, refine, update, variant, quality, recover)
+    compared = choose_pattern(pattern, group, chosen)
+    counts = {"--sequences": sequences, "--length": length, "--recover-steps": recover_steps}
+    require_options((chosen, trained), compared, statistics, zeros, allocation, counts)
+    needs_text = bool(imatrix) or trained != "none"
     if norms:
-        _require_use_of_norms(norms, chosen, statistics, text if not imatrix else ())
-    if statistics == "sequential" and chosen.statistic:
-        require_greenlet()
+        require_use_of_norms(norms, chosen, statistics, () if needs_text else text)
     model = source if isinstance(source, StreamedModel) else open_model(source, machine)
-    selected = _choose_matrices(model, compared, include, exclude)
+    selected = choose_matrices(model, compared, include, exclude)
     matrices = [matrix for block in selected for matrix in block]
     if zeros != "exact":
-        _require_no_doubles(model, matrices)
-    names, known = _choose_names(model, norms, imatrix), None
+        require_no_doubles(model, matrices)
+    names, known = choose_names(model, norms, imatrix), None
     if norms:
         known = load_norms(str(norms), names, {matrix.name: matrix.shape[1] for matrix in matrices})
-    if not imatrix and (known or chosen.statistic is None):
+    if not needs_text and (known or (chosen.statistic is None and allocation != "owl")):
         calibration = None  # nothing is measured
     elif calibration is None:
-        calibration = _choose_calibration(model, text, sequences, length, seed)
+        calibration = choose_calibration(model, text, sequences, length, seed)
     return PruneJob(
         model=model,
         method=chosen,
@@ -234,88 +239,8 @@ def prepare(
         names=names,
         zeros=zeros,
         verify_source=verify_source,
+        recover=trained,
+        recover_steps=recover_steps,
+        allocation=allocation,
+        shares=progression(compared, selected) if allocation == "atp" else None,
     )
-
-
-def _choose_pattern(text: str, group: str | None, method: Method) -> Pattern:
-    """The pattern that a text names. A share is compared per `group`, or per the method's own group if that is None."""
-    pattern = parse(text, "row" if group in (None, method.group) else group or "row")
-    if group not in (None, method.group) and method.group not in GROUPS:
-        raise PatternError(f"--group {group}: {method} compares {method.group} of its own; leave it out")
-    own = group in (None, method.group) and isinstance(pattern, Unstructured)
-    return replace(pattern, group=method.group) if own else pattern
-
-
-def _choose_calibration(
-    model: StreamedModel, text: Sequence[str], sequences: int, length: int, seed: int
-) -> Calibration:
-    """The calibration tokens of a text, in sequences that the model has positions for."""
-    size = {"sequences": sequences, "length": model.window(length), "seed": seed}
-    return calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, render=model.render, **size)
-
-
-def _choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:
-    """llama.cpp's names of the matrices; {} where there are neither norms nor an importance matrix."""
-    weights = [matrix.name for matrix in model.skeleton.all_matrices]
-    return gguf_names(weights, "--norms" if norms else "--imatrix") if norms or imatrix else {}
-
-
-def _choose_matrices(
-    model: StreamedModel, pattern: Pattern, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[tuple[Matrix, ...], ...]:
-    """The matrices to prune, block by block.
-
-    Raises PatternError for a glob that matches no matrix, or a matrix that the pattern does not fit.
-    """
-    blocks = model.skeleton.matrices
-    names = {matrix.name for matrix in model.skeleton.all_matrices}
-
-    def matches(name: str, globs: Sequence[str]) -> bool:
-        return any(
-            fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.removesuffix(".weight"), glob) for glob in globs
-        )
-
-    for flag, globs in (("--include", include), ("--exclude", exclude)):
-        for glob in globs:
-            if not any(matches(name, [glob]) for name in names):
-                raise PatternError(f"{flag} {glob!r} matches no prunable tensor; they are named as {min(names)}")
-    selected = tuple(
-        tuple(one for one in block if (not include or matches(one.name, include)) and not matches(one.name, exclude))
-        for block in blocks
-    )
-    if not any(selected):
-        raise PatternError("--include and --exclude leave nothing to prune; widen them")
-    for matrix in (matrix for block in selected for matrix in block):
-        pattern.require_shape(matrix.name, *matrix.shape)
-    return selected
-
-
-def _require_known(statistics: str, zeros: str, sequences: int, length: int) -> None:
-    """Raises PatternError for an unknown word, CalibrationError for a number below 1."""
-    for flag, word, known in (("--statistics", statistics, ORDERS), ("--zeros", zeros, ZEROS)):
-        if word not in known:
-            raise PatternError(f"{flag} {word}: give one of {', '.join(known)}")
-    require_counts({"--sequences": sequences, "--length": length})
-
-
-def _require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:
-    """Raises CalibrationError for flags that --norms makes useless, and for a method that measures more than norms."""
-    useless = {
-        f"--method {method}": method.statistic is None,
-        f"--statistics {statistics}": statistics != "block",
-        f"--text {' '.join(text)}": bool(text),
-    }
-    for flag, there in useless.items():
-        if there:
-            raise CalibrationError(f"--norms {norms}: nothing is measured, {flag} has no use; leave one of them out")
-    if method.statistic is not SquaredNorm:
-        raise CalibrationError(f"--norms {norms}: method {method} measures more than norms; give it calibration text")
-
-
-def _require_no_doubles(model: StreamedModel, matrices: Iterable[Matrix]) -> None:
-    """Raises PatternError for a float64 matrix, whose smallest number a GGUF cannot hold."""
-    for matrix in matrices:
-        if model.checkpoint.tensors[matrix.tensor].dtype == "F64":
-            raise PatternError(
-                f"--zeros signed-tiny: tensor {matrix.name} is float64, whose smallest number is 0 in any GGUF"
-            )

@@ -32,10 +32,10 @@ class Passes:
     """One block and the micro-batches that pass through it. `run` calls `prune` once for each of `matrices`.
 
     Matrices of the same inputs share a statistic (4 for the 7 matrices of a Llama block). A pass ends at the last
-    inputs that are measured, unless the hidden states move on. With `apart` one statistic is held at a time. `sums` listens to the block that moves them on: the
-    pruned block, or in the dense order the dense one. After `run`, `count` is the computing in matrices, in units of
-    one pass of all sequences through the whole block, and `clock` has the seconds of the parts measure, prune and
-    onward.
+    inputs that are measured, unless the hidden states move on. With `apart` one statistic is held at a time. `sums`
+    listens to the block that moves them on: the pruned block, or in the dense order the dense one. After `run`, `count`
+    is the computing in matrices, in units of one pass of all sequences through the whole block, and `clock` has the
+    seconds of the parts measure, prune and onward.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from pathlib import Path
 from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
 from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
-from lowmem_wanda.pruning.job import PruneJob, prepare
+from lowmem_wanda.pruning.job import STEPS, PruneJob, prepare
 from lowmem_wanda.pruning.report import started
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.streaming.machine import Machine
@@ -44,6 +44,13 @@ def plan(
     *,
     pattern: str = "2:4",
     method: str | Method = "wanda",
+    refine: str = "none",
+    update: str = "none",
+    variant: bool = False,
+    quality: str | None = None,
+    recover: str | None = None,
+    recover_steps: int = STEPS,
+    allocation: str = "uniform",
     group: str | None = None,
     norms: str | Path | None = None,
     imatrix: str | Path | None = None,
@@ -79,7 +86,16 @@ def plan(
     Args:
         source: the folder of a Hugging Face safetensors checkpoint.
         pattern: "N:M" to keep N of each M inputs, or a share to prune such as "50%" or "0.5" (default: "2:4").
-        method: "wanda" (default), "magnitude", or a `Method` of your own.
+        method: "wanda" (default), "magnitude", "ria", "sparsegpt", "alps", or a `Method` of your own.
+        refine: "swaps" to improve the mask by swaps that lower the output's error (default: "none").
+        update: "lsq" to fit kept weights to the dense outputs by least squares (default: "none").
+        variant: whether Wanda prunes each row up to a share of its scores, as a variant in the paper's code
+            (default: False).
+        quality: "fast" for wanda, "good" for alps, "best" for alps with `recover` "block" (default: `method`).
+        recover: "block" to train what is kept of each pruned block towards what the dense block put out, "norms" to
+            train its vectors alone (default: "none").
+        recover_steps: the most steps that a block is trained (default: 200).
+        allocation: how a share is divided among blocks: "uniform" (default), "owl" or "atp".
         group: what is compared for a share, "row" or "matrix" (default: the method's own).
         norms: an importance matrix of the dense model (.gguf, .dat), whose norms replace a calibration (default: none).
         imatrix: a new file that the pruned model's importance matrix is written to (default: none).
@@ -126,11 +142,17 @@ def plan(
     absent = absent_machine(vram, ram, flops, disk)
     if absent.memory[1] and not device.startswith(("auto", "cuda")):
         raise BudgetError(f"--vram is of a GPU, and --device {device} is none; leave one of them out")
+    if absent.memory[1] == 0 and (device.startswith("cuda") or max_vram is not None):
+        raise BudgetError(
+            "a machine with --ram alone has no GPU: give its --vram too, or leave --device, --max-vram out"
+        )
     machine = Machine.of(
         device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held, free=absent.memory
     )
     job = prepare(
-        source, method=method, pattern=pattern, group=group, text=text, sequences=sequences, length=length, seed=seed,
+        source, method=method, refine=refine, update=update, variant=variant, quality=quality, recover=recover,
+        recover_steps=recover_steps, allocation=allocation, pattern=pattern, group=group, text=text,
+        sequences=sequences, length=length, seed=seed,
         statistics=statistics, include=include, exclude=exclude, norms=norms, imatrix=imatrix, zeros=zeros,
         machine=machine,
     )  # fmt: skip
@@ -143,15 +165,15 @@ def plan(
     return found if rates is None else replace(found, seconds=estimate(job, found, rates), rates=rates.finite())
 
 
-def predict(job: PruneJob, batch: int | None = None) -> Plan:
-    """The plan of a job. `batch` is the number of sequences at a time, if a resumed job has settled it.
+def predict(job: PruneJob, batch: int | None = None, trained_apart: bool | None = None) -> Plan:
+    """The plan of a job. `batch` and `trained_apart` are as in `choose`, if a resumed job has settled them.
 
     Raises BudgetError where no placement keeps --max-ram and --max-vram.
     """
     model, work = job.model, job.workload
     checkpoint = model.checkpoint
     blocks = [sum(tensor.nbytes for tensor in model.block_tensors(index)) for index in range(model.depth)]
-    placement, need = choose(work, batch)
+    placement, need = choose(work, batch, trained_apart)
     small = sum((checkpoint.path / file).stat().st_size for file in job.companions.files)
     return Plan(
         parameters=sum(tensor.numel for tensor in checkpoint.tensors.values()),

@@ -1,12 +1,8 @@
 """`prune`: a job is begun or resumed, walked through its blocks, and published."""
 
-import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from lowmem_wanda.checkpoint.output import (
     Output,
@@ -17,25 +13,18 @@ from lowmem_wanda.checkpoint.output import (
     require_target,
     shard_names,
 )
-from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
-from lowmem_wanda.checkpoint.writer import require_new, write_shard
-from lowmem_wanda.data.calibration import in_batches
-from lowmem_wanda.llamacpp.collect import InputSums, splits
+from lowmem_wanda.checkpoint.writer import require_new
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
-from lowmem_wanda.llamacpp.store import Store
-from lowmem_wanda.pruning.block import move_on, prune_block
+from lowmem_wanda.pruning.allocate import owl_shares
 from lowmem_wanda.pruning.estimate import seconds_here
-from lowmem_wanda.pruning.job import PruneJob, label, prepare
+from lowmem_wanda.pruning.job import STEPS, PruneJob, label, prepare
 from lowmem_wanda.pruning.plan import predict
 from lowmem_wanda.pruning.publish import publish, verified
 from lowmem_wanda.pruning.report import PruneReport, build, started
+from lowmem_wanda.pruning.walk import PruningWalk
 from lowmem_wanda.sparsity.methods.method import Method
-from lowmem_wanda.streaming.buffers import Slot, Write, raw
-from lowmem_wanda.streaming.decoder import Block
 from lowmem_wanda.streaming.machine import Machine
-from lowmem_wanda.streaming.placement import Placement
-from lowmem_wanda.streaming.resources import add_seconds, anonymous
-from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, ignore, require_chain, streamed
+from lowmem_wanda.streaming.walk import Notify, ignore, require_chain, streamed
 
 
 def prune(
@@ -44,6 +33,13 @@ def prune(
     *,
     pattern: str = "2:4",
     method: str | Method = "wanda",
+    refine: str = "none",
+    update: str = "none",
+    variant: bool = False,
+    quality: str | None = None,
+    recover: str | None = None,
+    recover_steps: int = STEPS,
+    allocation: str = "uniform",
     group: str | None = None,
     norms: str | Path | None = None,
     imatrix: str | Path | None = None,
@@ -80,7 +76,16 @@ def prune(
         source: the folder of a Hugging Face safetensors checkpoint.
         target: a new folder, or the folder of an interrupted run of the same job.
         pattern: "N:M" to keep N of each M inputs, or a share to prune such as "50%" or "0.5" (default: "2:4").
-        method: "wanda" (default), "magnitude", or a `Method` of your own.
+        method: "wanda" (default), "magnitude", "ria", "sparsegpt", "alps", or a `Method` of your own.
+        refine: "swaps" to improve the mask by swaps that lower the output's error (default: "none").
+        update: "lsq" to fit kept weights to the dense outputs by least squares (default: "none").
+        variant: whether Wanda prunes each row up to a share of its scores, as a variant in the paper's code
+            (default: False).
+        quality: "fast" for wanda, "good" for alps, "best" for alps with `recover` "block" (default: `method`).
+        recover: "block" to train what is kept of each pruned block towards what the dense block put out, "norms" to
+            train its vectors alone (default: "none").
+        recover_steps: the most steps that a block is trained (default: 200).
+        allocation: how a share is divided among blocks: "uniform" (default), "owl" or "atp".
         group: what is compared for a share, "row" or "matrix" (default: the method's own).
         norms: an importance matrix of the dense model (.gguf, .dat), whose norms replace a calibration (default: none).
         imatrix: a new file that the pruned model's importance matrix is written to (default: none).
@@ -134,7 +139,9 @@ def prune(
         require_matrix_target(imatrix, "--imatrix", Path(source), Path(target))
     machine = Machine.of(device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held)
     job = prepare(
-        source, method=method, pattern=pattern, group=group, text=text, sequences=sequences, length=length, seed=seed,
+        source, method=method, refine=refine, update=update, variant=variant, quality=quality, recover=recover,
+        recover_steps=recover_steps, allocation=allocation, pattern=pattern, group=group, text=text,
+        sequences=sequences, length=length, seed=seed,
         statistics=statistics, include=include, exclude=exclude, norms=norms, imatrix=imatrix, zeros=zeros,
         verify_source=verify_source, machine=machine,
     )  # fmt: skip
@@ -153,16 +160,17 @@ def run(
     `require_target` must have passed the target. Shards are written first, then the small files, the index, the
     importance matrix, the report, and config.json last. The time is estimated where `on_start` is given.
     """
-    before = begun(target).get("batch") if job.batch is None else job.batch
-    before = before if isinstance(before, int) else None
+    before, apart = _settled(job, target)
     told, resumed = on_start or ignore, bool(begun(target))
     if finished(target):
         told({**started(job), "resumed": resumed, "seconds": None})
         with exclusive(target):
-            return verified(job, Output(target, job.arguments(before or 0), label))
+            return verified(job, Output(target, job.arguments(before or 0, bool(apart)), label))
     if job.imatrix and not resumed:
         require_new(job.imatrix)
-    plan = predict(job, before)  # before the time is estimated, which takes memory that products take later anyway
+    plan = predict(
+        job, before, apart
+    )  # before the time is estimated, which takes memory that products take later anyway
     expected = seconds_here(job, plan, target) if on_start and not resumed else None
     told({**started(job), "resumed": resumed, "seconds": expected})
     if not target.exists():
@@ -170,9 +178,11 @@ def run(
         if job.calibration:
             require_chain(job.model, job.calibration.tokens)
     with exclusive(target):
-        output = Output(target, job.arguments(plan.layout.batch), label)
+        output = Output(target, job.arguments(plan.layout.batch, plan.layout.trained_apart), label)
         output.begin(plan.disk, shard_names(job.model.depth))
-        walk = _Walk(job, output, plan.layout, on_block)
+        if job.allocation == "owl":
+            job = replace(job, shares=owl_shares(job, plan.layout, target))
+        walk = PruningWalk(job, output, plan.layout, on_block)
         with streamed(job.model, batches=walk.batches, placement=plan.layout, folder=target) as stream:
             walk.through(stream)
             timing = {**stream.timing(), "expected": expected}
@@ -182,87 +192,8 @@ def run(
     return report
 
 
-class _Walk:
-    """One walk through the blocks: finished ones are replayed from the output directory, the others are pruned."""
-
-    def __init__(self, job: PruneJob, output: Output, placement: Placement, on_block: Notify) -> None:
-        self.job, self.output, self.placement, self.on_block = job, output, placement, on_block
-        self.shared, *self.shards = shard_names(job.model.depth)
-        self.unfinished = [index for index, shard in enumerate(self.shards) if shard not in output.finished]
-        self.store = Store(output.path, f"{job.recorded_on} batch {placement.batch}")
-        unrecorded = [index for index in range(job.model.depth) if job.imatrix and not self.store.has(index)]
-        if job.imatrix and unrecorded:
-            require_new(job.imatrix)
-        # hidden states pass all blocks up to the last one that needs them; without them finished blocks are left out
-        last = max([*self.unfinished, *unrecorded], default=-1)
-        self.walked = list(range(last + 1)) if job.calibration else self.unfinished
-        self.batches = in_batches(job.calibration.tokens, placement.batch) if job.calibration else []
-        self.spent: dict[str, float] = {}
-        self.last = time.perf_counter()  # when the last shard was written
-
-    def through(self, stream: Stream) -> None:
-        """Writes all shards that are missing."""
-        self.spent = stream.spent
-        if self.shared not in self.output.finished:
-            stream.submit(self.write_shared)
-        if self.walked:
-            stream.walk(self.step, indices=self.walked, source=self.source)
-
-    def source(self, index: int) -> list[Tensor]:
-        """The tensors that a block is read from.
-
-        A finished block is read from its shard, except in the dense order, where the source's block moved the hidden
-        states on.
-        """
-        if index in self.unfinished or self.job.moved_on_dense:
-            return self.job.model.block_tensors(index)
-        return list(read_header(self.output.path / self.shards[index]).values())
-
-    def step(self, block: Block, states: MicroBatches) -> Write | None:
-        """Prunes a block or replays a finished one, and moves the hidden states on; gives what writes the shard."""
-        is_open = block.index in self.unfinished
-        is_last = block.index == self.walked[-1]
-        has_hidden_states = bool(states)
-        wants_sums = self.job.imatrix is not None and (is_open or not self.store.has(block.index))
-        sums = InputSums(block, on=wants_sums, split=splits(self.job.model, self.job.names) if wants_sums else ())
-        moves_on = has_hidden_states and (wants_sums or not is_last)
-        if is_open:
-            record = {"index": block.index, **prune_block(self.job, block, states, self.placement, moves_on, sums)}
-        else:
-            record = {"parts": move_on(block, states, sums) if moves_on else {}}
-        if wants_sums:
-            self.store.put(block.index, sums.entries())
-        add_seconds(self.spent, record["parts"])
-        return partial(self.write_block, record) if is_open else None
-
-    def write_shared(self) -> None:
-        """Writes the first shard, a copy of everything outside the blocks."""
-        outside = self.job.model.outside
-        start = time.perf_counter()
-        used = set(self.job.model.skeleton.names.values())
-        shard = write_shard(self.output.path / self.shared, [(tensor, None) for tensor in outside], finite=used)
-        add_seconds(self.spent, {"copy": time.perf_counter() - start})
-        names = [tensor.name for tensor in outside]
-        self.output.add(self.shared, {"nbytes": shard.nbytes, **shard.checksum, "tensors": names})
-
-    def write_block(self, record: dict[str, Any], slot: Slot) -> None:
-        """Writes a block's shard; runs in the writing thread."""
-        name = self.shards[record["index"]]
-        tensors = self.job.model.block_tensors(record["index"])
-        pruned = {matrix.tensor for matrix in self.job.selected[record["index"]]}  # whose scores are known to be finite
-        pieces = [(tensor, _pieces(slot.stored[tensor.name])) for tensor in tensors]
-        with slot.clocked("write"):
-            shard = write_shard(self.output.path / name, pieces, finite={tensor.name for tensor in tensors} - pruned)
-        record["parts"] |= slot.seconds
-        now = time.perf_counter()
-        record |= {"nbytes": shard.nbytes, **shard.checksum, "host_bytes": anonymous()}
-        record["seconds"], self.last = now - self.last, now
-        self.output.add(name, record)
-        self.on_block(dict(record))
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Yields a host tensor's bytes without a copy, 16 MiB at a time."""
-    flat = raw(tensor)
-    for start in range(0, len(flat), PIECE):
-        yield flat[start : start + PIECE].data
+def _settled(job: PruneJob, target: Path) -> tuple[int | None, bool | None]:
+    """What a job in the target began with, if there is one: the number of sequences at a time, and training apart."""
+    began = begun(target)
+    batch, apart = began.get("batch") if job.batch is None else job.batch, began.get("trained_apart")
+    return batch if isinstance(batch, int) else None, apart if isinstance(apart, bool) else None

@@ -37,7 +37,11 @@ class ScoreRecord(TypedDict):
 
 
 class LinearRecord(TypedDict, total=False):
-    """What was done to one matrix. `filled` weights have the magnitude `tiny` instead of zero."""
+    """What was done to one matrix. `filled` weights have the magnitude `tiny` instead of zero.
+
+    Where X^T X is known, `error` is the share of the squares of the dense output that the matrix loses. What solvers
+    note are their `damping`, where it is not the usual one, and their numbers of `rounds` and `swaps`.
+    """
 
     shape: list[int]
     transposed: bool
@@ -48,7 +52,21 @@ class LinearRecord(TypedDict, total=False):
     tiny: float
     sparsity: float
     score: ScoreRecord
+    error: float
+    damping: float
+    rounds: int
+    swaps: int
+    alpha: float
     seconds: float
+
+
+class RecoveryRecord(TypedDict):
+    """How a block was trained: `steps`, its error on held-out sequences as a share of squares, and which tensors."""
+
+    steps: int
+    before: float
+    after: float
+    tensors: list[str]
 
 
 class BlockRecord(TypedDict, total=False):
@@ -57,6 +75,7 @@ class BlockRecord(TypedDict, total=False):
     shard: str
     index: int
     linears: dict[str, LinearRecord]
+    recovered: RecoveryRecord
     passes: float
     parts: dict[str, float]
     nbytes: int
@@ -75,6 +94,7 @@ class Summary(TypedDict):
     filled: int
     sparsity: float
     compared_per: str
+    also: list[str]
     keeps_bits: bool
     bytes: int
     seconds: float
@@ -134,10 +154,24 @@ def started(job: PruneJob) -> dict[str, Any]:
         "device": job.model.place,
         "method": str(job.method),
         "pattern": str(job.pattern),
+        "also": described(job),
         "calibration": calibration,
         "norms": str(job.norms) if job.norms else None,
         **left(job),  # type: ignore[typeddict-item]
     }
+
+
+def described(job: PruneJob) -> list[str]:
+    """What is done beside the method, in words."""
+    allocations = {
+        "owl": "shares of blocks by their outliers (OWL)",
+        "atp": "shares that rise from block to block (ATP)",
+    }
+    what = {"block": "its kept weights and vectors", "norms": "its vectors"}
+    found = [allocations[job.allocation]] if job.allocation in allocations else []
+    if job.recovers:
+        found.append(f"each block recovered by training {what[job.recover]}, at most {job.recover_steps} steps")
+    return found
 
 
 def left(job: PruneJob) -> Left:
@@ -208,11 +242,12 @@ def summarize(job: PruneJob, plan: "Plan", shards: Mapping[str, dict[str, Any]],
         "filled": filled,
         "sparsity": (zeros + filled) / weights,
         "compared_per": job.pattern.compared_per,
-        "keeps_bits": job.method.keeps_bits,
+        "also": described(job),
+        "keeps_bits": job.keeps_bits,
         "bytes": sum(record["nbytes"] for record in shards.values()),
         "seconds": sum(block["seconds"] for block in blocks),
         "forward_passes_per_block": sum(block["passes"] for block in blocks) / len(blocks),
-        "gives": (GIVES_TINY if filled else GIVES) + ("" if job.method.keeps_bits else MOVED),
+        "gives": (GIVES_TINY if filled else GIVES) + ("" if job.keeps_bits else MOVED),
         "gives_not": GIVES_NOT,
     }
 

@@ -49,11 +49,16 @@ def variants_of(
                 raise PatternError(f"{flag} {word}: give one of {', '.join(filter(None, known))}")
     if not sequences or min(sequences) < 1:
         raise PatternError(f"--sequences {min(sequences, default='')}: give whole numbers above 0")
+    for method in methods:
+        try:
+            find_method(method.removesuffix("+recover"))
+        except PatternError as error:
+            raise PatternError(str(error).replace("--method ", "--methods ", 1)) from None
     made = []
     for pattern, method, group, order, count, seed in product(patterns, methods, groups, orders, sequences, seeds):
-        parsed, chosen = parse(pattern), find_method(method)
+        parsed, chosen = parse(pattern), find_method(method.removesuffix("+recover"))
         compared = (group or chosen.group) if isinstance(parsed, Unstructured) else None
-        measured = (order, count, seed) if chosen.statistic else (None, None, None)
+        measured = (order, count, seed) if chosen.statistic or "+" in method else (None, None, None)
         made.append(Variant(method, str(parsed), compared, *measured))
     return tuple(dict.fromkeys(made))
 

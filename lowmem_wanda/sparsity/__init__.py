@@ -1,7 +1,7 @@
 """This room is the mathematics of pruning, from tensors to tensors; it knows neither files nor models."""
 
 # names, for code that must not import torch: of `methods.known.METHODS`, REFINEMENTS and UPDATES
-METHODS = ("wanda", "magnitude", "ria", "sparsegpt", "alps")
+METHODS = ("wanda", "wanda-variant", "magnitude", "ria", "sparsegpt", "alps")
 REFINEMENTS = ("none", "swaps")
 UPDATES = ("none", "lsq")
 GROUPS = ("row", "matrix")  # what is compared for a share; SparseGPT has its own, "columns"

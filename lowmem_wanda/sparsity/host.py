@@ -49,7 +49,7 @@ def prune_(weight: torch.Tensor, score: Score, pattern: Pattern, chunk: int) -> 
 def lowest_mask(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """The mask of the scores that the pattern prunes, bool (rows, columns); they are float32 and at least 0."""
     keys, group = scores.contiguous().numpy().view(np.uint32), pattern.groups(scores.shape[1])
-    parts, pruned = row_chunks(*keys.shape, CPU_CHUNK), np.empty(keys.shape, np.bool_)
+    parts, pruned = row_chunks(len(keys), keys.shape[1], CPU_CHUNK), np.empty(keys.shape, np.bool_)
     lowest = _selection(pattern, group, lambda: (keys[part] for part in parts), keys.size)
     for part in parts:
         pruned[part] = lowest(keys[part])

@@ -92,7 +92,7 @@ def lowest_mask(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """The mask of the scores that the pattern prunes, bool (rows, columns); they are float32 and at least 0."""
     if scores.is_cpu:
         return host.lowest_mask(scores, pattern)
-    parts = masks(lambda rows: scores[rows], pattern, *scores.shape, suitable_chunk(scores.device))
+    parts = masks(lambda rows: scores[rows], pattern, len(scores), scores.shape[1], suitable_chunk(scores.device))
     return torch.cat([pruned for _, pruned in parts])
 
 

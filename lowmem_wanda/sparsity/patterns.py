@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.sparsity import GROUPS
 
+COMPARED = {  # what is compared for a share, in words; users choose among GROUPS, and some methods have their own
+    "row": "row", "matrix": "matrix", "columns": "128 columns of the matrix",
+    "variant": "row, up to a share of its sum",
+}  # fmt: skip
+NEAR = 0.01  # of a share, within which the paper's variant holds it
 LONGEST = 40  # characters of a pattern that is read
 
 
@@ -29,7 +34,7 @@ class Unstructured:
     in the lowest column is pruned first. With `group` "matrix" all scores are pruned up to and including the one at
     index `int(numel * sparsity)` of the sorted matrix. This is the rule of the paper's `prune_magnitude`: it prunes one
     weight more than the share, and all its ties. With `group` "columns" it is done so for each 128 columns of all rows,
-    which is the rule of SparseGPT.
+    which is the rule of SparseGPT; with "variant" rows differ, and the share is held within 0.01.
     """
 
     sparsity: float
@@ -41,7 +46,7 @@ class Unstructured:
     @property
     def compared_per(self) -> str:
         """The set of weights whose scores are compared with each other, in words."""
-        return "128 columns of the matrix" if self.group == "columns" else self.group
+        return COMPARED[self.group]
 
     def require_shape(self, name: str, rows: int, columns: int) -> None:
         """Raises PatternError if no weight of a (rows, columns) matrix would be pruned."""
@@ -56,6 +61,8 @@ class Unstructured:
 
     def zeros_in_all(self, weights: int) -> int:
         """The least number of zeros in a matrix of `weights` weights; 0 if each row is counted on its own."""
+        if self.group == "variant":
+            return int(weights * (self.sparsity - NEAR))
         return 0 if self.group == "row" else int(weights * self.sparsity) + 1
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from lowmem_wanda.errors import LowmemError, ModelError, first_line, limit_of_machine
-from lowmem_wanda.streaming.buffers import DTYPES, Scratch
-from lowmem_wanda.streaming.calls import Beside, Calls
+from lowmem_wanda.streaming.buffers import Scratch
+from lowmem_wanda.streaming.calls import Beside, Call, Calls
 from lowmem_wanda.streaming.matrices import Matrix, Trace, trace
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.outside import Outside, get, put
@@ -34,8 +34,9 @@ class Block:
 
     `stored` holds its file tensors by name, in their stored dtype, on `device`. Where that is the computing dtype, the
     module computes on these very tensors. Where it is not, a matrix is cast at every call, so a change of the stored
-    weight counts from the next call on. `matrices` are what can be pruned, and `inputs` are their distinct inputs in
-    the order in which they arrive. These are known once tokens have been embedded.
+    weight counts from the next call on. `parameters` are {parameter or buffer of the module: file tensor}. `matrices`
+    are what can be pruned, and `inputs` their distinct inputs in the order in which they arrive, once tokens have been
+    embedded. It computes in `dtype`.
     """
 
     def __init__(
@@ -45,18 +46,24 @@ class Block:
         stored: dict[str, torch.Tensor],
         trace: Trace,
         calls: Calls,
-        device: torch.device,
+        decoder: "Decoder",
     ) -> None:
-        self.index, self.module, self.stored, self.device = index, module, stored, device
+        self.index, self.module, self.stored = index, module, stored
+        self.device, self.dtype = decoder.device, decoder.dtype
         self.matrices, self.inputs = trace.matrices, trace.inputs
+        self.parameters = decoder.skeleton.block_tensors(index)
         self._calls = calls
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output (sequences, length, width), on its device, for hidden states of that shape on any."""
-        args, kwargs = self._calls.of(hidden, self.index)
+        args, kwargs = self.arguments(hidden)
         hidden = hidden.to(self.device, non_blocking=self.device.type == "cuda")
         output = self.module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
+
+    def arguments(self, states: torch.Tensor) -> Call:
+        """What the module is called with beside the hidden states of a micro-batch of the walk."""
+        return self._calls.of(states, self.index)
 
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """The stored weight of a matrix as (outputs, inputs), a view."""
@@ -167,7 +174,7 @@ class Decoder:
         for name, buffer in module.named_buffers():
             if name not in tensors:
                 put(module, name, buffer.to(self.device))
-        return Block(index, module, stored, trace, self._calls, self.device)
+        return Block(index, module, stored, trace, self._calls, self)
 
     def release(self, block: Block) -> None:
         """Takes a block's weights out of the model again."""
@@ -282,19 +289,3 @@ class Decoder:
         """Drops the weights that were loaded outside the blocks, and the casts of blocks."""
         self._cast_weight, self._casts = Scratch(self.device), Scratch(self.device)
         self._outside.empty()
-
-
-def cast_bytes(model: StreamedModel) -> int:
-    """The bytes that a decoder takes for casts of a block: one matrix, and everything that is not a matrix."""
-    size, tensors = model.dtype.itemsize, model.checkpoint.tensors
-    matrices = {matrix.tensor for matrix in model.skeleton.all_matrices}
-    casts = [tensors[name].numel * size for name in matrices if DTYPES[tensors[name].dtype] != model.dtype]
-    small = [
-        sum(
-            one.numel * size
-            for one in model.block_tensors(index)
-            if DTYPES[one.dtype] != model.dtype and one.name not in matrices
-        )
-        for index in range(model.depth)
-    ]
-    return max(casts, default=0) + max(small)

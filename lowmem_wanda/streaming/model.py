@@ -132,6 +132,22 @@ def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
     )
 
 
+def cast_bytes(model: StreamedModel) -> int:
+    """The bytes that a decoder takes for casts of a block: one matrix, and everything that is not a matrix."""
+    size, tensors = model.dtype.itemsize, model.checkpoint.tensors
+    matrices = {matrix.tensor for matrix in model.skeleton.all_matrices}
+    casts = [tensors[name].numel * size for name in matrices if DTYPES[tensors[name].dtype] != model.dtype]
+    small = [
+        sum(
+            one.numel * size
+            for one in model.block_tensors(index)
+            if DTYPES[one.dtype] != model.dtype and one.name not in matrices
+        )
+        for index in range(model.depth)
+    ]
+    return max(casts, default=0) + max(small)
+
+
 def versions() -> dict[str, str]:
     """The versions of the packages, the Python and the platform that a job runs on."""
     return {

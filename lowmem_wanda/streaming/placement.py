@@ -15,11 +15,12 @@ import torch
 from lowmem_wanda.checkpoint.reader import PIECE
 from lowmem_wanda.checkpoint.writer import COPIED_PIECE
 from lowmem_wanda.errors import BudgetError
-from lowmem_wanda.streaming.decoder import cast_bytes
 from lowmem_wanda.streaming.head import head_bytes
-from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.model import StreamedModel, cast_bytes
 from lowmem_wanda.streaming.resources import SMALL, anonymous, free_memory
 
+LEAST_TRAINED = 4  # micro-batches at least where a block is trained on them, one of which is held out
+BACKWARD = 3  # times the activations of a forward, which the way back needs
 CPU_TOKENS, DEVICE_TOKENS = 512, 2048  # of a micro-batch; more make the products hardly faster
 # Bytes that torch and transformers take on the host for their first products. CUDA took 652 MB (torch 2.11, H100).
 LATE, LATE_CUDA = 36 << 20, 640 << 20
@@ -37,7 +38,9 @@ class Workload:
 
     `sequences` of `length` tokens are embedded (0 and 0: none). `token_bytes` are kept for each token until the end.
     `statistics` are the bytes of the statistics of a block's inputs, and `statistics_apart` those of the largest one
-    where it may be held alone (0: it may not). Pruning one matrix takes `workspace` bytes, and
+    where it may be held alone (0: it may not). `training` are the bytes of what is trained in a block, beside its
+    activations, and `training_apart` those of the largest part of it; then `targets` says that hidden states are kept
+    twice. Pruning one matrix takes `workspace` bytes, and
     `score_bytes` for each of the at most `chunk` weights that are scored at a time. `needs_logits` says that the head
     is applied, `holds_micro_batches` that micro-batches wait for each other within a block.
     """
@@ -48,6 +51,9 @@ class Workload:
     token_bytes: int = 0
     statistics: int = 0
     statistics_apart: int = 0
+    training: int = 0
+    training_apart: int = 0
+    targets: bool = False
     workspace: int = 0
     chunk: int = 0
     score_bytes: int = 0
@@ -78,7 +84,8 @@ class Placement:
     block buffers on the host and `arriving` ones on the GPU. `batch` sequences are computed at a time, and `held` such
     micro-batches may wait in the sequential order. `chunk` weights are scored at a time (0: nothing is scored).
     Allocations of at least `mapped` bytes give their pages back when they are freed. With `apart` one statistic is held
-    at a time, which takes a pass through the block for each.
+    at a time, which takes a pass through the block for each. With `trained_apart` the parts of a block are trained one
+    after the other; that changes the result, so a resumed job keeps it.
     """
 
     states: str
@@ -89,12 +96,16 @@ class Placement:
     chunk: int
     mapped: int
     apart: bool = False
+    trained_apart: bool = False
 
     def __str__(self) -> str:
         where = {"device": "in memory", "host": "on the host", "file": "in a file"}[self.states]
         buffers = f"{self.slots} block buffer" + "s" * (self.slots > 1)
         apart = ", statistics one after the other" if self.apart else ""
-        return f"hidden states {where}, {buffers}, {self.batch} sequence" + "s" * (self.batch > 1) + " at a time" + apart
+        apart += ", attention and MLP trained one after the other" if self.trained_apart else ""
+        return (
+            f"hidden states {where}, {buffers}, {self.batch} sequence" + "s" * (self.batch > 1) + " at a time" + apart
+        )
 
 
 @dataclass(frozen=True)
@@ -122,11 +133,11 @@ class Choice:
         yield from ((value, place * self.slower) for place, value in enumerate(self.values))
 
 
-def choose(work: Workload, batch: int | None = None) -> tuple[Placement, Need]:
+def choose(work: Workload, batch: int | None = None, trained_apart: bool | None = None) -> tuple[Placement, Need]:
     """The fastest placement that keeps --max-ram and --max-vram, and what it needs.
 
-    `batch` is the number of sequences at a time that a resumed job began with, None for a new job. Raises BudgetError
-    where no placement keeps them; the message says what would fit.
+    `batch` is the number of sequences at a time that a resumed job began with, and `trained_apart` how it trains; None
+    for a new job. Raises BudgetError where no placement keeps them; the message says what would fit.
     """
     budget = work.model.budget
     # the GPU comes first: it starts CUDA, which takes memory on the host
@@ -136,7 +147,7 @@ def choose(work: Workload, batch: int | None = None) -> tuple[Placement, Need]:
     ram = min(sys.maxsize if budget.max_ram is None else budget.max_ram, min(free, base + int((free - base) * SPARE)))
     vram = min(sys.maxsize if budget.max_vram is None else budget.max_vram, int(vram * SPARE))
     sizes, tried, fitting = Sizes(work, base), [], []
-    for cost, placement in placements(work, batch or work.model.batch):
+    for cost, placement in placements(work, batch or work.model.batch, trained_apart):
         need = sizes.need(placement)
         tried.append((need, placement))
         if need.host <= ram and need.device <= vram:
@@ -148,17 +159,20 @@ def choose(work: Workload, batch: int | None = None) -> tuple[Placement, Need]:
     return placement, sizes.need(placement)
 
 
-def placements(work: Workload, batch: int | None) -> Iterator[tuple[int, Placement]]:
+def placements(work: Workload, batch: int | None, trained_apart: bool | None = None) -> Iterator[tuple[int, Placement]]:
     """Yields all possible placements, each with the percent of time that it costs beside the fastest."""
     budget, on_host = work.model.budget, work.on_host
     tokens = CPU_TOKENS if on_host else DEVICE_TOKENS
     sequences, length = (work.sequences, work.length) if work.sequences else (1, tokens)
     most = min(batch or max(1, tokens // length), sequences)
+    if work.training and not batch:
+        most = min(most, max(1, sequences // LEAST_TRAINED))
     batches = (most,) if batch else tuple(most >> halved for halved in range(most.bit_length()))
     places = ("device", "file") if on_host else ("device", "host", "file")
     chunks = (work.chunk, work.chunk // 4, work.chunk // 16) if work.chunk else (0,)
     # held micro-batches are freed in another order than they were made, which leaves holes everywhere
     mapped = MAPPED if on_host and not work.holds_micro_batches else MAPPED[1:]
+    parts = (False, True) if 0 < work.training_apart < work.training else (False,)
     options = (
         Choice((budget.states,) if budget.states else places if work.sequences else ("device",), slower=40),
         Choice((budget.slots,) if budget.slots else (3, 2, 1), slower=12),
@@ -167,11 +181,12 @@ def placements(work: Workload, batch: int | None) -> Iterator[tuple[int, Placeme
         Choice(chunks, slower=1),
         Choice(mapped, slower=8),
         Choice((False, True) if 0 < work.statistics_apart < work.statistics else (False,), slower=50),
+        Choice(parts if trained_apart is None else (trained_apart,), slower=70),
     )
     for option in product(*(choice.priced() for choice in options)):
-        (where, slots, arriving, size, chunk, mapped_from, apart), costs = zip(*option, strict=True)
+        (where, slots, arriving, size, chunk, mapped_from, *apart), costs = zip(*option, strict=True)
         if arriving <= slots:
-            yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from, apart)
+            yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from, *apart)
 
 
 class Sizes:
@@ -214,7 +229,10 @@ class Sizes:
     def need(self, placement: Placement) -> Need:
         """What a placement needs at its worst moment."""
         work = self.work
-        states, blocks = len(work.models) * work.sequences * self.state, placement.slots * work.block_bytes
+        states, blocks = (
+            (len(work.models) + work.targets) * work.sequences * self.state,
+            placement.slots * work.block_bytes,
+        )
         working = self._working(placement, blocks if work.on_host else placement.arriving * work.block_bytes)
         working += states if placement.states == "device" or (work.on_host and placement.states == "host") else 0
         disk = states if placement.states == "file" else 0
@@ -233,6 +251,9 @@ class Sizes:
         moved = placement.batch * self.state if placement.states != "device" and not work.on_host else 0
         computing = max(self.activations(placement) + moved, scores) + placement.held * self.waiting(placement)
         computing += work.statistics_apart if placement.apart else work.statistics
+        if work.training:
+            trained = work.training_apart if placement.trained_apart else work.training
+            computing = max(computing, trained + BACKWARD * self.activations(placement) + moved)
         return max(blocks + self.casts + computing, self.embedding, self.heads) + self.kept
 
 

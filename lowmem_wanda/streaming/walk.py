@@ -77,6 +77,17 @@ class Stream:
         for decoder in self.decoders:
             decoder.empty()
 
+    def more_states(self) -> MicroBatches:
+        """Uninitialised hidden states beside those of the last model, of the same shapes and in the same place."""
+        like = self.states[-1]
+        rows, width = sum(len(one) * one.shape[1] for one in like), like[0].shape[-1]
+        memory, start, made = self._allocate((rows, width), like[0].dtype), 0, []
+        for one in like:
+            stop = start + len(one) * one.shape[1]
+            made.append(memory[start:stop].view(one.shape))
+            start = stop
+        return made
+
     def submit(self, action: Callable[[], None]) -> None:
         """Has the writing thread do `action` while blocks are computed."""
         self.buffers.submit(action)

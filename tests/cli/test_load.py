@@ -73,6 +73,22 @@ def test_a_busy_program_is_seen():
             other.kill()
 
 
+@pytest.mark.skipif(not load._has_exact_products(), reason="products depend on the number of threads here")
+def test_long_products_are_the_same_with_one_thread_and_two():
+    code = (
+        "import torch, hashlib, lowmem_wanda.streaming.resources; torch.manual_seed(0); "
+        "made = torch.randn(64, 8192) @ torch.randn(1024, 8192).t(); print(hashlib.sha256(made.numpy()).hexdigest())"
+    )
+    free = {name: value for name, value in os.environ.items() if not name.startswith(load.SETTINGS)}
+    made = [
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, env=free | {"OMP_NUM_THREADS": threads}
+        ).stdout
+        for threads in "12"
+    ]
+    assert made[0] == made[1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) < 2, reason="needs two cores")
 def test_a_job_that_began_with_one_thread_is_the_same_with_two_and_goes_on(token_file, tmp_path):

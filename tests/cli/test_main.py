@@ -16,7 +16,7 @@ import torch
 from helpers import save_tiny
 
 from lowmem_wanda.cli.main import main
-from lowmem_wanda.sparsity.methods import METHODS
+from lowmem_wanda.sparsity.methods.known import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = [sys.executable, "-W", "error::UserWarning", str(ROOT / "cli.py")]

@@ -17,7 +17,7 @@ from lowmem_wanda.cli.main import main
 from lowmem_wanda.evaluation import likelihood
 from lowmem_wanda.llamacpp.imatrix import read
 from lowmem_wanda.sparsity import masks
-from lowmem_wanda.sparsity.methods import wanda
+from lowmem_wanda.sparsity.methods.scores import wanda
 from lowmem_wanda.sparsity.patterns import parse
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.buffers import _mark

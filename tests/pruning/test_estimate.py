@@ -79,6 +79,11 @@ def test_a_machine_that_is_not_here(source, token_file):
         plan(source, **text, **ABSENT, device="cpu")
     with pytest.raises(BudgetError, match="give its --ram"):
         plan(source, **text, flops="80T")
+    for more in ({"device": "cuda"}, {"max_vram": "8GB"}):
+        with pytest.raises(BudgetError, match="has no GPU"):
+            plan(source, **text, ram="8GB", **more)
+    with pytest.raises(BudgetError, match="give more than 0"):
+        plan(source, **text, **ABSENT, flops="0T")
     with pytest.raises(BudgetError, match="vram='lots'"):
         plan(source, **text, vram="lots")
 
@@ -88,9 +93,10 @@ def test_the_command_says_it(source, token_file, capsys):
     assert main(["plan", *text]) == 0
     assert "time about 1.0 s after the start (products" in " ".join(capsys.readouterr().out.split())
     assert main(["plan", *text, "--vram", "24GB"]) == 0
-    assert "give that machine's rates: --disk 3GB/s --flops 80T" in " ".join(capsys.readouterr().out.split())
+    assert "give that machine's rates: --disk 3GB/s and --flops 80T" in " ".join(capsys.readouterr().out.split())
     flags = ["--vram", "24GB", "--ram", "32GB", "--flops", "80 TFLOPS", "--disk", "3GB/s"]
     assert main(["plan", *text, *flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rates"]["flops"] == 80e12
-    with pytest.raises(SystemExit):
-        main(["plan", *text, "--flops", "fast"])
+    for wrong in ("fast", "80", "0T"):
+        with pytest.raises(SystemExit):
+            main(["plan", *text, "--flops", wrong])

@@ -46,7 +46,9 @@ def _split(dense: torch.Tensor, products: torch.Tensor, pattern: Pattern) -> tup
     target = dense @ products
     sparse, pull, penalty = dense.clone(), torch.zeros_like(dense), PENALTY
     before = torch.zeros_like(dense, dtype=torch.bool)
-    for round_ in range(1, MOST + 1):
+    rounds = 0
+    while rounds < MOST:
+        rounds += 1
         inverse = _inverse(products, penalty)
         for _ in range(EVERY):
             free = (target - pull + penalty * sparse) @ inverse
@@ -59,7 +61,7 @@ def _split(dense: torch.Tensor, products: torch.Tensor, pattern: Pattern) -> tup
             break
         before = gone
         penalty *= next(growth for share, growth in GROWTH if changed > share)
-    return sparse, round_
+    return sparse, rounds
 
 
 def _inverse(products: torch.Tensor, penalty: float) -> torch.Tensor:

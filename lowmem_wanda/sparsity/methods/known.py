@@ -13,10 +13,12 @@ from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.methods.scores import magnitude, ria, wanda
 from lowmem_wanda.sparsity.methods.sparsegpt import sparsegpt
 from lowmem_wanda.sparsity.methods.swaps import swaps
+from lowmem_wanda.sparsity.methods.variant import variant
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 
 METHODS = {
     "wanda": Method(wanda, SquaredNorm, group="row", name="wanda", by_rows=True),
+    "wanda-variant": Method(wanda, SquaredNorm, group="variant", name="wanda-variant", by_rows=True, solve=variant),
     "magnitude": Method(magnitude, None, group="matrix", name="magnitude", by_rows=True),
     "ria": Method(ria, SquaredNorm, group="row", name="ria", by_rows=True),
     "sparsegpt": Method(wanda, Gram, group="columns", name="sparsegpt", by_rows=True, solve=sparsegpt),
@@ -55,4 +57,4 @@ def _with(method: Method, word: str) -> Method:
     if method.statistic not in (None, SquaredNorm, Gram):
         raise PatternError(f"--{part} {word}: {method} has a statistic of its own, where {word} needs X^T X")
     function = {**REFINEMENTS, **UPDATES}[word]
-    return replace(method, statistic=Gram, name=f"{method}+{word}", **{part: function})
+    return replace(method, statistic=Gram, name=f"{method}+{word}", **{part: function})  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import torch
 from lowmem_wanda.errors import NumberError, PatternError
 from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity.identity import identity
-from lowmem_wanda.sparsity.patterns import Pattern
+from lowmem_wanda.sparsity.patterns import COMPARED, Pattern
 from lowmem_wanda.sparsity.selection import Scaled, Score
 
 Notes = dict[str, Any]  # what a solver has to say of its work, for the record of the matrix
@@ -38,14 +38,16 @@ class Statistic(Protocol):
 class Cost:
     """What a function takes for a matrix: bytes for each weight, bytes for each pair of inputs, and operations.
 
-    `products` are the operations for each weight and each input of its row (a product of all rows with X^T X has 2),
-    `cubes` those for each input cubed (a Cholesky factorization has 1/3).
+    A solver that `keeps_bits` changes no weight that it keeps. `products` are the operations for each weight and each
+    input of its row (a product of all rows with X^T X has 2), `cubes` those for each input cubed (a Cholesky
+    factorization has 1/3).
     """
 
     weight_bytes: int = 12
     square_bytes: int = 0
     products: float = 0.0
     cubes: float = 0.0
+    keeps_bits: bool = False
 
     def nbytes(self, rows: int, columns: int) -> int:
         """The bytes of workspace for a matrix."""
@@ -119,7 +121,7 @@ class Method:
     refine: Callable[[torch.Tensor, torch.Tensor, Any, Pattern], Notes] | None = None
 
     def __post_init__(self) -> None:
-        if self.group not in (*GROUPS, "columns"):
+        if self.group not in COMPARED:
             raise PatternError(f"method {self}: group {self.group!r} is not known; give one of {', '.join(GROUPS)}")
         needs = () if self.statistic is None else ("add", "nbytes")
         if missing := [name for name in needs if not hasattr(self.statistic, name)]:
@@ -133,7 +135,7 @@ class Method:
     @property
     def keeps_bits(self) -> bool:
         """Whether the weights that are not pruned keep their bits."""
-        return self.update is None and self.solve is None
+        return self.update is None and (self.solve is None or cost_of(self.solve).keeps_bits)
 
     @property
     def compares_dense(self) -> bool:

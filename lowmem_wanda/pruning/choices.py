@@ -1,0 +1,169 @@
+"""What is chosen for a job beforehand, each choice with its requirements: pattern, matrices, calibration, names."""
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lowmem_wanda.data.calibration import Calibration, calibrate, require_counts
+from lowmem_wanda.errors import CalibrationError, PatternError
+from lowmem_wanda.llamacpp.names import gguf_names
+from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES
+from lowmem_wanda.pruning.passes import require_greenlet
+from lowmem_wanda.sparsity import GROUPS
+from lowmem_wanda.sparsity.methods.known import find_method
+from lowmem_wanda.sparsity.methods.method import Method
+from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
+from lowmem_wanda.sparsity.statistics import SquaredNorm
+from lowmem_wanda.streaming.matrices import Matrix
+from lowmem_wanda.streaming.model import StreamedModel
+
+ZEROS = ("exact", "signed-tiny")
+
+
+def choose_method(
+    method: str | Method, refine: str, update: str, variant: bool, quality: str | None, recover: str | None
+) -> tuple[Method, str]:
+    """The method, and what is trained of a pruned block. Raises PatternError for what is unknown or at odds.
+
+    A name such as "alps+recover" stands for both, and a `quality` chooses both.
+    """
+    if quality is not None:
+        if quality not in QUALITIES:
+            raise PatternError(f"--quality {quality}: give one of {', '.join(QUALITIES)}")
+        if method != "wanda" or refine != "none" or update != "none" or variant:
+            raise PatternError(f"--quality {quality} chooses the method; leave --method, --refine and --update out")
+        method = QUALITIES[quality]
+    if isinstance(method, str) and method.endswith("+recover"):
+        if recover not in (None, "block"):
+            raise PatternError(f"--recover {recover}: {method} recovers the block; leave one of them out")
+        method, recover = method.removesuffix("+recover"), recover or "block"
+    if variant:
+        if method != "wanda":
+            raise PatternError(f"--variant is of wanda, and --method is {method}; leave one of them out")
+        method = "wanda-variant"
+    if (recover or "none") not in RECOVERIES:
+        raise PatternError(f"--recover {recover}: give one of {', '.join(RECOVERIES)}")
+    return find_method(method, refine, update), recover or "none"
+
+
+def require_options(
+    chosen: tuple[Method, str],
+    pattern: Pattern,
+    statistics: str,
+    zeros: str,
+    allocation: str,
+    counts: Mapping[str, int],
+) -> None:
+    """Raises PatternError or CalibrationError for an unknown word, a count below 1, and what does not go together.
+
+    `chosen` are the method and what is trained; `counts` are the numbers by their flags.
+    """
+    method, recover = chosen
+    for flag, word, known in (
+        ("--statistics", statistics, ORDERS),
+        ("--zeros", zeros, ZEROS),
+        ("--allocation", allocation, ALLOCATIONS),
+    ):
+        if word not in known:
+            raise PatternError(f"{flag} {word}: give one of {', '.join(known)}")
+    require_counts(counts)
+    if allocation != "uniform" and not isinstance(pattern, Unstructured):
+        raise PatternError(f"--allocation {allocation}: divides a share, such as 50%, and {pattern} has none")
+    if recover != "none":
+        _require_recovery(recover, statistics, zeros, counts["--sequences"])
+    if statistics == "sequential" and method.statistic:
+        require_greenlet()
+
+
+def _require_recovery(recover: str, statistics: str, zeros: str, sequences: int) -> None:
+    """Raises PatternError or CalibrationError for what does not go with training a pruned block."""
+    if statistics == "dense":
+        raise PatternError(
+            f"--recover {recover}: trains on what pruned blocks put out, and --statistics dense keeps them from it; "
+            "leave one of them out"
+        )
+    if zeros != "exact":
+        raise PatternError(f"--zeros {zeros}: --recover {recover} holds zeros; leave one of them out")
+    if sequences < 2:
+        raise CalibrationError(f"--recover {recover}: needs 2 sequences at least, one of which is held out")
+
+
+def choose_pattern(text: str, group: str | None, method: Method) -> Pattern:
+    """The pattern that a text names. A share is compared per `group`, or per the method's own group if that is None."""
+    if method.group == "variant" and ":" in text:
+        raise PatternError(
+            f"--variant: is of a share such as 50%, and {text} has groups of its own; leave one of them out"
+        )
+    pattern = parse(text, "row" if group in (None, method.group) else group or "row")
+    if group not in (None, method.group) and method.group not in GROUPS:
+        raise PatternError(f"--group {group}: {method} compares {method.group} of its own; leave it out")
+    own = group in (None, method.group) and isinstance(pattern, Unstructured)
+    return replace(pattern, group=method.group) if own else pattern
+
+
+def choose_calibration(
+    model: StreamedModel, text: Sequence[str], sequences: int, length: int, seed: int
+) -> Calibration:
+    """The calibration tokens of a text, in sequences that the model has positions for."""
+    size = {"sequences": sequences, "length": model.window(length), "seed": seed}
+    return calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, render=model.render, **size)
+
+
+def choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:
+    """llama.cpp's names of the matrices; {} where there are neither norms nor an importance matrix."""
+    weights = [matrix.name for matrix in model.skeleton.all_matrices]
+    return gguf_names(weights, "--norms" if norms else "--imatrix") if norms or imatrix else {}
+
+
+def choose_matrices(
+    model: StreamedModel, pattern: Pattern, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[tuple[Matrix, ...], ...]:
+    """The matrices to prune, block by block.
+
+    Raises PatternError for a glob that matches no matrix, or a matrix that the pattern does not fit.
+    """
+    blocks = model.skeleton.matrices
+    names = {matrix.name for matrix in model.skeleton.all_matrices}
+
+    def matches(name: str, globs: Sequence[str]) -> bool:
+        return any(
+            fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.removesuffix(".weight"), glob) for glob in globs
+        )
+
+    for flag, globs in (("--include", include), ("--exclude", exclude)):
+        for glob in globs:
+            if not any(matches(name, [glob]) for name in names):
+                raise PatternError(f"{flag} {glob!r} matches no prunable tensor; they are named as {min(names)}")
+    selected = tuple(
+        tuple(one for one in block if (not include or matches(one.name, include)) and not matches(one.name, exclude))
+        for block in blocks
+    )
+    if not any(selected):
+        raise PatternError("--include and --exclude leave nothing to prune; widen them")
+    for matrix in (matrix for block in selected for matrix in block):
+        pattern.require_shape(matrix.name, *matrix.shape)
+    return selected
+
+
+def require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:
+    """Raises CalibrationError for flags that --norms makes useless, and for a method that measures more than norms."""
+    useless = {
+        f"--method {method}": method.statistic is None,
+        f"--statistics {statistics}": statistics != "block",
+        f"--text {' '.join(text)}": bool(text),
+    }
+    for flag, there in useless.items():
+        if there:
+            raise CalibrationError(f"--norms {norms}: nothing is measured, {flag} has no use; leave one of them out")
+    if method.statistic is not SquaredNorm:
+        raise CalibrationError(f"--norms {norms}: method {method} measures more than norms; give it calibration text")
+
+
+def require_no_doubles(model: StreamedModel, matrices: Iterable[Matrix]) -> None:
+    """Raises PatternError for a float64 matrix, whose smallest number a GGUF cannot hold."""
+    for matrix in matrices:
+        if model.checkpoint.tensors[matrix.tensor].dtype == "F64":
+            raise PatternError(
+                f"--zeros signed-tiny: tensor {matrix.name} is float64, whose smallest number is 0 in any GGUF"
+            )

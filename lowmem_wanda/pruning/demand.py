@@ -1,0 +1,79 @@
+"""What a job demands of memory: its sequences, statistics, workspace, and what is trained."""
+
+from typing import TYPE_CHECKING
+
+from lowmem_wanda.checkpoint.reader import FLOATS, ITEMSIZE
+from lowmem_wanda.pruning.recover import STATE_BYTES
+from lowmem_wanda.sparsity.selection import SCORE_BYTES, suitable_chunk
+from lowmem_wanda.sparsity.statistics import SquaredNorm
+from lowmem_wanda.streaming.placement import Workload
+from lowmem_wanda.streaming.walk import require_chain
+
+if TYPE_CHECKING:
+    from lowmem_wanda.pruning.job import PruneJob
+
+
+def demand(job: "PruneJob") -> Workload:
+    """What goes through the model of a job, and the memory that this takes."""
+    sequences, length = job.calibration.tokens.shape if job.calibration else (0, 0)
+    matrices = [matrix for block in job.selected for matrix in block]
+    tensors = job.model.checkpoint.tensors
+    statistic = job.method.statistic if job.measures else None
+    sums = [[statistic.nbytes(columns) for columns in block] for block in inputs_of(job)] if statistic else [[0]]
+    one = max(max(block, default=0) for block in sums)
+    together, largest = trained_bytes(job) if job.recovers else (0, 0)
+    return Workload(
+        (job.model,),
+        sequences,
+        length,
+        statistics=one if job.statistics == "sequential" else max(map(sum, sums)),
+        statistics_apart=one if job.statistics == "block" else 0,
+        training=together,
+        training_apart=largest,
+        targets=job.recovers,
+        workspace=max(job.method.workspace(*one.shape, ITEMSIZE[tensors[one.tensor].dtype]) for one in matrices),
+        chunk=suitable_chunk(job.model.device),
+        score_bytes=SCORE_BYTES,
+        holds_micro_batches=job.statistics == "sequential" and job.measures,
+    )
+
+
+def inputs_of(job: "PruneJob") -> list[list[int]]:
+    """The numbers of columns of the distinct inputs of each block's matrices.
+
+    Where a statistic is small, each matrix counts as if it had inputs of its own, which need not be known.
+    """
+    if job.method.statistic is SquaredNorm or job.calibration is None:
+        return [[matrix.shape[1] for matrix in block] for block in job.selected]
+    traces = require_chain(job.model, job.calibration.tokens)
+    names = [{matrix.name for matrix in block} for block in job.selected]
+    shared = [
+        {one.inputs: one.shape[1] for one in traces[index].matrices if one.name in names[index]}
+        for index in range(job.model.depth)
+    ]
+    return [list(columns.values()) for columns in shared]
+
+
+def trained_parts(job: "PruneJob", index: int) -> list[list[str]]:
+    """The file tensors of a block that are trained: its pruned matrices by the part that they are in, and its vectors.
+
+    With `recover` "norms" these are the vectors alone.
+    """
+    vectors = [one.name for one in job.model.block_tensors(index) if len(one.shape) == 1 and one.dtype in FLOATS]
+    found: dict[str, list[str]] = {}
+    for matrix in job.selected[index] if job.recover == "block" else ():
+        found.setdefault(matrix.module.partition(".")[0], []).append(matrix.tensor)
+    parts = list(found.values()) or [[]]
+    parts[-1] += vectors
+    return [part for part in parts if part]
+
+
+def trained_bytes(job: "PruneJob") -> tuple[int, int]:
+    """The bytes that training a block takes with copies of its weights: of all parts at once, and of the largest."""
+    together = largest = 0
+    for index in range(job.model.depth):
+        sizes = {one.name: one.numel for one in job.model.block_tensors(index)}
+        copies = sum(sizes.values()) * job.model.dtype.itemsize
+        parts = [STATE_BYTES * sum(sizes[name] for name in part) for part in trained_parts(job, index)] or [0]
+        together, largest = max(together, sum(parts) + copies), max(largest, max(parts) + copies)
+    return together, largest
