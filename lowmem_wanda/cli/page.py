@@ -74,6 +74,7 @@ def _pruned(report: Record) -> Iterator[Section]:
     shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens from "
     yield "summary", "Summary", pairs({
         "method": f"{report['arguments']['method']} {report['arguments']['pattern']}",
+        "also": "; ".join(summary.get("also", ())) or None,
         "calibration": shape + ", ".join(calibration["text"]) if calibration["text"] else "none needed",
         "norms": calibration.get("norms"),
         "importance matrix": made and f"{made['file']}, of {made['of']}, on {', '.join(made['text'])}",
@@ -97,10 +98,13 @@ def _pruned(report: Record) -> Iterator[Section]:
 
 
 def _scores(kinds: Kinds, blocks: Sequence[Record]) -> str:
-    """Figures of how scores are spread and how much of them was pruned, for matrices whose scores are in the report."""
+    """Figures of scores, how much of them was pruned, and how much of the output was lost, where the report knows."""
 
     def lost(one: Record) -> float:
         return float(one["score"]["lost"]) if one.get("score") else math.nan
+
+    def error(one: Record) -> float:
+        return float(one.get("error", math.nan))
 
     def band(line: Mapping[int, Any]) -> list[tuple[float, float, float, float]]:
         scored = {index + 1: one["score"]["quantiles"] for index, one in line.items() if one.get("score")}
@@ -108,6 +112,7 @@ def _scores(kinds: Kinds, blocks: Sequence[Record]) -> str:
 
     figures = (
         plots.heat("lost", "pruned share of squared scores", *_grid(kinds, blocks, lost), share=True),
+        plots.heat("error", "lost share of the squared output", *_grid(kinds, blocks, error), share=True),
         plots.bands("bands", "median score, and where 80 % of scores lie", {key: band(kinds[key]) for key in kinds}),
     )
     return f'<p>{escape(LOST)}</p><div class="plots">{"".join(figures)}</div>' if any(figures) else ""

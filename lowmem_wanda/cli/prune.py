@@ -177,11 +177,12 @@ def block_line(record: Mapping[str, Any], depth: int) -> str:
     linears = record["linears"].values()
     weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
     gone = sum(linear["zeros"] + linear.get("filled", 0) for linear in linears) / max(1, weights)
+    also = f"  error {record['recovered']['after']:.2%}" if "recovered" in record else ""
     what = "tiny" if any("filled" in linear for linear in linears) else "zero"
     digits = len(str(depth))
     return (
         f"block {record['index'] + 1:>{digits}}/{depth}  {len(linears):2d} linears  {gone:6.2%} {what}"
-        f"  {record['seconds']:8.2f} s  host {size(record['host_bytes']):>9}"
+        f"  {record['seconds']:8.2f} s  host {size(record['host_bytes']):>9}{also}"
     )
 
 
@@ -194,9 +195,6 @@ def closing(report: Mapping[str, Any], target: str) -> Any:
     table.add_row("method", f"{arguments['method']} {arguments['pattern']}, compared per {summary['compared_per']}")
     for also in summary.get("also", ()):
         table.add_row("", also)
-    if trained := [block["recovered"] for block in report["blocks"] if "recovered" in block]:
-        before, after = (sum(record[key] for record in trained) / len(trained) for key in ("before", "after"))
-        table.add_row("recovered", f"error of a block {before:.2%} before, {after:.2%} after, on held-out sequences")
     table.add_row("calibration", calibration_text(report["calibration"]))
     table.add_row(
         "pruned",

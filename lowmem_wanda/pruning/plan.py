@@ -6,9 +6,12 @@ from pathlib import Path
 
 from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
+from lowmem_wanda.pruning.demand import inputs_of
 from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
 from lowmem_wanda.pruning.job import STEPS, PruneJob, prepare
+from lowmem_wanda.pruning.recover import HELD_OUT, LOOKS
 from lowmem_wanda.pruning.report import started
+from lowmem_wanda.sparsity.gram import TILE, Gram
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.placement import Placement, choose
@@ -183,7 +186,7 @@ def predict(job: PruneJob, batch: int | None = None, trained_apart: bool | None 
         tokens=work.sequences * work.length,
         sequences=work.sequences,
         length=work.length,
-        flops=_flops(job, work.sequences, work.length),
+        flops=_flops(job, placement.batch),
         host_peak=need.host,
         device_peak=need.device,
         disk=checkpoint.nbytes + small + need.disk + (1 << 20),
@@ -191,15 +194,22 @@ def predict(job: PruneJob, batch: int | None = None, trained_apart: bool | None 
     )
 
 
-def _flops(job: PruneJob, sequences: int, length: int) -> int:
-    """The operations of all matrices and of attention's two products.
+def _flops(job: PruneJob, batch: int) -> int:
+    """The operations of all matrices, of attention's two products, of X^T X and its solvers, and of recovery.
 
     A block is computed once. In the block order it is computed once more, up to its last matrix.
     """
-    total = 0
+    sequences, length = job.workload.sequences, job.workload.length
+    tokens, total = sequences * length, 0.0
     twice = job.statistics == "block" and job.measures
     for block in job.model.skeleton.matrices:
         sizes = [matrix.weights for matrix in block]
-        attention = 4 * sequences * length * length * job.model.skeleton.width * (1 + twice)
-        total += (sum(sizes) + twice * sum(sizes[:-1])) * 2 * sequences * length + attention
-    return total
+        attention = 4 * tokens * length * job.model.skeleton.width * (1 + twice)
+        total += (sum(sizes) + twice * sum(sizes[:-1])) * 2 * tokens + attention
+        if job.recovers:
+            trained = 6 * job.recover_steps * batch * length + 2 * tokens * (1 + LOOKS / HELD_OUT)
+            total += trained * sum(sizes)
+    if job.measures and job.method.statistic is Gram:
+        total += sum(tokens * columns * (columns + TILE) for block in inputs_of(job) for columns in block)
+        total += sum(job.method.flops(*matrix.shape) for block in job.selected for matrix in block)
+    return int(total)

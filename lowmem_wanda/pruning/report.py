@@ -1,6 +1,6 @@
 """The facts of a pruning, typed, as they stand in report.json: what was asked for, what was done, what it cost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -174,6 +174,29 @@ def described(job: PruneJob) -> list[str]:
     return found
 
 
+def recovery(records: Sequence[Any]) -> str:
+    """What recovering the blocks of some records did, in words; "" where none was recovered."""
+    trained = [block["recovered"] for block in records if "recovered" in block]
+    if not trained:
+        return ""
+    before, after = (sum(record[key] for record in trained) / len(trained) for key in ("before", "after"))
+    text = f"mean error of a block {before:.2%} before, {after:.2%} after, on sequences held out"
+    same = sum(record["before"] == record["after"] for record in trained)
+    return text + (f"; {same} of {len(trained)} blocks stay as they were, where it did not help" if same else "")
+
+
+def raised_damping(records: Sequence[Any]) -> str:
+    """Where X^T X needed more damping than usual, in words; "" where it did not."""
+    named = [(name, one["damping"]) for block in records for name, one in block["linears"].items() if "damping" in one]
+    if not named:
+        return ""
+    name, damping = max(named, key=lambda pair: pair[1])
+    return (
+        f"X^T X of {len(named)} linears needed more damping than 1% of its diagonal, {name} {damping:.0%}: too few "
+        "tokens, or inputs that go together; give more --sequences"
+    )
+
+
 def left(job: PruneJob) -> Left:
     """What is not pruned, not copied, and not looked at."""
     matrices = [tensor for tensor in job.model.outside if len(tensor.shape) > 1 and min(tensor.shape) > 1]
@@ -242,7 +265,7 @@ def summarize(job: PruneJob, plan: "Plan", shards: Mapping[str, dict[str, Any]],
         "filled": filled,
         "sparsity": (zeros + filled) / weights,
         "compared_per": job.pattern.compared_per,
-        "also": described(job),
+        "also": [*described(job), *filter(None, (recovery(blocks), raised_damping(blocks)))],
         "keeps_bits": job.keeps_bits,
         "bytes": sum(record["nbytes"] for record in shards.values()),
         "seconds": sum(block["seconds"] for block in blocks),

@@ -15,7 +15,8 @@ from lowmem_wanda.checkpoint.writer import library
 from lowmem_wanda.errors import BudgetError, limit_of_machine
 from lowmem_wanda.streaming.containers import left_by_groups
 
-COMPUTING = ("embed", "measure", "prune", "onward", "compare", "head")  # the other parts read, copy and write meanwhile
+# the other parts read, copy and write meanwhile
+COMPUTING = ("embed", "target", "measure", "prune", "recover", "onward", "compare", "head")
 SAMPLES = 200  # of memory over time: up to twice as many are kept, then every second one goes
 SMALL = 1 << 20  # bytes, for `map_blocks_from` while nothing is computed
 

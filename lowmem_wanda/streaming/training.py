@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call
 
 from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.outside import get
 
 
 class TrainableBlock:
@@ -54,6 +55,10 @@ class TrainableBlock:
             weight.data.copy_(self.block.stored[name])
 
     def store(self) -> None:
-        """Gives the block's stored weights the values of the trained ones, rounded."""
+        """Gives the block's stored weights the values of the trained ones, rounded, and its casts of them."""
         for name, weight in self.weights.items():
             self.block.stored[name].copy_(weight.detach())
+        for path, name in self.block.parameters.items():
+            cast = get(self.block.module, path)
+            if name in self.weights and cast.data_ptr() != self.block.stored[name].data_ptr() and not cast.is_meta:
+                cast.copy_(self.block.stored[name])

@@ -31,3 +31,27 @@ def test_no_bit_differs_from_the_papers_mask(shared, tmp_path, method, pattern, 
         differing += int(((weight == 0).numpy() != mask).sum())
         total += weight.numel()
     assert (differing, total) == (0, 4_349_952)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("method", "pattern", "file", "least"),
+    [
+        ("sparsegpt", "50%", "sparsegpt_unstructured", 0.9999),
+        ("sparsegpt", "2:4", "sparsegpt_2of4", 0.995),  # bits depend on the library and the number of threads
+        ("wanda-variant", "50%", "wanda_variant_unstructured", 0.9999),
+    ],
+)
+def test_masks_of_the_papers_other_code_are_nearly_the_same_and_as_sparse(
+    shared, tmp_path, method, pattern, file, least
+):
+    golden = shared / "golden"
+    prune(golden / "tiny-llama", tmp_path / "out", method=method, pattern=pattern, text=[golden / "calib_16x256.npy"])
+    tensors, masks = Checkpoint(tmp_path / "out").tensors, np.load(golden / f"mask_{file}.npz")
+    same = total = ours = theirs = 0
+    for name in masks.files:
+        weight = read_tensor(tensors[name if name in tensors else f"{name}.weight"])
+        mask = np.unpackbits(masks[name], count=weight.numel()).reshape(weight.shape)
+        same, total = same + int(((weight == 0).numpy() == mask).sum()), total + weight.numel()
+        ours, theirs = ours + int((weight == 0).sum()), theirs + int(mask.sum())
+    assert same / total >= least and ours == theirs and total == 4_349_952
