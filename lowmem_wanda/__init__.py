@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lowmem_wanda.llamacpp.verify_gguf import GGUFFindings, check_gguf
     from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES
     from lowmem_wanda.pruning.compare import ComparisonReport, compare
+    from lowmem_wanda.pruning.fine_tune import recover
     from lowmem_wanda.pruning.plan import Plan, plan
     from lowmem_wanda.pruning.prune import prune
     from lowmem_wanda.pruning.report import PruneReport
@@ -67,6 +68,7 @@ _PLACES = {
     "llamacpp.verify_gguf": ("GGUFFindings", "check_gguf"),
     "pruning": ("ALLOCATIONS", "ORDERS", "QUALITIES", "RECOVERIES"),
     "pruning.compare": ("ComparisonReport", "compare"),
+    "pruning.fine_tune": ("recover",),
     "pruning.plan": ("Plan", "plan"),
     "pruning.prune": ("prune",),
     "pruning.report": ("PruneReport",),
@@ -127,6 +129,7 @@ __all__ = [
     "outline",
     "plan",
     "prune",
+    "recover",
     "shrink",
     "survive",
 ]

@@ -33,7 +33,7 @@ THIRD = {  # a star: within a function, so that the package is needed only where
     "sparsity": {"torch", "numpy", "triton", "*triton"},
     "checkpoint": {"numpy", "blake3"},
     "data": {"numpy", "*compression", "*datasets", "*pyarrow", "*zstandard"},
-    "streaming": {"torch", "numpy", "transformers", "accelerate", "huggingface_hub", "psutil"},
+    "streaming": {"torch", "numpy", "transformers", "accelerate", "huggingface_hub", "psutil", "*peft"},
     "llamacpp": {"numpy", "torch", "*gguf"},
     "evaluation": {"torch", "numpy", "lm_eval", "jinja2", "tqdm"},
     "pruning": {"torch", "numpy", "*greenlet"},

@@ -104,6 +104,7 @@ def recovered_in(report: Mapping[str, Any]) -> set[str]:
     """The names of the tensors that were trained, by the report of a pruning. Raises CheckpointError."""
     try:
         records = [block["recovered"] for block in report.get("blocks", ()) if "recovered" in block]
+        records += [report["fine_tuning"]] if "fine_tuning" in report else []
         return {str(name) for record in records for name in record["tensors"]}
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{REPORT}: is not what prune wrote; remove it to look at the tensors alone") from None

@@ -36,7 +36,7 @@ def settle(arguments: argparse.Namespace) -> None:
     if not free or (busy := busy_cores(cores)) < BUSY:
         return
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    exact = arguments.dtype in ("auto", "float32") and _has_exact_products()
+    exact = getattr(arguments, "dtype", "") in ("auto", "float32") and _has_exact_products()
     if arguments.command in FEWER and exact and not began_with:
         os.environ[THREADS] = str(max(1, len(cores) // 2, len(cores) - round(busy)))
 

@@ -19,6 +19,7 @@ from lowmem_wanda.errors import LowmemError, limit_of_machine
 
 COMMANDS = (  # modules of this room, each with an `add`
     "prune",
+    "recover",
     "shrink",
     "imatrix",
     "check",

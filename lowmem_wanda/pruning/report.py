@@ -138,6 +138,7 @@ class PruneReport(Left, total=False):
     shards: list[dict[str, Any]]
     blocks: list[BlockRecord]
     quantization: dict[str, Any]
+    fine_tuning: dict[str, Any]
 
 
 def started(job: PruneJob) -> dict[str, Any]:
