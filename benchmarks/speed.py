@@ -52,6 +52,8 @@ COMPARED = (
     ("llmc-memory-bf16", "block-bf16"),
     ("llmc-disk-bf16", "block-bf16"),
     ("llmc-disk-bf16", "sequential-bf16"),
+    ("llmc-sparsegpt-disk-f32", "sparsegpt"),
+    ("llmc-sparsegpt-disk-f32", "sequential-sparsegpt"),
 )
 
 Command = Callable[[Path, Path, Path], list[str | Path]]  # source, tokens, target -> the command line
@@ -123,12 +125,22 @@ def programs(arguments: argparse.Namespace) -> list[Program]:
             "ours, `sequential`, bfloat16",
             ours("--statistics", "sequential", "--dtype", "bfloat16"),
         ),
+        Program("sparsegpt", "ours, SparseGPT, float32", ours("--method", "sparsegpt")),
+        Program(
+            "sequential-sparsegpt",
+            "ours, SparseGPT, `sequential`, float32",
+            ours("--method", "sparsegpt", "--statistics", "sequential"),
+        ),
+        Program("alps", "ours, ALPS, float32", ours("--method", "alps")),
         Program("whole-model", "whole model, float32", peer(sys.executable, "whole_model.py")),
     ]
     for place, flags in (("memory", []), ("disk", ["--disk"])) if arguments.peer else ():
         for short, dtype in (("bf16", "bfloat16"), ("f32", "float32")):
             command = peer(arguments.peer, "llm_compressor.py", "--dtype", dtype, *flags)
             found.append(Program(f"llmc-{place}-{short}", f"llm-compressor, {place}, {dtype}", command))
+            command = peer(arguments.peer, "llm_compressor.py", "--dtype", dtype, "--sparsegpt", *flags)
+            title = f"llm-compressor, SparseGPT, {place}, {dtype}"
+            found.append(Program(f"llmc-sparsegpt-{place}-{short}", title, command))
     if unknown := set(arguments.only or ()) - {program.name for program in found}:
         raise SystemExit(f"no such program: {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in found)}")
     return [program for program in found if not arguments.only or program.name in (BASE, *arguments.only)]

@@ -1,4 +1,6 @@
-"""llm-compressor's Wanda 2:4: `python llm_compressor.py SOURCE TOKENS.npy TARGET --dtype bfloat16 [--disk]`.
+"""llm-compressor's Wanda 2:4, or its SparseGPT with --sparsegpt:
+
+    python llm_compressor.py SOURCE TOKENS.npy TARGET --dtype bfloat16 [--disk] [--sparsegpt]
 
 Run this with an interpreter that has llm-compressor 0.14; it imports nothing of ours. It does what llm-compressor's
 guides and `examples/disk_offloading` say: it takes the sequential pipeline, and for `--disk` a model loaded by
@@ -16,7 +18,7 @@ import torch
 from compressed_tensors.offload import get_device_map, load_offloaded_model
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.pruning import WandaPruningModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -28,9 +30,10 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True)
     parser.add_argument("--disk", action="store_true")
+    parser.add_argument("--sparsegpt", action="store_true")
     arguments = parser.parse_args()
     model = load(arguments.source, getattr(torch, arguments.dtype), arguments.disk)
-    prune(model, np.load(arguments.tokens))
+    prune(model, np.load(arguments.tokens), SparseGPTModifier if arguments.sparsegpt else WandaPruningModifier)
     if not arguments.disk:  # an offloaded model cannot change its dtype
         model.to(torch.bfloat16)
     model.save_pretrained(
@@ -51,7 +54,7 @@ def load(source: Path, dtype: torch.dtype, disk: bool) -> PreTrainedModel:
     return model
 
 
-def prune(model: PreTrainedModel, tokens: np.ndarray) -> None:
+def prune(model: PreTrainedModel, tokens: np.ndarray, modifier: type) -> None:
     """Prunes `model` in place, on tokens (sequences, length)."""
     dataset = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
     oneshot(
@@ -59,7 +62,7 @@ def prune(model: PreTrainedModel, tokens: np.ndarray) -> None:
         dataset=dataset,
         # it needs a tokenizer, but does not use it where a data set has `input_ids`
         processor=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"": 0}))),
-        recipe=WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]),
+        recipe=modifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]),
         num_calibration_samples=len(tokens),
         max_seq_length=tokens.shape[1],
         shuffle_calibration_samples=False,
