@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=32, help="of the checkpoint (default: 32)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/busy.json")
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {}
@@ -38,7 +39,13 @@ def main() -> None:
         folder = Path(temporary)
         tokens = ["--text", random_tokens(folder / "tokens.npy", 8, 256), "--sequences", "8"]
         work = {
-            arguments.checkpoint.name: [arguments.checkpoint, "--sequences", "32", "--length", "512"],
+            arguments.checkpoint.name: [
+                arguments.checkpoint,
+                "--sequences",
+                str(arguments.sequences),
+                "--length",
+                "512",
+            ],
             f"{arguments.blocks} blocks": [llama(folder / "source", arguments.width, arguments.blocks), *tokens],
         }
         for _ in range(arguments.rounds):

@@ -60,5 +60,5 @@ def test_copying_in_a_small_size(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_busy_in_a_small_size(tmp_path):
-    rows = run(tmp_path, "busy.py", "--width", "128", "--blocks", "2", "--rounds", "1")["rows"]
+    rows = run(tmp_path, "busy.py", "--width", "128", "--blocks", "2", "--rounds", "1", "--sequences", "2")["rows"]
     assert len(rows) == 4 and all(row["ratio"] == row["busy"] / row["quiet"] > 0 for row in rows)

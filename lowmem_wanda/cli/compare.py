@@ -28,6 +28,7 @@ from lowmem_wanda.cli.terminal import (
     size,
 )
 
+FAST = ("wanda", "magnitude")
 PATTERNS = ("50%", "4:8", "2:4")
 COMPARING = ("text", "methods", "patterns", "groups", "statistics", "sequences", "seeds", "calibration", "length",
              "windows", "include", "exclude", "keep")  # fmt: skip
@@ -39,7 +40,8 @@ def add(commands: Any) -> None:
     add_source(command)
     add = command.add_argument
     add("target", metavar="out_dir", help="new folder for report.json and report.html, or one to continue")
-    add("--methods", type=names, default=METHODS, metavar="NAME,...", help=f"methods (default: {','.join(METHODS)})")
+    add("--methods", type=names, default=FAST, metavar="NAME,...", help=f"methods, of {', '.join(METHODS)}; +swaps, "
+        f"+lsq and +recover come after them, as in wanda+lsq (default: {','.join(FAST)})")  # fmt: skip
     add("--patterns", type=names, default=PATTERNS, metavar="PATTERN,...", help="patterns (default: 50%%,4:8,2:4)")
     add("--groups", type=names, default=(None,), metavar="GROUP,...",
         help="what is compared for a share: row,matrix (default: each method's own)")  # fmt: skip

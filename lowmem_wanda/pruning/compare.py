@@ -23,7 +23,6 @@ from lowmem_wanda.evaluation.perplexity import evaluate_model
 from lowmem_wanda.pruning.job import label, prepare
 from lowmem_wanda.pruning.prune import run
 from lowmem_wanda.pruning.variants import Variant, titles_of, variant_of, variants_of
-from lowmem_wanda.sparsity import METHODS as NAMES
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
 from lowmem_wanda.streaming.walk import Notify, ignore
@@ -60,7 +59,7 @@ def compare(
     target: str | Path,
     *,
     text: str | Path | Sequence[str | Path],
-    methods: Sequence[str] = NAMES,
+    methods: Sequence[str] = ("wanda", "magnitude"),
     patterns: Sequence[str] = ("50%", "4:8", "2:4"),
     groups: Sequence[str | None] = (None,),
     statistics: Sequence[str] = ("block",),
@@ -92,7 +91,8 @@ def compare(
         source: the folder of a Hugging Face safetensors checkpoint.
         target: a new folder for report.json, or one with a comparison to continue.
         text: the text to evaluate on: files of text or token ids, or "wikitext2", "c4".
-        methods: names of methods (default: all).
+        methods: names of methods, with what comes after the mask, such as "wanda+lsq", "ria+swaps", "alps+recover"
+            (default: "wanda", "magnitude").
         patterns: patterns as `prune` takes them (default: "50%", "4:8", "2:4").
         groups: what is compared for a share, "row", "matrix", or None for the method's own (default: None).
         statistics: what matrices are measured on, "block", "dense" or "sequential" (default: "block").

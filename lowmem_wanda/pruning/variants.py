@@ -7,6 +7,7 @@ from typing import Any
 
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.pruning import ORDERS
+from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity.methods.known import find_method
 from lowmem_wanda.sparsity.patterns import Unstructured, parse
 
@@ -57,7 +58,10 @@ def variants_of(
     made = []
     for pattern, method, group, order, count, seed in product(patterns, methods, groups, orders, sequences, seeds):
         parsed, chosen = parse(pattern), find_method(method.removesuffix("+recover"))
-        compared = (group or chosen.group) if isinstance(parsed, Unstructured) else None
+        if chosen.group == "variant" and not isinstance(parsed, Unstructured):
+            raise PatternError(f"--methods {method}: is of a share such as 50%, and {pattern} has groups of its own")
+        own = chosen.group if chosen.group not in GROUPS else group or chosen.group
+        compared = own if isinstance(parsed, Unstructured) else None
         measured = (order, count, seed) if chosen.statistic or "+" in method else (None, None, None)
         made.append(Variant(method, str(parsed), compared, *measured))
     return tuple(dict.fromkeys(made))

@@ -242,7 +242,7 @@ def test_an_evaluation_shows_every_model_and_every_task(capsys):
 def test_the_choices_of_flags_are_the_librarys():
     from lowmem_wanda.cli.main import parser
     from lowmem_wanda.data.windows import CONVENTIONS
-    from lowmem_wanda.pruning.job import ZEROS
+    from lowmem_wanda.pruning.choices import ZEROS
     from lowmem_wanda.sparsity import GROUPS
 
     commands = parser()._subparsers._group_actions[0].choices

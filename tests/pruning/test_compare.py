@@ -106,6 +106,8 @@ def test_fewer_sequences_are_the_first_of_more_and_seeds_are_spread(tiny, tmp_pa
     ("settings", "says"),
     [
         ({"methods": ["best"], "patterns": ["2:4"]}, "--methods best"),
+        ({"methods": ["wanda+best"], "patterns": ["2:4"]}, "there is no best"),
+        ({"methods": ["wanda-variant"], "patterns": ["2:4"]}, "--methods wanda-variant: is of a share"),
         ({"methods": ["wanda"], "patterns": ["2:4"], "groups": ["column"]}, "--groups column"),
         ({"methods": ["wanda"], "patterns": ["half"]}, "half"),
         ({"methods": ["wanda"], "patterns": ["2:4"], "sequences": [0]}, "--sequences 0"),
@@ -114,3 +116,19 @@ def test_fewer_sequences_are_the_first_of_more_and_seeds_are_spread(tiny, tmp_pa
 def test_words_that_are_none_are_refused(settings, says):
     with pytest.raises(PatternError, match=says):
         variants_of(**settings)
+
+
+def test_better_methods_stand_in_a_table_with_their_names(source, token_file, tmp_path):
+    methods = ["sparsegpt", "ria+swaps", "wanda+lsq", "wanda+recover", "wanda-variant"]
+    settings = {
+        "text": [str(token_file)],
+        "calibration": [str(token_file)],
+        "patterns": ["50%"],
+        "groups": [None, "row"],
+    }
+    report = compare(source, tmp_path / "out", methods=methods, windows=2, device="cpu", length=16, **settings)
+    assert [row["name"] for row in report["rows"]] == [f"{method} 50%" for method in methods]
+    again = compare(source, tmp_path / "out", methods=methods[:1], windows=2, device="cpu", length=16, **settings)
+    assert [row["perplexity"] for row in again["rows"]] == [
+        row["perplexity"] for row in report["rows"][1:] + report["rows"][:1]
+    ]
