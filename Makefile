@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo quick test lint faults fuzz soak
+.PHONY: demo quick test coverage lint faults fuzz soak benchmarks
 demo: $(VENV)/.demo
 	rm -rf demo-pruned demo-pruned-eval
 	$(VENV)/bin/python cli.py prune lowmem_wanda/data/demo demo-pruned --pattern 2:4
@@ -14,6 +14,9 @@ quick: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m "not slow"
 
 test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest
+
+coverage: $(VENV)/.test
 	$(VENV)/bin/python -m coverage run -m pytest
 	$(VENV)/bin/python -m coverage report
 
@@ -23,6 +26,9 @@ faults: $(VENV)/.test
 MINUTES ?= 5
 fuzz: $(VENV)/.test
 	FUZZ_MINUTES=$(MINUTES) $(VENV)/bin/python -m pytest tests/test_fuzz.py
+
+benchmarks: $(VENV)/.test
+	BENCHMARKS=1 $(VENV)/bin/python -m pytest tests/test_benchmarks.py
 
 soak: $(VENV)/.test
 	SOAK=300 $(VENV)/bin/python -m pytest tests/test_soak.py

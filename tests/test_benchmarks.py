@@ -1,6 +1,7 @@
 """The benchmarks run, at a size that says nothing, and their files say what they should."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+LONG = pytest.mark.skipif("BENCHMARKS" not in os.environ, reason="takes a minute; `make benchmarks` runs it")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -26,6 +28,7 @@ def test_gpu_70b_in_its_smoke_size(tmp_path):
     assert row["rates"].keys() >= {"product", "copy GB/s", "score GB/s", "2:4 GB/s", "50% GB/s"}
 
 
+@LONG
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_overlap_in_a_small_size(tmp_path):
     flags = ("--width", "128", "--blocks", "3", "--length", "32", "--rounds", "1")
@@ -51,6 +54,7 @@ def test_experts_are_as_in_the_documents(shared, tmp_path):
         assert (f"{row['kl']:.4f}" if row["score"][0] != "r" else f"{row['kl']:.3f}") in page
 
 
+@LONG
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_copying_in_a_small_size(tmp_path):
     shape = ("--width", "128", "--hidden", "256", "--blocks", "2", "--vocabulary", "64", "--rounds", "1")
@@ -58,6 +62,7 @@ def test_copying_in_a_small_size(tmp_path):
     assert len(rows) == 4 and rows["cp -r, sync"]["ratio"] == 1 and all(row["seconds"] > 0 for row in rows.values())
 
 
+@LONG
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_busy_in_a_small_size(tmp_path):
     rows = run(tmp_path, "busy.py", "--width", "128", "--blocks", "2", "--rounds", "1", "--sequences", "2")["rows"]

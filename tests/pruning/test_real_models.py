@@ -42,7 +42,6 @@ def stories(shared):
     ("model", "pattern", "dense", "wanda"),
     [
         (craftgpt, "50%", 10.98, 17.8),
-        (craftgpt, "4:8", 10.98, 22.9),
         (craftgpt, "2:4", 10.98, 29.0),
         (stories, "50%", 4.78, 22.7),
         (stories, "2:4", 4.78, 67.7),
