@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from lowmem_wanda.sparsity.selection import Scaled
     from lowmem_wanda.sparsity.statistics import SquaredNorm
     from lowmem_wanda.streaming.hub import download
-    from lowmem_wanda.streaming.machine import DTYPES, READS, byte_size
+    from lowmem_wanda.streaming.machine import DTYPES, READS, byte_size, exact_products
 
 __version__ = "0.1.0"
 
@@ -78,7 +78,7 @@ _PLACES = {
     "sparsity.selection": ("Scaled",),
     "sparsity.statistics": ("SquaredNorm",),
     "streaming.hub": ("download",),
-    "streaming.machine": ("DTYPES", "READS", "byte_size"),
+    "streaming.machine": ("DTYPES", "READS", "byte_size", "exact_products"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 
@@ -124,6 +124,7 @@ __all__ = [
     "compare",
     "download",
     "evaluate",
+    "exact_products",
     "imatrix",
     "is_gguf",
     "outline",

@@ -12,6 +12,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from lowmem_wanda import exact_products
+
 THREADS = "OMP_NUM_THREADS"
 SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_")  # whoever sets one of these keeps it
 FEWER = ("prune", "eval", "imatrix")  # commands that may take fewer threads
@@ -23,7 +25,7 @@ def settle(arguments: argparse.Namespace) -> None:
     """Sets the environment of torch's threads for a command that computes; does nothing once torch is imported.
 
     An interrupted job goes on with the number of threads that it began with, because rounding may depend on it. In
-    float32 on Intel's CPUs it does not (see `set_up_products` of `streaming`), so that a new job takes fewer where
+    float32 on Intel's CPUs it does not (see `exact_products`), so that a new job takes fewer where
     other programs keep cores busy.
     """
     if not hasattr(arguments, "device") or "torch" in sys.modules:
@@ -36,7 +38,7 @@ def settle(arguments: argparse.Namespace) -> None:
     if not free or (busy := busy_cores(cores)) < BUSY:
         return
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    exact = getattr(arguments, "dtype", "") in ("auto", "float32") and _has_exact_products()
+    exact = getattr(arguments, "dtype", "") in ("auto", "float32") and exact_products()
     if arguments.command in FEWER and exact and not began_with:
         os.environ[THREADS] = str(max(1, len(cores) // 2, len(cores) - round(busy)))
 
@@ -51,13 +53,6 @@ def busy_cores(cores: set[int]) -> float:
 
     shares = psutil.cpu_percent(SAMPLE, percpu=True)
     return float(sum(shares[core] for core in cores if core < len(shares))) / 100
-
-
-def _has_exact_products() -> bool:
-    """Whether float32 products have the same bits with any number of threads, as on Intel's CPUs."""
-    with suppress(OSError):
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(errors="replace")[:1000]
-    return False
 
 
 def _cores() -> set[int]:

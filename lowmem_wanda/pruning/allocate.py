@@ -13,7 +13,7 @@ from lowmem_wanda.data.calibration import in_batches
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.llamacpp.collect import InputSums
 from lowmem_wanda.pruning.passes import Passes
-from lowmem_wanda.sparsity.patterns import Pattern, Unstructured
+from lowmem_wanda.sparsity.patterns import Unstructured
 from lowmem_wanda.sparsity.selection import row_chunks, suitable_chunk
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.decoder import Block
@@ -25,14 +25,17 @@ FILE = "allocation.json"
 OUTLIER = 5.0  # times the mean score of a block: M of OWL
 WIDTH = 0.08  # a block's share is at most so far from the one that was asked for: lambda of OWL
 LEAST, MOST = 0.01, 0.99  # of a block's share
+Selected = Sequence[Sequence[Matrix]]  # the matrices that are pruned, block by block
 
 
-def progression(pattern: Pattern, selected: Sequence[Sequence[Matrix]]) -> tuple[float, ...]:
+def rising(pattern: Unstructured, selected: Selected) -> tuple[float, ...]:
     """Shares that rise by the same amount from block to block (ATP, arXiv 2502.14770), by 0.16 in all."""
     return balanced(np.linspace(-WIDTH, WIDTH, len(selected)), pattern, selected)
 
 
-def by_outliers(ratios: Sequence[float], pattern: Pattern, selected: Sequence[Sequence[Matrix]]) -> tuple[float, ...]:
+def by_outliers(
+    ratios: Sequence[float], pattern: Unstructured, selected: Sequence[Sequence[Matrix]]
+) -> tuple[float, ...]:
     """Shares that fall from the block with the smallest ratio of outliers to that with the largest, by 0.16 (OWL).
 
     Outlier weighed layerwise sparsity, arXiv 2310.05175, eq. 3 and 4.
@@ -42,13 +45,12 @@ def by_outliers(ratios: Sequence[float], pattern: Pattern, selected: Sequence[Se
     return balanced(-2 * WIDTH * spread, pattern, selected)
 
 
-def balanced(moved: np.ndarray, pattern: Pattern, selected: Sequence[Sequence[Matrix]]) -> tuple[float, ...]:
+def balanced(moved: np.ndarray, pattern: Unstructured, selected: Selected) -> tuple[float, ...]:
     """The shares of blocks, each `moved` from one level, such that all blocks together have the pattern's share.
 
     Blocks count by the weights that are pruned in them. Raises PatternError where a share would not be within 1 and
     99 %.
     """
-    assert isinstance(pattern, Unstructured)
     weights = np.array([sum(matrix.weights for matrix in block) for block in selected], dtype=np.float64)
     shares = pattern.sparsity + moved - float((moved * weights).sum() / weights.sum())
     if shares.min() < LEAST or shares.max() > MOST:
@@ -93,8 +95,7 @@ def owl_shares(job: Any, placement: Placement, folder: Path) -> tuple[float, ...
             def measured(matrix: Matrix, inputs: SquaredNorm) -> None:
                 found.append((block.weight(matrix), inputs.norms()))
 
-            names = {matrix.name for matrix in job.selected[block.index]}
-            matrices = [matrix for matrix in block.matrices if matrix.name in names]
+            matrices = job.selected_of(block.matrices, block.index)
             Passes(block, states, SquaredNorm, matrices, measured, InputSums(block, on=False)).run("dense", True, 0)
             ratios.append(outlier_ratio(found))
 

@@ -42,10 +42,29 @@ def prune_block(
     If it `moves_on`, the hidden states are replaced by the block's output while `sums` listens. With `targets`, memory
     for what the dense block puts out, the pruned block is trained towards that before.
     """
+    clock = Clock(block.device)
     if targets is not None:
-        return _recovered(job, block, states, placement, moves_on, sums, targets)
-    names = {matrix.name for matrix in job.selected[block.index]}
-    matrices = [matrix for matrix in block.matrices if matrix.name in names]
+        with clock.part("target"):
+            for micro_batch, target in zip(states, targets, strict=True):
+                target.copy_(block(micro_batch))
+    record = _pruned(job, block, states, placement, moves_on and targets is None, sums)
+    if targets is not None:
+        with clock.part("recover"):
+            parts = trained_parts(job, block.index)
+            trained = parts if placement.trained_apart else [[name for part in parts for name in part]]
+            record["recovered"] = recover(block, states, targets, trained, job.recover_steps)
+        _count_again(job, block, record["linears"], placement.chunk)
+        moved = move_on(block, states, sums) if moves_on else {}
+        add_seconds(record["parts"], clock.seconds() | moved)
+        record["passes"] += 1 + moves_on
+    return record
+
+
+def _pruned(
+    job: PruneJob, block: Block, states: MicroBatches, placement: Placement, moves_on: bool, sums: InputSums
+) -> dict[str, Any]:
+    """Measures and prunes the matrices of a block and, if it `moves_on`, moves the hidden states; gives the record."""
+    matrices = job.selected_of(block.matrices, block.index)
     linears: dict[str, Any] = {}
 
     def prune(matrix: Matrix, inputs: Any) -> None:
@@ -63,33 +82,12 @@ def prune_block(
     return {"linears": linears, "passes": float(moves_on), "parts": clock.seconds() | moved}
 
 
-def _recovered(
-    job: PruneJob,
-    block: Block,
-    states: MicroBatches,
-    placement: Placement,
-    moves_on: bool,
-    sums: InputSums,
-    targets: MicroBatches,
-) -> dict[str, Any]:
-    """Prunes a block, and trains it towards what it put out before; gives the record of the block."""
-    clock = Clock(block.device)
-    with clock.part("target"):
-        for micro_batch, target in zip(states, targets, strict=True):
-            target.copy_(block(micro_batch))
-    record = prune_block(job, block, states, placement, False, sums)
-    with clock.part("recover"):
-        parts = trained_parts(job, block.index)
-        trained = parts if placement.trained_apart else [[name for part in parts for name in part]]
-        record["recovered"] = recover(block, states, targets, trained, job.recover_steps)
+def _count_again(job: PruneJob, block: Block, linears: dict[str, Any], chunk: int) -> None:
+    """Counts the zeros of trained matrices anew in their records."""
     for matrix in job.selected[block.index]:
-        weight, linear = block.weight(matrix), record["linears"][matrix.name]
-        linear["zeros"], linear["holds"] = survey(weight, job.pattern_in(block.index), placement.chunk)
+        weight, linear = block.weight(matrix), linears[matrix.name]
+        linear["zeros"], linear["holds"] = survey(weight, job.pattern_in(block.index), chunk)
         linear["sparsity"] = linear["zeros"] / weight.numel()
-    moved = move_on(block, states, sums) if moves_on else {}
-    add_seconds(record["parts"], clock.seconds() | moved)
-    record["passes"] += 1 + moves_on
-    return record
 
 
 def move_on(block: Block, states: MicroBatches, sums: InputSums) -> dict[str, float]:

@@ -95,11 +95,12 @@ def choose_pattern(text: str, group: str | None, method: Method) -> Pattern:
         raise PatternError(
             f"--variant: is of a share such as 50%, and {text} has groups of its own; leave one of them out"
         )
-    pattern = parse(text, "row" if group in (None, method.group) else group or "row")
-    if group not in (None, method.group) and method.group not in GROUPS:
+    own = method.group not in GROUPS
+    asked = None if own and group == method.group else group
+    pattern = parse(text, asked or "row")
+    if own and asked:
         raise PatternError(f"--group {group}: {method} compares {method.group} of its own; leave it out")
-    own = group in (None, method.group) and isinstance(pattern, Unstructured)
-    return replace(pattern, group=method.group) if own else pattern
+    return replace(pattern, group=method.group) if asked is None and isinstance(pattern, Unstructured) else pattern
 
 
 def choose_calibration(

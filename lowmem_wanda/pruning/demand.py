@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING
 from lowmem_wanda.checkpoint.reader import FLOATS, ITEMSIZE
 from lowmem_wanda.pruning.recover import STATE_BYTES
 from lowmem_wanda.sparsity.selection import SCORE_BYTES, suitable_chunk
-from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.placement import Workload
-from lowmem_wanda.streaming.walk import require_chain
 
 if TYPE_CHECKING:
     from lowmem_wanda.pruning.job import PruneJob
@@ -19,7 +17,7 @@ def demand(job: "PruneJob") -> Workload:
     matrices = [matrix for block in job.selected for matrix in block]
     tensors = job.model.checkpoint.tensors
     statistic = job.method.statistic if job.measures else None
-    sums = [[statistic.nbytes(columns) for columns in block] for block in inputs_of(job)] if statistic else [[0]]
+    sums = [[statistic.nbytes(columns) for columns in block] for block in job.inputs] if statistic else [[0]]
     one = max(max(block, default=0) for block in sums)
     together, largest = trained_bytes(job) if job.recovers else (0, 0)
     return Workload(
@@ -36,22 +34,6 @@ def demand(job: "PruneJob") -> Workload:
         score_bytes=SCORE_BYTES,
         holds_micro_batches=job.statistics == "sequential" and job.measures,
     )
-
-
-def inputs_of(job: "PruneJob") -> list[list[int]]:
-    """The numbers of columns of the distinct inputs of each block's matrices.
-
-    Where a statistic is small, each matrix counts as if it had inputs of its own, which need not be known.
-    """
-    if job.method.statistic is SquaredNorm or job.calibration is None:
-        return [[matrix.shape[1] for matrix in block] for block in job.selected]
-    traces = require_chain(job.model, job.calibration.tokens)
-    names = [{matrix.name for matrix in block} for block in job.selected]
-    shared = [
-        {one.inputs: one.shape[1] for one in traces[index].matrices if one.name in names[index]}
-        for index in range(job.model.depth)
-    ]
-    return [list(columns.values()) for columns in shared]
 
 
 def trained_parts(job: "PruneJob", index: int) -> list[list[str]]:

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,9 +145,9 @@ def _write(
 ) -> None:  # fmt: skip
     """Writes the checkpoint with some tensors changed, in a folder that takes the target's name when it is whole."""
     require_disk(target, source.nbytes)
+    folder = target.with_name(f".{target.name}-{os.getpid()}")
     with explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        folder.mkdir(parents=True)
     try:
         shards = {}
         for file in source.files:
@@ -158,22 +157,18 @@ def _write(
             ]
             written = write_shard(folder / file.name, pieces, finite=set(tensors))
             shards[file.name] = {"name": file.name, "nbytes": written.nbytes, **written.checksum}
-        small = companions(source.path, code=code).files
-        for name in [*small, *([Path(INDEX)] if (source.path / INDEX).exists() else [])]:
-            if name.name != CONFIG:
-                (folder / name).parent.mkdir(exist_ok=True)
-                copy_file(source.path / name, folder / name, sha256_of(source.path / name))
-        copy_file(source.path / CONFIG, folder / CONFIG, sha256_of(source.path / CONFIG))
+        small = [*companions(source.path, code=code).files, *(Path(INDEX) for _ in source.path.glob(INDEX))]
+        for name in sorted(small, key=lambda name: name.name == CONFIG):  # which comes last
+            (folder / name).parent.mkdir(exist_ok=True)
+            copy_file(source.path / name, folder / name, sha256_of(source.path / name))
         _update(report, shards, tensors)
         report["quantization"] = outlook(Checkpoint(folder), report)
         on_report({**report, "folder": str(folder)})
         write_json(folder / REPORT, report)
         with explained(target):
-            folder.chmod(0o777 & ~_umask())
             folder.replace(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what is left where this failed
 
 
 def _update(report: dict[str, Any], shards: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -182,8 +177,8 @@ def _update(report: dict[str, Any], shards: Mapping[str, Any], tensors: Mapping[
     for block in report["blocks"]:
         for key in ("blake3", "sha256", "nbytes"):
             block.pop(key, None)
-        new = shards.get(block["shard"], {})
-        block |= {"nbytes": new.get("nbytes"), **(checksum_in(new) if new else {})}
+        new = shards[block["shard"]]
+        block |= {"nbytes": new["nbytes"], **checksum_in(new)}
         for name, linear in block["linears"].items():
             if name in tensors:
                 linear["zeros"] = int((tensors[name] == 0).sum())
@@ -194,10 +189,3 @@ def _update(report: dict[str, Any], shards: Mapping[str, Any], tensors: Mapping[
     linears = [linear for block in report["blocks"] for linear in block["linears"].values()]
     summary |= {"keeps_bits": False, "zeros": sum(linear["zeros"] for linear in linears)}
     summary["sparsity"] = summary["zeros"] / summary["weights"]
-
-
-def _umask() -> int:
-    """The permissions that new files of this process lack."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,6 +1,6 @@
 """A pruning that is ready to start: everything that is chosen and checked before a weight is read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from lowmem_wanda.checkpoint.companions import Companions, companions
 from lowmem_wanda.checkpoint.directory import fingerprint
 from lowmem_wanda.data.calibration import Calibration, name_list
 from lowmem_wanda.llamacpp.norms import Norms, load_norms
-from lowmem_wanda.pruning.allocate import progression
+from lowmem_wanda.pruning.allocate import rising
 from lowmem_wanda.pruning.choices import (
     choose_calibration,
     choose_matrices,
@@ -27,10 +27,12 @@ from lowmem_wanda.pruning.choices import (
 from lowmem_wanda.pruning.demand import demand
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured
+from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.machine import ANY, Machine
-from lowmem_wanda.streaming.matrices import Matrix
+from lowmem_wanda.streaming.matrices import Matrix, Trace
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
 from lowmem_wanda.streaming.placement import Workload
+from lowmem_wanda.streaming.walk import require_chain
 
 STEPS = 200  # of a block's recovery
 FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "text", "statistics", "dtype", "batch",
@@ -92,6 +94,27 @@ class PruneJob:
         if self.shares is None or not isinstance(self.pattern, Unstructured):
             return self.pattern
         return replace(self.pattern, sparsity=self.shares[block])
+
+    def selected_of(self, matrices: Iterable[Matrix], block: int) -> list[Matrix]:
+        """Those of a block's traced `matrices` that are pruned."""
+        names = {matrix.name for matrix in self.selected[block]}
+        return [matrix for matrix in matrices if matrix.name in names]
+
+    @cached_property
+    def traces(self) -> dict[int, Trace]:
+        """The trace of each block, which proves that blocks are a chain. {} without a calibration."""
+        return require_chain(self.model, self.calibration.tokens) if self.calibration else {}
+
+    @cached_property
+    def inputs(self) -> list[list[int]]:
+        """The numbers of columns of the distinct inputs of each block's matrices.
+
+        Where a statistic is small, each matrix counts as if it had inputs of its own, which need not be known.
+        """
+        if self.method.statistic is SquaredNorm or self.calibration is None:
+            return [[matrix.shape[1] for matrix in block] for block in self.selected]
+        traced = (self.selected_of(self.traces[index].matrices, index) for index in range(self.model.depth))
+        return [list({matrix.inputs: matrix.shape[1] for matrix in block}.values()) for block in traced]
 
     @property
     def moved_on_dense(self) -> bool:
@@ -209,7 +232,7 @@ def prepare(
     compared = choose_pattern(pattern, group, chosen)
     counts = {"--sequences": sequences, "--length": length, "--recover-steps": recover_steps}
     require_options((chosen, trained), compared, statistics, zeros, allocation, counts)
-    needs_text = bool(imatrix) or trained != "none"
+    needs_text = bool(imatrix) or trained != "none" or allocation == "owl"
     if norms:
         require_use_of_norms(norms, chosen, statistics, () if needs_text else text)
     model = source if isinstance(source, StreamedModel) else open_model(source, machine)
@@ -220,7 +243,7 @@ def prepare(
     names, known = choose_names(model, norms, imatrix), None
     if norms:
         known = load_norms(str(norms), names, {matrix.name: matrix.shape[1] for matrix in matrices})
-    if not needs_text and (known or (chosen.statistic is None and allocation != "owl")):
+    if not needs_text and (known or chosen.statistic is None):
         calibration = None  # nothing is measured
     elif calibration is None:
         calibration = choose_calibration(model, text, sequences, length, seed)
@@ -242,5 +265,5 @@ def prepare(
         recover=trained,
         recover_steps=recover_steps,
         allocation=allocation,
-        shares=progression(compared, selected) if allocation == "atp" else None,
+        shares=rising(compared, selected) if allocation == "atp" and isinstance(compared, Unstructured) else None,
     )

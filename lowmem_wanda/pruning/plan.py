@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
-from lowmem_wanda.pruning.demand import inputs_of
 from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
 from lowmem_wanda.pruning.job import STEPS, PruneJob, prepare
 from lowmem_wanda.pruning.recover import HELD_OUT, LOOKS
@@ -210,6 +209,6 @@ def _flops(job: PruneJob, batch: int) -> int:
             trained = 6 * job.recover_steps * batch * length + 2 * tokens * (1 + LOOKS / HELD_OUT)
             total += trained * sum(sizes)
     if job.measures and job.method.statistic is Gram:
-        total += sum(tokens * columns * (columns + TILE) for block in inputs_of(job) for columns in block)
+        total += sum(tokens * columns * (columns + TILE) for block in job.inputs for columns in block)
         total += sum(job.method.flops(*matrix.shape) for block in job.selected for matrix in block)
     return int(total)

@@ -24,7 +24,7 @@ from lowmem_wanda.pruning.report import PruneReport, build, started
 from lowmem_wanda.pruning.walk import PruningWalk
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.streaming.machine import Machine
-from lowmem_wanda.streaming.walk import Notify, ignore, require_chain, streamed
+from lowmem_wanda.streaming.walk import Notify, ignore, streamed
 
 
 def prune(
@@ -175,8 +175,7 @@ def run(
     told({**started(job), "resumed": resumed, "seconds": expected})
     if not target.exists():
         require_disk(target, plan.disk)
-        if job.calibration:
-            require_chain(job.model, job.calibration.tokens)
+        _ = job.traces  # which refuses what is no chain
     with exclusive(target):
         output = Output(target, job.arguments(plan.layout.batch, plan.layout.trained_apart), label)
         output.begin(plan.disk, shard_names(job.model.depth))

@@ -9,6 +9,7 @@ from lowmem_wanda.errors import PatternError
 from lowmem_wanda.pruning import ORDERS
 from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity.methods.known import find_method
+from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Unstructured, parse
 
 
@@ -50,21 +51,25 @@ def variants_of(
                 raise PatternError(f"{flag} {word}: give one of {', '.join(filter(None, known))}")
     if not sequences or min(sequences) < 1:
         raise PatternError(f"--sequences {min(sequences, default='')}: give whole numbers above 0")
-    for method in methods:
-        try:
-            find_method(method.removesuffix("+recover"))
-        except PatternError as error:
-            raise PatternError(str(error).replace("--method ", "--methods ", 1)) from None
+    known_methods = {method: _method(method) for method in methods}
     made = []
     for pattern, method, group, order, count, seed in product(patterns, methods, groups, orders, sequences, seeds):
-        parsed, chosen = parse(pattern), find_method(method.removesuffix("+recover"))
+        parsed, chosen = parse(pattern), known_methods[method]
         if chosen.group == "variant" and not isinstance(parsed, Unstructured):
             raise PatternError(f"--methods {method}: is of a share such as 50%, and {pattern} has groups of its own")
         own = chosen.group if chosen.group not in GROUPS else group or chosen.group
         compared = own if isinstance(parsed, Unstructured) else None
-        measured = (order, count, seed) if chosen.statistic or "+" in method else (None, None, None)
+        measured = (order, count, seed) if chosen.statistic or method.endswith("+recover") else (None, None, None)
         made.append(Variant(method, str(parsed), compared, *measured))
     return tuple(dict.fromkeys(made))
+
+
+def _method(name: str) -> Method:
+    """The method of a name such as "alps+recover", without recovery. Raises PatternError."""
+    try:
+        return find_method(name.removesuffix("+recover"))
+    except PatternError as error:
+        raise PatternError(str(error).replace("--method ", "--methods ", 1)) from None
 
 
 def titles_of(chosen: Sequence[Variant]) -> dict[Variant, str]:

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,14 +30,16 @@ ALPHA = 2  # an adapter's product is scaled by this
 WARM = 0.05  # of the steps, in which the rate rises; then it falls as a cosine
 
 
+@dataclass(frozen=True)
 class FineTuned:
     """What training made: `tensors` that changed, by file tensor in the stored dtype, and losses `before` and `after`.
 
     Losses are the mean negative log-likelihood of a token of the sequences that were held out.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], before: float, after: float) -> None:
-        self.tensors, self.before, self.after = tensors, before, after
+    tensors: Mapping[str, torch.Tensor]
+    before: float
+    after: float
 
 
 def fine_tune(

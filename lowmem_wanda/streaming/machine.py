@@ -1,7 +1,9 @@
 """Where a model is computed and how: device, dtype, budgets. Nothing here needs torch."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from lowmem_wanda.errors import BudgetError, ModelError
 
@@ -97,6 +99,13 @@ def size_of(name: str, size: float | str | None) -> int | None:
         return None if size is None else byte_size(size)
     except BudgetError as error:
         raise BudgetError(f"{name}={error}") from None
+
+
+def exact_products() -> bool:
+    """Whether MKL can give float32 products the same bits with any number of threads: on Intel's CPUs (Linux)."""
+    with suppress(OSError):
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(errors="replace")[:1000]
+    return False
 
 
 def byte_size(size: float | str) -> int:

@@ -40,9 +40,9 @@ class Workload:
     `statistics` are the bytes of the statistics of a block's inputs, and `statistics_apart` those of the largest one
     where it may be held alone (0: it may not). `training` are the bytes of what is trained in a block, beside its
     activations, and `training_apart` those of the largest part of it; then `targets` says that hidden states are kept
-    twice. Pruning one matrix takes `workspace` bytes, and
-    `score_bytes` for each of the at most `chunk` weights that are scored at a time. `needs_logits` says that the head
-    is applied, `holds_micro_batches` that micro-batches wait for each other within a block.
+    twice. Pruning one matrix takes `workspace` bytes, and `score_bytes` for each of the at most `chunk` weights that
+    are scored at a time. `needs_logits` says that the head is applied, `holds_micro_batches` that micro-batches wait
+    for each other within a block.
     """
 
     models: tuple[StreamedModel, ...]
@@ -229,10 +229,8 @@ class Sizes:
     def need(self, placement: Placement) -> Need:
         """What a placement needs at its worst moment."""
         work = self.work
-        states, blocks = (
-            (len(work.models) + work.targets) * work.sequences * self.state,
-            placement.slots * work.block_bytes,
-        )
+        states = (len(work.models) + work.targets) * work.sequences * self.state
+        blocks = placement.slots * work.block_bytes
         working = self._working(placement, blocks if work.on_host else placement.arriving * work.block_bytes)
         working += states if placement.states == "device" or (work.on_host and placement.states == "host") else 0
         disk = states if placement.states == "file" else 0

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +13,7 @@ import torch
 from lowmem_wanda.checkpoint.writer import library
 from lowmem_wanda.errors import BudgetError, limit_of_machine
 from lowmem_wanda.streaming.containers import left_by_groups
+from lowmem_wanda.streaming.machine import exact_products
 
 # the other parts read, copy and write meanwhile
 COMPUTING = ("embed", "target", "measure", "prune", "recover", "onward", "compare", "head")
@@ -247,14 +247,13 @@ def timing(wall: float, spent: dict[str, float]) -> dict[str, Any]:
 
 
 def set_up_products() -> None:
-    """Has MKL give products the same bits with any number of threads, where it can: on Intel's CPUs.
+    """Has MKL give products the same bits with any number of threads, where it can (see `exact_products`).
 
     Else it divides long rows of float32 among threads in an order of its own (1024 columns and more). Products take as
     long (317 GFLOP/s for 318, 4096 x 4096, 2 threads, AVX-512 and AMX). MKL reads this variable at its first product.
     """
-    with suppress(OSError):
-        if "GenuineIntel" in Path("/proc/cpuinfo").read_text(errors="replace")[:1000]:
-            os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    if exact_products():
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def set_up_vector_functions() -> None:

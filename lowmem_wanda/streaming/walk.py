@@ -80,13 +80,9 @@ class Stream:
     def more_states(self) -> MicroBatches:
         """Uninitialised hidden states beside those of the last model, of the same shapes and in the same place."""
         like = self.states[-1]
-        rows, width = sum(len(one) * one.shape[1] for one in like), like[0].shape[-1]
-        memory, start, made = self._allocate((rows, width), like[0].dtype), 0, []
-        for one in like:
-            stop = start + len(one) * one.shape[1]
-            made.append(memory[start:stop].view(one.shape))
-            start = stop
-        return made
+        tokens = [len(one) * one.shape[1] for one in like]
+        memory = self._allocate((sum(tokens), like[0].shape[-1]), like[0].dtype)
+        return [part.view(one.shape) for part, one in zip(memory.split(tokens), like, strict=True)]
 
     def submit(self, action: Callable[[], None]) -> None:
         """Has the writing thread do `action` while blocks are computed."""

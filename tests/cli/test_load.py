@@ -73,7 +73,7 @@ def test_a_busy_program_is_seen():
             other.kill()
 
 
-@pytest.mark.skipif(not load._has_exact_products(), reason="products depend on the number of threads here")
+@pytest.mark.skipif(not load.exact_products(), reason="products depend on the number of threads here")
 def test_long_products_are_the_same_with_one_thread_and_two():
     code = (
         "import torch, hashlib, lowmem_wanda.streaming.resources; torch.manual_seed(0); "

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import digests, read_tensor, save_tiny
 
-from lowmem_wanda import Checkpoint, check, evaluate, plan, prune
+from lowmem_wanda import Checkpoint, check, evaluate, imatrix, plan, prune
 from lowmem_wanda.errors import CalibrationError, OutputError, PatternError
 from lowmem_wanda.pruning.job import prepare
 from lowmem_wanda.pruning.plan import predict
@@ -187,6 +187,13 @@ def test_owl_measures_once(source, settings, tmp_path, monkeypatch):
     prune(source, tmp_path / "out", **more)
 
 
+def test_owl_measures_its_text_where_masks_are_made_by_norms(source, settings, tmp_path):
+    imatrix(source, tmp_path / "norms.gguf", text=settings["text"], device="cpu")
+    more = {**settings, "norms": tmp_path / "norms.gguf", "allocation": "owl", "pattern": "60%"}
+    report = prune(source, tmp_path / "out", **more)
+    assert (tmp_path / "out/allocation.json").exists() and report["summary"]["keeps_bits"]
+
+
 def test_owl_counts_outliers(source, settings):
     from lowmem_wanda.pruning.allocate import outlier_ratio
 
@@ -203,6 +210,7 @@ def test_owl_counts_outliers(source, settings):
         ({"variant": True, "method": "ria"}, "--variant is of wanda"),
         ({"variant": True}, "--variant: is of a share"),
         ({"method": "sparsegpt", "group": "row", "pattern": "50%"}, "--group row: sparsegpt compares columns"),
+        ({"method": "magnitude", "group": "matrix"}, "has groups of its own"),
         ({"recover": "all"}, "--recover all: give one of none, block, norms"),
         ({"recover": "block", "statistics": "dense"}, "--statistics dense"),
         ({"recover": "block", "zeros": "signed-tiny"}, "--zeros signed-tiny"),

@@ -4,6 +4,7 @@ import torch
 
 from lowmem_wanda.sparsity.gram import Gram
 from lowmem_wanda.sparsity.methods.method import costs
+from lowmem_wanda.sparsity.selection import row_chunks
 
 STEPS = 30
 ENOUGH = 1e-4  # of the squared gradient at the beginning; then there is little left to gain
@@ -19,9 +20,7 @@ def least_squares(weight: torch.Tensor, dense: torch.Tensor, inputs: Gram) -> No
     2nd ed., algorithm 9.1), where gradients and directions are masked. They stop after 30 steps, or where the squared
     gradients of the rows have fallen to 1e-4 of what they were. Nothing is inverted, so X^T X needs no damping.
     """
-    step = max(1, CHUNK // weight.shape[1])
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
+    for rows in row_chunks(len(weight), weight.shape[1], CHUNK):
         weight[rows] = fit(weight[rows].float(), dense[rows].float(), inputs.matrix())
 
 

@@ -2,8 +2,10 @@
 
 import torch
 
-from lowmem_wanda.sparsity.selection import Scaled, Score
+from lowmem_wanda.sparsity.selection import Scaled, Score, row_chunks
 from lowmem_wanda.sparsity.statistics import SquaredNorm
+
+ROWS = 256  # that sums are made of at a time
 
 
 def wanda(weight: torch.Tensor, inputs: SquaredNorm) -> Scaled:
@@ -26,10 +28,10 @@ def ria(weight: torch.Tensor, inputs: SquaredNorm) -> Score:
     roots = inputs.norms().sqrt()
     of_input = torch.zeros(weight.shape[1], device=weight.device)
     of_output = torch.empty(weight.shape[0], 1, device=weight.device)
-    for start in range(0, len(weight), ROWS):
-        part = weight[start : start + ROWS].float().abs()
+    for rows in row_chunks(len(weight), weight.shape[1], ROWS * weight.shape[1]):
+        part = weight[rows].float().abs()
         of_input += part.sum(dim=0)
-        of_output[start : start + ROWS] = part.sum(dim=1, keepdim=True)
+        of_output[rows] = part.sum(dim=1, keepdim=True)
     by_input, by_output = (1 / total.clamp_min(torch.finfo(torch.float32).tiny) for total in (of_input, of_output))
 
     def score(rows: slice) -> torch.Tensor:
@@ -37,6 +39,3 @@ def ria(weight: torch.Tensor, inputs: SquaredNorm) -> Score:
         return part.mul_(by_input + by_output[rows]).mul_(roots)
 
     return score
-
-
-ROWS = 256  # that sums are made of at a time

@@ -5,6 +5,7 @@ import torch
 from lowmem_wanda.sparsity.gram import Gram
 from lowmem_wanda.sparsity.methods.method import Notes, costs
 from lowmem_wanda.sparsity.patterns import NM, Pattern
+from lowmem_wanda.sparsity.selection import row_chunks
 
 CANDIDATES = 8  # kept and pruned weights of a row that are tried with each other
 SHARE = 8  # a row is swapped at most columns / SHARE times
@@ -25,9 +26,8 @@ def swaps(weight: torch.Tensor, dense: torch.Tensor, inputs: Gram, pattern: Patt
     bits in `dense`. The notes hold the number of `swaps`.
     """
     size = pattern.of if isinstance(pattern, NM) else 0
-    step, count = max(1, CHUNK // weight.shape[1]), 0
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
+    count = 0
+    for rows in row_chunks(len(weight), weight.shape[1], CHUNK):
         gone, done = _swapped(dense[rows].float(), weight[rows] == 0, inputs.matrix(), size)
         weight[rows] = torch.where(gone, torch.zeros_like(weight[rows]), dense[rows])
         count += done

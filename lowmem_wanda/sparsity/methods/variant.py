@@ -2,6 +2,7 @@
 
 import torch
 
+from lowmem_wanda.errors import PatternError
 from lowmem_wanda.sparsity.methods.method import Notes, costs
 from lowmem_wanda.sparsity.methods.scores import wanda
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured
@@ -21,7 +22,8 @@ def variant(weight: torch.Tensor, inputs: SquaredNorm, pattern: Pattern) -> Note
     sparsity is within 0.001 of the pattern's; rows differ. N:M has groups of its own and is not given to this. The
     notes hold the share, `alpha`.
     """
-    assert isinstance(pattern, Unstructured)
+    if not isinstance(pattern, Unstructured):
+        raise PatternError(f"method wanda-variant: is of a share such as 50%, and {pattern} has groups of its own")
     score = wanda(weight, inputs)
     parts = row_chunks(len(weight), weight.shape[1], CHUNK)
     ordered = torch.cat([score(part).sort(dim=1).values for part in parts])
