@@ -100,12 +100,12 @@ def measured(model: dict[str, Any], pattern: str, folder: Path, arguments: argpa
         rows.append({"model": model["name"], "pattern": pattern, "way": way, "seconds": seconds,
                      "cpu_seconds": usage.cpu_seconds, "anonymous": usage.anonymous})  # fmt: skip
         made.append(target)
-    report = evaluate(
+    reports = evaluate(
         made, text=[model["text"]], against=model["path"], length=model["length"], windows=arguments.windows
     )
-    for row, one in zip(rows, report["models"], strict=True):
+    for row, one in zip(rows, reports, strict=True):
         row |= {key: one[key] for key in ("perplexity", "perplexity_stderr", "kl_mean", "kl_mean_stderr")}
-    dense = report["against"]
+    dense = reports[0]["dense"]
     return [{"model": model["name"], "pattern": pattern, "way": "dense",
              **{key: dense[key] for key in ("perplexity", "perplexity_stderr")}}, *rows]  # fmt: skip
 
