@@ -3,7 +3,8 @@
 Every way of pruning is run as a process of its own, with each pattern, on two dense models: craftgpt-5m, calibrated and
 evaluated on its own token ids, and stories260K, on stories that lie apart. Then all prunings of a pattern are evaluated
 beside the dense model. Prints a Markdown table for each model and writes results/quality.json: perplexity with its
-standard error, KL divergence from the dense model, seconds of pruning, and the peak of anonymous memory.
+standard error, KL divergence from the dense model, seconds of pruning, and the peak of anonymous memory. The file is
+written after each pattern, and `--resume` leaves out what it has.
 """
 
 import argparse
@@ -45,17 +46,19 @@ def main() -> None:
     parser.add_argument("shared", type=Path, help="the folder with models and corpora")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument("--windows", type=int, help="evaluate on so many windows (default: all)")
+    parser.add_argument("--windows", type=int, help="evaluate on so many windows (default: 512, and 64 of the stories)")
+    parser.add_argument("--resume", action="store_true", help="keep the patterns that the file has")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality.json")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(arguments.out.read_text())["rows"] if arguments.resume else []
+    done = {(row["model"], row["pattern"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for model in models(arguments.shared, Path(folder)):
-            for pattern in arguments.patterns:
+            for pattern in (one for one in arguments.patterns if (model["name"], one) not in done):
                 rows += measured(model, pattern, Path(folder), arguments)
+                result = {"machine": machine(), "commit": commit(), "rows": rows}
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
                 print(f"{model['name']} {pattern} done", file=sys.stderr, flush=True)
-    result = {"machine": machine(), "commit": commit(), "rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
 
 
@@ -68,11 +71,12 @@ def models(shared: Path, folder: Path) -> list[dict[str, Any]]:
         {
             "name": "craftgpt-5m", "path": shared / "models/craftgpt-5m", "sequences": 128, "length": 64,
             "calibration": shared / "corpora/craftgpt-calib.npy", "text": shared / "corpora/craftgpt-eval.npy",
-            "unfit": "",
+            "windows": 512, "unfit": "",
         },
         {
             "name": "stories260K", "path": shared / "models/stories260K", "sequences": 64, "length": 512,
-            "calibration": folder / "calibration.txt", "text": folder / "evaluation.txt", "unfit": "*down_proj*",
+            "calibration": folder / "calibration.txt", "text": folder / "evaluation.txt",
+            "windows": 64, "unfit": "*down_proj*",
         },
     ]  # fmt: skip
 
@@ -100,9 +104,8 @@ def measured(model: dict[str, Any], pattern: str, folder: Path, arguments: argpa
         rows.append({"model": model["name"], "pattern": pattern, "way": way, "seconds": seconds,
                      "cpu_seconds": usage.cpu_seconds, "anonymous": usage.anonymous})  # fmt: skip
         made.append(target)
-    reports = evaluate(
-        made, text=[model["text"]], against=model["path"], length=model["length"], windows=arguments.windows
-    )
+    windows = arguments.windows or model["windows"]
+    reports = evaluate(made, text=[model["text"]], against=model["path"], length=model["length"], windows=windows)
     for row, one in zip(rows, reports, strict=True):
         row |= {key: one[key] for key in ("perplexity", "perplexity_stderr", "kl_mean", "kl_mean_stderr")}
     dense = reports[0]["dense"]
