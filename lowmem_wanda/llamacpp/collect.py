@@ -23,7 +23,7 @@ from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model
 from lowmem_wanda.streaming.placement import Workload, choose
 from lowmem_wanda.streaming.resources import anonymous
-from lowmem_wanda.streaming.walk import MicroBatches, Notify, advance, ignore, streamed, watched
+from lowmem_wanda.streaming.walk import MicroBatches, Notify, advance, ignore, prunable, streamed, watched
 
 PARTS = ("#keys", "#values")  # behind a matrix's name: the parts that llama.cpp splits it into
 
@@ -120,7 +120,7 @@ def imatrix(
 
 def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block: Notify = ignore) -> ImatrixReport:
     """Writes the importance matrix of an opened model, on a calibration, to a new `path`; returns the report."""
-    weights = [matrix.name for matrix in model.skeleton.all_matrices]
+    weights = [matrix.name for block in prunable(model) for matrix in block]
     names, start = gguf_names(weights, "an importance matrix"), time.perf_counter()
     split = splits(model, names)
     count, length = calibration.tokens.shape
@@ -168,7 +168,7 @@ def save_imatrix(
 
     Gives the GGUF names of the weights that have no entry, because what llama.cpp multiplies them with is not known.
     """
-    split, blocks = splits(model, names), model.skeleton.matrices
+    split, blocks = splits(model, names), prunable(model)
     shapes: dict[str, tuple[int, int]] = {}
     left_out: list[str] = []
 

@@ -92,7 +92,7 @@ def owl_shares(job: Any, placement: Placement, folder: Path) -> tuple[float, ...
         def step(block: Block, states: MicroBatches) -> None:
             found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-            def measured(matrix: Matrix, inputs: SquaredNorm) -> None:
+            def measured(matrix: Matrix, inputs: SquaredNorm, notes: dict[str, Any]) -> None:
                 found.append((block.weight(matrix), inputs.norms()))
 
             matrices = job.selected_of(block.matrices, block.index)

@@ -9,7 +9,7 @@ from lowmem_wanda.data.calibration import Calibration, calibrate, require_counts
 from lowmem_wanda.errors import CalibrationError, PatternError
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES
-from lowmem_wanda.pruning.passes import require_greenlet
+from lowmem_wanda.pruning.passes import OfExperts, require_greenlet
 from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity.methods.known import find_method
 from lowmem_wanda.sparsity.methods.method import Method
@@ -17,6 +17,7 @@ from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.walk import prunable
 
 ZEROS = ("exact", "signed-tiny")
 
@@ -113,7 +114,7 @@ def choose_calibration(
 
 def choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:
     """llama.cpp's names of the matrices; {} where there are neither norms nor an importance matrix."""
-    weights = [matrix.name for matrix in model.skeleton.all_matrices]
+    weights = [matrix.name for block in prunable(model) for matrix in block]
     return gguf_names(weights, "--norms" if norms else "--imatrix") if norms or imatrix else {}
 
 
@@ -124,8 +125,8 @@ def choose_matrices(
 
     Raises PatternError for a glob that matches no matrix, or a matrix that the pattern does not fit.
     """
-    blocks = model.skeleton.matrices
-    names = {matrix.name for matrix in model.skeleton.all_matrices}
+    blocks = prunable(model)
+    names = {matrix.name for block in blocks for matrix in block}
 
     def matches(name: str, globs: Sequence[str]) -> bool:
         return any(
@@ -145,6 +146,19 @@ def choose_matrices(
     for matrix in (matrix for block in selected for matrix in block):
         pattern.require_shape(matrix.name, *matrix.shape)
     return selected
+
+
+def require_use_of_experts(model: StreamedModel, matrices: Sequence[Matrix], experts: OfExperts) -> None:
+    """Raises PatternError for ways of measuring experts that a model has none for, or that do not go together."""
+    asked = [f"--{name.replace('_', '-')}" for name, value in experts.settings.items() if value is True]
+    if len(asked) > 1:
+        raise PatternError(f"{' and '.join(asked)}: tokens that an expert is not given have no weight; leave one out")
+    if asked and not any(matrix.expert is not None for matrix in matrices):
+        raise PatternError(f"{asked[0]}: no expert of {model.checkpoint.path} is pruned; leave it out")
+    if asked and (watched := [name for trace in model.skeleton.traces.values() for name in trace.stacks]):
+        raise PatternError(
+            f"{asked[0]}: {watched[0]} is computed in a way of its own, so it is not supported; leave it out"
+        )
 
 
 def require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:

@@ -8,8 +8,10 @@ from lowmem_wanda.checkpoint.checksum import checksum_in
 from lowmem_wanda.checkpoint.directory import seen_share
 from lowmem_wanda.checkpoint.output import FORMAT
 from lowmem_wanda.pruning.job import PruneJob
+from lowmem_wanda.pruning.passes import OfExperts
 from lowmem_wanda.streaming.model import versions
 from lowmem_wanda.streaming.resources import Peak
+from lowmem_wanda.streaming.walk import left_dense
 
 if TYPE_CHECKING:
     from lowmem_wanda.pruning.plan import Plan
@@ -40,11 +42,18 @@ class LinearRecord(TypedDict, total=False):
     """What was done to one matrix. `filled` weights have the magnitude `tiny` instead of zero.
 
     Where X^T X is known, `error` is the share of the squares of the dense output that the matrix loses. What solvers
-    note are their `damping`, where it is not the usual one, and their numbers of `rounds` and `swaps`.
+    note are their `damping`, where it is not the usual one, and their numbers of `rounds` and `swaps`. A matrix that is
+    one of several in a file `tensor` lies in it from the value `start` on. That of an `expert` saw a number of `tokens`;
+    where it is not scored by these alone, `scored_by` says by what.
     """
 
     shape: list[int]
     transposed: bool
+    tensor: str
+    start: int
+    expert: int
+    tokens: int
+    scored_by: str
     pattern: str
     holds: bool
     zeros: int
@@ -107,13 +116,14 @@ class Left(TypedDict):
     """What is not pruned, not copied, and not looked at.
 
     `untouched` tensors are not used by the model, those `dense_outside` are matrices outside the blocks, a share of all
-    parameters. `left_out_files` are {name: why}. `source_seen` is the share of the source's bytes by which another run
-    of the job knows it again.
+    parameters, and `left_dense` {matrix in a block: why}. `left_out_files` are {name: why}. `source_seen` is the share
+    of the source's bytes by which another run of the job knows it again.
     """
 
     untouched: list[str]
     dense_outside: list[str]
     dense_outside_share: float
+    left_dense: dict[str, str]
     left_out_files: dict[str, str]
     source_seen: float
 
@@ -170,6 +180,10 @@ def described(job: PruneJob) -> list[str]:
     }
     what = {"block": "its kept weights and vectors", "norms": "its vectors"}
     found = [allocations[job.allocation]] if job.allocation in allocations else []
+    if job.experts.observe.every:
+        found.append("every expert measured on every token")
+    if job.experts.observe.weighted:
+        found.append("inputs of experts weighed by their routing weights (MoE-Pruner)")
     if job.recovers:
         found.append(f"each block recovered by training {what[job.recover]}, at most {job.recover_steps} steps")
     return found
@@ -198,6 +212,25 @@ def raised_damping(records: Sequence[Any]) -> str:
     )
 
 
+def few_tokens(records: Sequence[Any], experts: OfExperts) -> str:
+    """How many experts saw few tokens, in words; "" where none did."""
+    seen: dict[tuple[int, int], list[int]] = {}
+    for block in records:
+        for linear in block["linears"].values():
+            if "tokens" in linear:
+                seen.setdefault((block["index"], linear["expert"]), []).append(linear["tokens"])
+    few = {key: min(tokens) for key, tokens in seen.items() if min(tokens) < experts.min_tokens}
+    if not few:
+        return ""
+    blocks = sorted({index for index, _ in few})
+    unseen = sum(tokens == 0 for tokens in few.values())
+    return (
+        f"WARNING: {len(few)} of {len(seen)} experts, in {len(blocks)} blocks (first: block {blocks[0]}), saw fewer than "
+        f"{experts.min_tokens} tokens, {unseen} of them none; they are scored by all tokens of their layer, or by "
+        "magnitude: give more --sequences, or text of more kinds"
+    )
+
+
 def left(job: PruneJob) -> Left:
     """What is not pruned, not copied, and not looked at."""
     matrices = [tensor for tensor in job.model.outside if len(tensor.shape) > 1 and min(tensor.shape) > 1]
@@ -206,6 +239,7 @@ def left(job: PruneJob) -> Left:
         "untouched": list(job.model.skeleton.untouched),
         "dense_outside": [tensor.name for tensor in matrices],
         "dense_outside_share": sum(tensor.numel for tensor in matrices) / parameters,
+        "left_dense": left_dense(job.model),
         "left_out_files": job.companions.left_out,
         "source_seen": 1.0 if job.verify_source else seen_share(job.model.checkpoint),
     }
@@ -257,6 +291,7 @@ def summarize(job: PruneJob, plan: "Plan", shards: Mapping[str, dict[str, Any]],
     """Sums over all matrices and blocks."""
     linears = [linear for block in blocks for linear in block["linears"].values()]
     weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
+    said = recovery(blocks), raised_damping(blocks), few_tokens(blocks, job.experts)
     zeros, filled = (sum(linear.get(key, 0) for linear in linears) for key in ("zeros", "filled"))
     return {
         "parameters": plan.parameters,
@@ -266,7 +301,7 @@ def summarize(job: PruneJob, plan: "Plan", shards: Mapping[str, dict[str, Any]],
         "filled": filled,
         "sparsity": (zeros + filled) / weights,
         "compared_per": job.pattern.compared_per,
-        "also": [*described(job), *filter(None, (recovery(blocks), raised_damping(blocks)))],
+        "also": [*described(job), *filter(None, said)],
         "keeps_bits": job.keeps_bits,
         "bytes": sum(record["nbytes"] for record in shards.values()),
         "seconds": sum(block["seconds"] for block in blocks),

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from lowmem_wanda.checkpoint.output import Output, shard_names
-from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
+from lowmem_wanda.checkpoint.reader import PIECE, read_header
 from lowmem_wanda.checkpoint.writer import require_new, write_shard
 from lowmem_wanda.data.calibration import in_batches
 from lowmem_wanda.llamacpp.collect import InputSums, splits
 from lowmem_wanda.llamacpp.store import Store
 from lowmem_wanda.pruning.block import move_on, prune_block
 from lowmem_wanda.pruning.job import PruneJob
-from lowmem_wanda.streaming.buffers import Slot, Write, raw
+from lowmem_wanda.streaming.buffers import Piece, Slot, Write, raw
 from lowmem_wanda.streaming.decoder import Block
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import add_seconds, anonymous
@@ -49,15 +49,15 @@ class PruningWalk:
         if self.walked:
             stream.walk(self.step, indices=self.walked, source=self.source)
 
-    def source(self, index: int) -> list[Tensor]:
+    def source(self, index: int) -> list[Piece]:
         """The tensors that a block is read from.
 
         A finished block is read from its shard, except in the dense order, where the source's block moved the hidden
         states on.
         """
         if index in self.unfinished or self.job.moved_on_dense:
-            return self.job.model.block_tensors(index)
-        return list(read_header(self.output.path / self.shards[index]).values())
+            return self.job.model.pieces(index)
+        return self.job.model.pieces(index, read_header(self.output.path / self.shards[index]))
 
     def step(self, block: Block, states: MicroBatches) -> Write | None:
         """Prunes a block or replays a finished one, and moves the hidden states on; gives what writes the shard."""
@@ -83,7 +83,7 @@ class PruningWalk:
         """Writes the first shard, a copy of everything outside the blocks."""
         outside = self.job.model.outside
         start = time.perf_counter()
-        used = set(self.job.model.skeleton.names.values())
+        used = {name for view in self.job.model.skeleton.names.values() for name in view.tensors}
         shard = write_shard(self.output.path / self.shared, [(tensor, None) for tensor in outside], finite=used)
         add_seconds(self.spent, {"copy": time.perf_counter() - start})
         names = [tensor.name for tensor in outside]

@@ -17,7 +17,7 @@ from lowmem_wanda import __version__
 from lowmem_wanda.checkpoint.directory import Checkpoint, require_prunable
 from lowmem_wanda.checkpoint.reader import FLOATS, Tensor
 from lowmem_wanda.errors import CalibrationError, ModelError, first_line
-from lowmem_wanda.streaming.buffers import DTYPES, buffer_bytes, specs_of
+from lowmem_wanda.streaming.buffers import DTYPES, Piece, pieces_bytes
 from lowmem_wanda.streaming.machine import ANY, Budget, Machine
 from lowmem_wanda.streaming.resources import SMALL, map_blocks_from
 from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton
@@ -92,7 +92,16 @@ class StreamedModel:
 
     def block_tensors(self, index: int) -> list[Tensor]:
         """The file tensors of one block."""
-        return [self.checkpoint.tensors[name] for name in sorted(set(self.skeleton.block_tensors(index).values()))]
+        names = {name for piece in self.skeleton.pieces(index) for name in piece}
+        return [self.checkpoint.tensors[name] for name in sorted(names)]
+
+    def pieces(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> list[Piece]:
+        """The file tensors of a block, in pieces of those that lie one after the other in memory.
+
+        They are those of the checkpoint, or `tensors` of the same names.
+        """
+        known = self.checkpoint.tensors if tensors is None else tensors
+        return [tuple(known[name] for name in piece) for piece in self.skeleton.pieces(index)]
 
     @cached_property
     def outside(self) -> list[Tensor]:
@@ -103,7 +112,7 @@ class StreamedModel:
     @cached_property
     def block_bytes(self) -> int:
         """The bytes that the largest block takes in a buffer."""
-        return max(buffer_bytes(specs_of(self.block_tensors(index))) for index in range(self.depth))
+        return max(pieces_bytes(self.pieces(index)) for index in range(self.depth))
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -133,19 +142,18 @@ def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
 
 
 def cast_bytes(model: StreamedModel) -> int:
-    """The bytes that a decoder takes for casts of a block: one matrix, and everything that is not a matrix."""
+    """The bytes that a decoder takes for casts of a block: one matrix, and everything that is not a matrix.
+
+    Of experts that transformers computes in its own way, all of a layer are cast at once.
+    """
     size, tensors = model.dtype.itemsize, model.checkpoint.tensors
-    matrices = {matrix.tensor for matrix in model.skeleton.all_matrices}
-    casts = [tensors[name].numel * size for name in matrices if DTYPES[tensors[name].dtype] != model.dtype]
-    small = [
-        sum(
-            one.numel * size
-            for one in model.block_tensors(index)
-            if DTYPES[one.dtype] != model.dtype and one.name not in matrices
-        )
-        for index in range(model.depth)
-    ]
-    return max(casts, default=0) + max(small)
+    most = 0
+    for index, matrices in enumerate(model.skeleton.matrices):
+        cast = {one.name for one in model.block_tensors(index) if DTYPES[one.dtype] != model.dtype}
+        known = {matrix.tensor for matrix in matrices}
+        largest = max((matrix.weights for matrix in matrices if matrix.tensor in cast), default=0)
+        most = max(most, largest + sum(tensors[name].numel for name in cast - known))
+    return most * size
 
 
 def versions() -> dict[str, str]:

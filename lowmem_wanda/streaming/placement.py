@@ -42,7 +42,7 @@ class Workload:
     activations, and `training_apart` those of the largest part of it; then `targets` says that hidden states are kept
     twice. Pruning one matrix takes `workspace` bytes, and `score_bytes` for each of the at most `chunk` weights that
     are scored at a time. `needs_logits` says that the head is applied, `holds_micro_batches` that micro-batches wait
-    for each other within a block.
+    for each other within a block, and `holds_all` that all of them do, for one expert after the other.
     """
 
     models: tuple[StreamedModel, ...]
@@ -59,6 +59,7 @@ class Workload:
     score_bytes: int = 0
     needs_logits: bool = False
     holds_micro_batches: bool = False
+    holds_all: bool = False
 
     @property
     def model(self) -> StreamedModel:
@@ -173,6 +174,7 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
     # held micro-batches are freed in another order than they were made, which leaves holes everywhere
     mapped = MAPPED if on_host and not work.holds_micro_batches else MAPPED[1:]
     parts = (False, True) if 0 < work.training_apart < work.training else (False,)
+    apart = (False, True) if 0 < work.statistics_apart < work.statistics else (False,)
     options = (
         Choice((budget.states,) if budget.states else places if work.sequences else ("device",), slower=40),
         Choice((budget.slots,) if budget.slots else (3, 2, 1), slower=12),
@@ -180,13 +182,14 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
         Choice(batches, slower=6),
         Choice(chunks, slower=1),
         Choice(mapped, slower=8),
-        Choice((False, True) if 0 < work.statistics_apart < work.statistics else (False,), slower=50),
+        Choice((True,) if work.holds_all else apart, slower=50),
         Choice(parts if trained_apart is None else (trained_apart,), slower=70),
     )
     for option in product(*(choice.priced() for choice in options)):
-        (where, slots, arriving, size, chunk, mapped_from, *apart), costs = zip(*option, strict=True)
+        (where, slots, arriving, size, chunk, mapped_from, *rest), costs = zip(*option, strict=True)
+        held = -(-work.sequences // size) if work.holds_all else 0
         if arriving <= slots:
-            yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from, *apart)
+            yield sum(costs), Placement(where, slots, arriving, size, held, chunk, mapped_from, *rest)
 
 
 class Sizes:
@@ -197,7 +200,7 @@ class Sizes:
         tensors, skeleton, size = work.model.checkpoint.tensors, work.model.skeleton, work.model.dtype.itemsize
         matrices = skeleton.all_matrices
         widest = max(max(matrix.shape) for matrix in matrices)
-        outside = [tensors[name] for name in set(skeleton.outside().values())]
+        outside = [tensors[name] for name in {name for view in skeleton.outside().values() for name in view.tensors}]
         with_heads = len(work.models) * work.needs_logits  # models whose heads are applied
         self.casts = sum(map(cast_bytes, work.models))
         self.columns = max(matrix.shape[1] for matrix in matrices)
@@ -257,7 +260,7 @@ class Sizes:
 
 def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Placement:
     """The placement with as many waiting micro-batches as fit in `free` bytes."""
-    if not work.holds_micro_batches:
+    if not work.holds_micro_batches or work.holds_all:
         return placement
     micro_batches = -(-work.sequences // placement.batch)
     spare = SPARE_HELD if work.on_host else SPARE_HELD_DEVICE
@@ -268,7 +271,7 @@ def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Plac
 
 def _share_held(work: Workload, placement: Placement) -> float:
     """The share of the micro-batches that do not have to be replayed."""
-    if not work.holds_micro_batches:
+    if not work.holds_micro_batches or work.holds_all:
         return 1.0
     return min(1.0, placement.held * placement.batch / work.sequences)
 

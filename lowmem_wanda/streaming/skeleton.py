@@ -6,8 +6,8 @@ Nothing here depends on a model family: the list of blocks, the matrices and the
 import copy
 import re
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +21,11 @@ from transformers.utils import logging
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.errors import ModelError, first_line
-from lowmem_wanda.streaming.matrices import LINEARS, Matrix, find_matrices
+from lowmem_wanda.streaming.experts import ONE_BY_ONE, is_experts
+from lowmem_wanda.streaming.layout import View
+from lowmem_wanda.streaming.matrices import Matrix, find_matrices, own_forward, unowned
 from lowmem_wanda.streaming.naming import account, match
+from lowmem_wanda.streaming.tracing import Trace
 
 PLAIN = (None, "eager", "sdpa")  # ways to compute attention that torch alone has
 MANY = 4096  # layers or experts that are built without a look at the tensors
@@ -40,26 +43,52 @@ logging.set_verbosity_error()  # where a warning of transformers matters, this p
 class Skeleton:
     """A model without weights.
 
-    `names` maps each parameter or buffer of the module to the file tensor it is loaded from; tied ones share a tensor.
-    `path` is that of the list of decoder blocks, and `blocks` are its members. `untouched` are file tensors that the
-    model knows but does not load.
+    `names` maps each parameter or buffer of the module to the file tensors it lies in; tied ones share them. `path` is
+    that of the list of decoder blocks, and `blocks` are its members. `untouched` are file tensors that the model knows
+    but does not load. `sizes` are the numbers of values of all file tensors. `traces` are those of the blocks that were
+    called so far.
     """
 
     model: nn.Module
-    names: dict[str, str]
+    names: dict[str, View]
     path: str
     blocks: tuple[nn.Module, ...]
     untouched: tuple[str, ...]
+    sizes: Mapping[str, int]
+    traces: dict[int, Trace] = field(default_factory=dict)
 
-    def block_tensors(self, index: int) -> dict[str, str]:
-        """{parameter or buffer, relative to the block: file tensor} of one block."""
-        prefix = f"{self.path}.{index}."
-        return {name.removeprefix(prefix): tensor for name, tensor in self.names.items() if name.startswith(prefix)}
+    @cached_property
+    def views(self) -> tuple[dict[str, View], ...]:
+        """{parameter or buffer, relative to the block: where it lies} of each block."""
+        found: list[dict[str, View]] = [{} for _ in self.blocks]
+        for name, view in self.names.items():
+            if name.startswith(f"{self.path}."):
+                index, _, rest = name.removeprefix(f"{self.path}.").partition(".")
+                found[int(index)][rest] = view
+        return tuple(found)
+
+    def pieces(self, index: int) -> list[tuple[str, ...]]:
+        """The file tensors of a block; those of a piece lie one after the other in memory."""
+        return sorted({view.tensors for view in self.views[index].values()})
 
     @cached_property
     def matrices(self) -> tuple[tuple[Matrix, ...], ...]:
-        """The matrices of each block."""
-        return tuple(find_matrices(block, self.block_tensors(index)) for index, block in enumerate(self.blocks))
+        """The matrices of each block, as far as its modules show; `tracing` says which of them are pruned."""
+        return tuple(
+            find_matrices(block, views, self.sizes) for block, views in zip(self.blocks, self.views, strict=True)
+        )
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether blocks are of linears alone, so that what is a matrix is known without a trace."""
+        return not any(
+            unowned(block) or any(is_experts(module) or own_forward(module) for module in block.modules())
+            for block in self.blocks
+        )
+
+    def shares(self, index: int) -> Mapping[str, float]:
+        """{module of experts: the share of its experts that each token is given to} of a block, once it is traced."""
+        return self.traces[index].shares if index in self.traces else {}
 
     @property
     def all_matrices(self) -> list[Matrix]:
@@ -103,9 +132,9 @@ class Skeleton:
         eager = getattr(config, "_attn_implementation", None) == "eager"
         return int(getattr(config, "num_attention_heads", 0) or 0) if eager else 0
 
-    def outside(self) -> dict[str, str]:
-        """{parameter or buffer: file tensor} of all that lies outside the blocks."""
-        return {name: tensor for name, tensor in self.names.items() if not name.startswith(f"{self.path}.")}
+    def outside(self) -> dict[str, View]:
+        """{parameter or buffer: where it lies} of all that lies outside the blocks."""
+        return {name: view for name, view in self.names.items() if not name.startswith(f"{self.path}.")}
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
@@ -117,9 +146,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     model = _build(checkpoint, dtype, trust_remote_code)
     names, unexpected = match(model, checkpoint)
     blocks = _find_blocks(model)
-    _require_no_experts(model, blocks)
     untouched = account(model, checkpoint, names, unexpected, blocks)
-    return Skeleton(model, names, blocks, tuple(model.get_submodule(blocks)), untouched)  # type: ignore[arg-type]
+    sizes = {name: tensor.numel for name, tensor in checkpoint.tensors.items()}
+    return Skeleton(model, names, blocks, tuple(model.get_submodule(blocks)), untouched, sizes)  # type: ignore[arg-type]
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -140,6 +169,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         raise ModelError(
             f"config.json: transformers cannot build a causal language model of it ({first_line(error)})"
         ) from None
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation(ONE_BY_ONE)
     built: nn.Module = model.eval().requires_grad_(False)
     return built
 
@@ -196,28 +227,3 @@ def _called_on_text(model: nn.Module, lists: list[str]) -> set[str]:
     except Exception:  # what a model's own code raises is not known; some of it needs data
         pass
     return called
-
-
-def _require_no_experts(model: nn.Module, blocks: str) -> None:
-    """Raises ModelError for experts: linears in a list, or a matrix that neither a linear nor an embedding owns.
-
-    A parameter of several dimensions with as few values as a vector is none, such as a norm's weight for each head.
-    """
-    stack = model.get_submodule(blocks)
-    shapes = [module.weight.shape for module in stack.modules() if isinstance(module, LINEARS)]
-    widest = max((size for shape in shapes for size in shape), default=0)
-    for path, module in stack.named_modules():
-        experts = isinstance(module, nn.ModuleList) and any(isinstance(part, LINEARS) for part in module.modules())
-        known = isinstance(module, (*LINEARS, nn.Embedding))
-        matrices = [] if known else list(_matrices(module, widest))
-        if (experts and path) or matrices:
-            name = ".".join([blocks, path, *matrices[:1]])
-            raise ModelError(
-                f"{name}: mixture-of-experts and other blocks with matrices outside linear layers are not supported yet"
-            )
-
-
-def _matrices(module: nn.Module, widest: int) -> Iterator[str]:
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim > 1 and parameter.numel() > widest:
-            yield name

@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,30 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.streaming.buffers import BlockBuffers, Write, hidden_states
+from lowmem_wanda.streaming.buffers import BlockBuffers, Piece, Write, hidden_states
 from lowmem_wanda.streaming.containers import folder_on_disk
 from lowmem_wanda.streaming.decoder import Block, Decoder
-from lowmem_wanda.streaming.matrices import Trace
+from lowmem_wanda.streaming.experts import Watch, is_experts
+from lowmem_wanda.streaming.matrices import OF_EXPERTS, Matrix
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, limited, return_freed, timing
+from lowmem_wanda.streaming.tracing import Trace
 
 MicroBatches = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
-Source = Callable[[int], list[Tensor]]  # block index -> the file tensors that are read for it
+Source = Callable[[int], list[Piece]]  # block index -> the file tensors that are read for it
 Step = Callable[[Block, MicroBatches], Write | None]
 Arrived = Callable[[str, torch.Tensor], None]  # path of a module, its inputs
 Notify = Callable[[dict[str, Any]], None]  # called with a record of what begins, or of a finished block
+
+
+@dataclass(frozen=True)
+class Observe:
+    """How experts are observed: `every` one on all tokens, or each on its own, `weighted` by its routing weight."""
+
+    every: bool = False
+    weighted: bool = False
 
 
 def ignore(record: dict[str, Any]) -> None:
@@ -65,7 +75,7 @@ class Stream:
         models = list(zip(self.decoders, self.states or [[] for _ in self.decoders], steps, strict=True))
         indices = range(self.decoders[0].depth) if indices is None else indices
         visits = [(*model, index) for index in indices for model in models]
-        blocks = (source(index) if source else decoder.model.block_tensors(index) for decoder, _, _, index in visits)
+        blocks = (source(index) if source else decoder.model.pieces(index) for decoder, _, _, index in visits)
         for (decoder, states, step, index), slot in zip(visits, self.buffers.prefetch(blocks), strict=True):
             block = decoder.load(index, slot.stored)
             with blamed(decoder.model, index):
@@ -136,6 +146,22 @@ def streamed(
         yield Stream(decoders, batches, stack.enter_context(buffers), peak, allocate)
 
 
+def prunable(model: StreamedModel) -> tuple[tuple[Matrix, ...], ...]:
+    """The matrices of each block that may be pruned. Where blocks are not of linears alone, they are traced for it.
+
+    Raises ModelError where it is not known what a matrix is.
+    """
+    if model.skeleton.is_plain:
+        return model.skeleton.matrices
+    traces = model.skeleton.traces or require_chain(model, np.zeros((1, 4), dtype=np.int64))
+    return tuple(traces[index].matrices for index in range(model.depth))
+
+
+def left_dense(model: StreamedModel) -> dict[str, str]:
+    """{file tensor: why} of the matrices in blocks that are never pruned, as far as blocks are traced."""
+    return {name: why for trace in model.skeleton.traces.values() for name, why in trace.dense.items()}
+
+
 def require_chain(model: StreamedModel, tokens: np.ndarray) -> dict[int, Trace]:
     """The trace of each block, by one sequence of `tokens` (sequences, length).
 
@@ -143,7 +169,7 @@ def require_chain(model: StreamedModel, tokens: np.ndarray) -> dict[int, Trace]:
     """
     with torch.no_grad(), Decoder(model) as decoder:
         decoder.embed([tokens[:1]])
-        return decoder.traces
+    return model.skeleton.traces
 
 
 def advance(block: Block, states: MicroBatches) -> None:
@@ -158,14 +184,47 @@ def forward_in_place(block: Block, micro_batch: torch.Tensor) -> None:
 
 
 @contextmanager
-def watched(block: Block, modules: Collection[str], arrived: Arrived) -> Iterator[None]:
-    """Calls `arrived` with the path and the inputs of each of the block's `modules`, before the module computes."""
+def watched(block: Block, names: Collection[str], arrived: Arrived, observe: Observe = Observe()) -> Iterator[None]:
+    """Calls `arrived` with each of the `names` of inputs of the block's matrices and the inputs, before it computes.
+
+    How experts are observed, `observe` says.
+    """
+    wanted = set(names)
 
     def before(path: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         arrived(path, inputs[0])
 
+    def saw(name: str, expert: int, inputs: torch.Tensor) -> None:
+        if f"{name}[{expert}]" in wanted:
+            arrived(f"{name}[{expert}]", inputs)
+
     with ExitStack() as stack:
-        for path in modules:
-            module = block.module.get_submodule(path)
-            stack.callback(module.register_forward_pre_hook(partial(before, path)).remove)
+        for path, module in block.module.named_modules():
+            if path in wanted:
+                stack.callback(module.register_forward_pre_hook(partial(before, path)).remove)
+            elif is_experts(module) and any(
+                name.startswith(f"{path}.") or name == path + OF_EXPERTS for name in wanted
+            ):
+                observers = module.__dict__.setdefault("observers", [])
+                observers.append(_Experts(path, wanted, arrived, observe))
+                stack.callback(observers.pop)
+        if any(name.startswith(f"{one}[") for one in block.stacks for name in wanted):
+            stack.enter_context(Watch(block.module, block.stacks, saw, block.cast_again))
         yield
+
+
+class _Experts:
+    """Tells what the experts at `path` are given."""
+
+    def __init__(self, path: str, wanted: Collection[str], arrived: Arrived, observe: Observe) -> None:
+        self.path, self.wanted, self._arrived, self._observe = path, wanted, arrived, observe
+        self.every = observe.every
+
+    def entered(self, hidden: torch.Tensor, index: torch.Tensor) -> None:
+        if (name := self.path + OF_EXPERTS) in self.wanted:
+            self._arrived(name, hidden)
+
+    def arrived(self, parameter: str, expert: int, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
+        if (name := f"{self.path}.{parameter}[{expert}]") in self.wanted:
+            weighted = inputs * weights if self._observe.weighted and weights is not None else inputs
+            self._arrived(name, weighted)
