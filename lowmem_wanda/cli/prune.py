@@ -68,8 +68,8 @@ def add_pruning(command: argparse.ArgumentParser) -> None:
         "by their outliers (owl), rising (atp) (default: uniform)")  # fmt: skip
     add("--variant", action="store_true", help="with wanda, prune each row up to a share of its scores, as a variant "
         "in the paper's code")  # fmt: skip
-    add("--min-tokens", type=positive, default=8, metavar="N", help="score an expert that saw fewer tokens by all tokens "
-        "of its layer (default: 8)")  # fmt: skip
+    add("--min-tokens", type=positive, default=8, metavar="N", help="score an expert that saw fewer tokens by all "
+        "tokens of its layer (default: 8)")  # fmt: skip
     add("--all-experts", action="store_true", help="measure every expert on every token, not on its own alone")
     add("--gate-weighted", action="store_true", help="weigh the inputs of experts by their routing weights")
     add("--group", choices=("row", "matrix"),
@@ -217,10 +217,10 @@ def closing(report: Mapping[str, Any], target: str) -> Any:
         table.add_row(
             "left dense", f"{report['dense_outside_share']:.1%} of the parameters, outside the blocks: {names}{more}"
         )
-    if dense := report.get("left_dense"):
-        for why in dict.fromkeys(dense.values()):
-            names = [name for name, reason in dense.items() if reason == why]
-            table.add_row("left dense", f"{len(names)} in the blocks, {escape(names[0])} and so on: {why}")
+    if inside := report.get("left_dense"):
+        for why in dict.fromkeys(inside.values()):
+            found = [name for name, reason in inside.items() if reason == why]
+            table.add_row("left dense", f"{len(found)} in the blocks, {escape(found[0])} and so on: {why}")
     table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
     table.add_row("time", timing_text(summary["seconds"], report["timing"]))
     table.add_row("passes", f"{summary['forward_passes_per_block']:.2f} forward passes per block")

@@ -15,7 +15,7 @@ from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches, na
 from lowmem_wanda.errors import NonFiniteError
 from lowmem_wanda.llamacpp.imatrix import About, Entry, require_matrix_target, write
 from lowmem_wanda.llamacpp.latents import Latents
-from lowmem_wanda.llamacpp.names import gguf_names, package, split_names
+from lowmem_wanda.llamacpp.names import entries_for, gguf_names, package, split_names
 from lowmem_wanda.llamacpp.store import Store, alone
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.decoder import Block
@@ -148,7 +148,7 @@ def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block
         "kind": "imatrix",
         "source": str(model.checkpoint.path),
         "file": str(path),
-        "entries": len(names) + len(split) - len(left_out),
+        "entries": len(set(names.values())) + len(split) - len(left_out),
         "left_out": left_out,
         "text": list(calibration.sources),
         "sequences": count,
@@ -172,31 +172,42 @@ def save_imatrix(
     shapes: dict[str, tuple[int, int]] = {}
     left_out: list[str] = []
 
-    def wanted(index: int) -> dict[str, str]:
-        """{name in the store: GGUF names} of a block."""
-        found: dict[str, str] = {}
+    def wanted(index: int) -> dict[str, list[str]]:
+        """{GGUF name: the names of its experts in the store, or of the one that it has} of a block."""
+        found: dict[str, list[str]] = {}
         for name in (matrix.name for matrix in blocks[index]):
-            parts = zip(PARTS, split[name], strict=True) if name in split else [("", names[name])]
-            found |= {name + part: gguf_name for part, gguf_name in parts}
+            parts = [names[name]] if name not in split else split[name]
+            for part, known in zip(PARTS if name in split else ("",), parts, strict=True):
+                for entry in entries_for(known):
+                    found.setdefault(entry, []).append(name + part)
         return found
 
     for index, block in enumerate(blocks):
         columns = {matrix.name: matrix.shape[1] for matrix in block}
-        entries = store.get(index, [name for name in wanted(index) if "#" in name]) if split else {}
-        for name, gguf_name in wanted(index).items():
-            if size := entries[name].sums.size if name in entries else columns[name]:
-                shapes[gguf_name] = (1, size)
+        parts = [one for found in wanted(index).values() for one in found if "#" in one]
+        entries = store.get(index, parts) if split else {}
+        for known, found in wanted(index).items():
+            if size := entries[found[0]].sums.size if found[0] in entries else columns[found[0]]:
+                shapes[known] = (len(found), size)
             else:
-                left_out.append(gguf_name)
+                left_out.append(known)
 
     def entries_of() -> Iterator[tuple[str, Entry]]:
         for index in range(len(blocks)):
-            found = store.get(index, [*(known := wanted(index))])
-            yield from ((known[name], entry) for name, entry in found.items() if known[name] in shapes)
+            for known, found in wanted(index).items():
+                if known in shapes:
+                    yield known, stacked(list(store.get(index, found).values()))
 
     count, length = calibration.tokens.shape
     write(path, shapes, entries_of(), About(calibration.sources, count, length))
     return left_out
+
+
+def stacked(experts: Sequence[Entry]) -> Entry:
+    """The entry of a stack of experts of their own entries."""
+    if len(experts) == 1:
+        return experts[0]
+    return Entry(np.concatenate([one.sums for one in experts]), np.concatenate([one.counts for one in experts]))
 
 
 def splits(model: StreamedModel, names: Mapping[str, str]) -> dict[str, tuple[str, str]]:

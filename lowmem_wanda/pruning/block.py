@@ -78,7 +78,8 @@ def _pruned(
     clock = Clock(block.device)
     with clock.part("prune"):
         for matrix in matrices:
-            prune(matrix, job.norms.inputs(matrix.name, block.device) if job.norms else None, {})
+            known = job.norms.inputs(matrix.name, block.device) if job.norms else None
+            prune(matrix, known, job.norms.notes(matrix.name) if job.norms else {})
     moved = move_on(block, states, sums) if moves_on else {}
     return {"linears": linears, "passes": float(moves_on), "parts": clock.seconds() | moved}
 

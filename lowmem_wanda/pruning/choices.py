@@ -156,9 +156,7 @@ def require_use_of_experts(model: StreamedModel, matrices: Sequence[Matrix], exp
     if asked and not any(matrix.expert is not None for matrix in matrices):
         raise PatternError(f"{asked[0]}: no expert of {model.checkpoint.path} is pruned; leave it out")
     if asked and (watched := [name for trace in model.skeleton.traces.values() for name in trace.stacks]):
-        raise PatternError(
-            f"{asked[0]}: {watched[0]} is computed in a way of its own, so it is not supported; leave it out"
-        )
+        raise PatternError(f"{asked[0]}: {watched[0]} is computed in a way of its own, which it is not made for")
 
 
 def require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:

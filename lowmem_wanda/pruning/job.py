@@ -26,11 +26,11 @@ from lowmem_wanda.pruning.choices import (
     require_use_of_norms,
 )
 from lowmem_wanda.pruning.demand import demand
+from lowmem_wanda.pruning.passes import MIN_TOKENS, OfExperts
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.machine import ANY, Machine
-from lowmem_wanda.pruning.passes import MIN_TOKENS, OfExperts
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
 from lowmem_wanda.streaming.placement import Workload

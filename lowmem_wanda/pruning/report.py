@@ -43,7 +43,7 @@ class LinearRecord(TypedDict, total=False):
 
     Where X^T X is known, `error` is the share of the squares of the dense output that the matrix loses. What solvers
     note are their `damping`, where it is not the usual one, and their numbers of `rounds` and `swaps`. A matrix that is
-    one of several in a file `tensor` lies in it from the value `start` on. That of an `expert` saw a number of `tokens`;
+    one of several in a file `tensor` lies in it from the value `start` on. That of an `expert` saw so many `tokens`;
     where it is not scored by these alone, `scored_by` says by what.
     """
 
@@ -225,8 +225,8 @@ def few_tokens(records: Sequence[Any], experts: OfExperts) -> str:
     blocks = sorted({index for index, _ in few})
     unseen = sum(tokens == 0 for tokens in few.values())
     return (
-        f"WARNING: {len(few)} of {len(seen)} experts, in {len(blocks)} blocks (first: block {blocks[0]}), saw fewer than "
-        f"{experts.min_tokens} tokens, {unseen} of them none; they are scored by all tokens of their layer, or by "
+        f"WARNING: {len(few)} of {len(seen)} experts, in {len(blocks)} blocks (first: block {blocks[0]}), saw fewer "
+        f"than {experts.min_tokens} tokens, {unseen} of them none; they are scored by all tokens of their layer, or by "
         "magnitude: give more --sequences, or text of more kinds"
     )
 

@@ -281,10 +281,9 @@ class Decoder:
         if self._final is None:
             self._calls.arrive(index, hidden, (args, kwargs))
             if index not in self.traces:
-                block, matrices, views = (
-                    part[index] for part in (self.skeleton.blocks, self.skeleton.matrices, self.skeleton.views)
-                )
-                self.traces[index] = trace(block, matrices, views, self.skeleton.sizes, hidden, fresh((args, kwargs)))
+                call, sizes = fresh((args, kwargs)), self.skeleton.sizes
+                matrices, views = self.skeleton.matrices[index], self.skeleton.views[index]
+                self.traces[index] = trace(self.skeleton.blocks[index], matrices, views, sizes, hidden, call)
         last = index == self.depth - 1
         if self._final is not None:
             output = self._final if last else hidden

@@ -135,7 +135,7 @@ class Watch(TorchFunctionMode):
         same = weight.untyped_storage()._cdata == stack.untyped_storage()._cdata and weight.dtype == stack.dtype
         if not same or weight.numel() % stack[0].numel():
             return
-        first, rest = divmod(weight.storage_offset() - stack.storage_offset(), stack.stride(0))
+        first, rest = divmod(int(weight.storage_offset() - stack.storage_offset()), stack.stride(0))
         if rest or not 0 <= first < len(stack):
             return
         as_stored = weight.stride()[-2:] == stack.stride()[-2:]

@@ -44,6 +44,11 @@ class View:
         return memory.as_strided(self.shape, self.stride, self.offset)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the parameter is a file tensor as it is."""
+        return len(self.tensors) == 1 and not self.offset and self.stride == _whole(self.shape)[1]
+
+    @property
     def tensor(self) -> str:
         """The first file tensor, the only one of a parameter that is stored as it is."""
         return self.tensors[0]

@@ -128,8 +128,8 @@ def unowned(block: nn.Module) -> dict[str, int]:
     widest = max((size for shape in linears for size in shape), default=0)
     found = {}
     for path, module in block.named_modules():
-        known = ("weight",) if isinstance(module, (*LINEARS, nn.Embedding)) else ()
-        known = expert_parameters(module) if is_experts(module) else known
+        known = {"weight"} if isinstance(module, (*LINEARS, nn.Embedding)) else set[str]()
+        known = {*expert_parameters(module)} if is_experts(module) else known
         for name, parameter in module.named_parameters(recurse=False):
             bias = is_experts(module) and name.endswith("_bias")
             if name not in known and not bias and parameter.ndim > 1 and parameter.numel() > widest:

@@ -55,8 +55,8 @@ def trace(
     output = tracer.run(hidden, *call)
     if double := next((path for path in tracer.called if tracer.called.count(path) > 1), ""):
         raise ModelError(
-            f"{type(block).__name__}: linear {double} is called {tracer.called.count(double)} times in a forward, so it "
-            "cannot be measured; it is not supported yet"
+            f"{type(block).__name__}: linear {double} is called {tracer.called.count(double)} times in a forward, so "
+            "it cannot be measured; it is not supported yet"
         )
     dense = _left_dense(tracer, views)
     _require_understood(block, views, dense, sizes)
@@ -129,7 +129,7 @@ class Tracer:
 
     def _no_router(self) -> ModelError:
         return ModelError(
-            f"{type(self.block).__name__}: which of its linears chooses the experts is not known, so it is not supported"
+            f"{type(self.block).__name__}: which of its linears chooses the experts is not known; it is not supported"
         )
 
     def _note(self, path: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -144,7 +144,7 @@ class Tracer:
 
     def _chose(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if own_forward(module):
-            rows, columns = module.weight.shape
+            rows, columns = module.weight.shape  # type: ignore[misc]
             alike = isinstance(output, torch.Tensor) and inputs[0].shape[-1] == columns
             if not alike or output.shape != (*inputs[0].shape[:-1], rows):
                 self.strange.add(path)
@@ -212,8 +212,8 @@ def _require_understood(
     total = sum(sizes[name] for name in {name for view in views.values() for name in view.tensors})
     if sum(strange.values()) > UNKNOWN * total:
         raise ModelError(
-            f"{type(block).__name__}: {sum(strange.values()) / total:.0%} of its weights are in matrices outside linear "
-            f"layers, such as {max(strange, key=lambda name: strange[name])}, which is not supported yet"
+            f"{type(block).__name__}: {sum(strange.values()) / total:.0%} of its weights are in matrices outside "
+            f"linear layers, such as {max(strange, key=lambda name: strange[name])}, which is not supported yet"
         )
 
 
