@@ -73,9 +73,8 @@ def expert_in(name: str) -> int | None:
 
 def entries_for(name: str) -> tuple[str, ...]:
     """The names under which llama.cpp may look for the importance of a GGUF tensor of `gguf_names`."""
-    return (
-        (name, *(name.replace(GATE_UP, f"ffn_{part}_exps") for part in ("gate", "up"))) if GATE_UP in name else (name,)
-    )
+    parts = [f"ffn_{part}_exps" for part in ("gate", "up")] if GATE_UP in name else []
+    return (name, *(name.replace(GATE_UP, part) for part in parts))
 
 
 def split_names(names: Mapping[str, str], architecture: str) -> dict[str, tuple[str, str]]:

@@ -71,11 +71,8 @@ def load_norms(path: str, names: Mapping[str, str], columns: Mapping[str, int]) 
                 "this very model, or --exclude it"
             )
         expert = expert_in(tensor)
-        if (
-            entry.sums.shape[1] != inputs
-            or not (expert or 0) < len(entry.sums)
-            or (expert is None) < len(entry.sums) - 1
-        ):
+        held, width = entry.sums.shape
+        if width != inputs or (held != 1 if expert is None else held <= expert):
             raise CalibrationError(
                 f"{path}: entry {names[tensor]} has {entry.sums.size} values, tensor {tensor} has {inputs} inputs: "
                 "get the importance matrix of this very model"

@@ -180,6 +180,8 @@ def described(job: PruneJob) -> list[str]:
     }
     what = {"block": "its kept weights and vectors", "norms": "its vectors"}
     found = [allocations[job.allocation]] if job.allocation in allocations else []
+    if job.model.skeleton.sees_images:
+        found.append("text alone measured: images were not, and what sees them is copied as it is")
     if job.experts.observe.every:
         found.append("every expert measured on every token")
     if job.experts.observe.weighted:

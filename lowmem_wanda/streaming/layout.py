@@ -41,7 +41,7 @@ class View:
         """The parameter of tensors that lie anywhere; a copy of them where there are several."""
         parts = [tensors[name] for name in self.tensors]
         memory = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
-        return memory.as_strided(self.shape, self.stride, self.offset)
+        return memory.as_strided(self.shape, self.stride, memory.storage_offset() + self.offset)
 
     @property
     def is_whole(self) -> bool:

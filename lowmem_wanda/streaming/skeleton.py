@@ -16,7 +16,11 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
@@ -27,6 +31,7 @@ from lowmem_wanda.streaming.matrices import Matrix, find_matrices, own_forward, 
 from lowmem_wanda.streaming.naming import account, match
 from lowmem_wanda.streaming.tracing import Trace
 
+GENERATES = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|ForImageTextToText")  # classes of models
 PLAIN = (None, "eager", "sdpa")  # ways to compute attention that torch alone has
 MANY = 4096  # layers or experts that are built without a look at the tensors
 COUNTS = re.compile(r"(^|_)(n|num|encoder|decoder)_(\w+_)*(layer|block|expert)s?$")  # keys that say how many
@@ -126,6 +131,11 @@ class Skeleton:
         return found
 
     @property
+    def sees_images(self) -> bool:
+        """Whether the model takes images, too, by its configuration."""
+        return getattr(self.model.config, "vision_config", None) is not None
+
+    @property
     def attention_heads(self) -> int:
         """The number of heads whose (length, length) scores are held at once; 0 where attention computes in pieces."""
         config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -154,7 +164,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     declared = checkpoint.config().get("architectures") or []
     declared = declared if isinstance(declared, list) else [declared]
-    if declared and not any(re.search(r"ForCausalLM|LMHeadModel", str(name)) for name in declared):
+    if declared and not any(GENERATES.search(str(name)) for name in declared):
         raise ModelError(f"config.json: {declared[0]} is not a causal language model; only those are pruned")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -162,7 +172,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         if getattr(config, "_attn_implementation", None) not in PLAIN:
             config._attn_implementation = None  # an optional package, or code that would be looked up on the network
         with BUILDING, init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = _class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except (*BUILD_ERRORS, StrictDataclassError) as error:
@@ -173,6 +183,18 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         model.set_experts_implementation(ONE_BY_ONE)
     built: nn.Module = model.eval().requires_grad_(False)
     return built
+
+
+def _class_for(config: Any) -> Any:
+    """The automatic class that knows a configuration's type: of causal language models, or of those that see images.
+
+    Raises ModelError for an encoder and a decoder.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"config.json: {config.model_type} is an encoder and a decoder; only decoders are pruned")
+    of_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    only_images = config.model_type in of_images and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if only_images else AutoModelForCausalLM
 
 
 def _require_sane(config: Any, checkpoint: Checkpoint) -> None:
