@@ -148,15 +148,23 @@ def choose_matrices(
     return selected
 
 
-def require_use_of_experts(model: StreamedModel, matrices: Sequence[Matrix], experts: OfExperts) -> None:
+def require_use_of_experts(
+    model: StreamedModel, matrices: Sequence[Matrix], experts: OfExperts, method: Method, statistics: str
+) -> None:
     """Raises PatternError for ways of measuring experts that a model has none for, or that do not go together."""
     asked = [f"--{name.replace('_', '-')}" for name, value in experts.settings.items() if value is True]
     if len(asked) > 1:
         raise PatternError(f"{' and '.join(asked)}: tokens that an expert is not given have no weight; leave one out")
     if asked and not any(matrix.expert is not None for matrix in matrices):
         raise PatternError(f"{asked[0]}: no expert of {model.checkpoint.path} is pruned; leave it out")
-    if asked and (watched := [name for trace in model.skeleton.traces.values() for name in trace.stacks]):
-        raise PatternError(f"{asked[0]}: {watched[0]} is computed in a way of its own, which it is not made for")
+    watched = next((name for trace in model.skeleton.traces.values() for name in trace.stacks), "")
+    if asked and watched:
+        raise PatternError(f"{asked[0]}: {watched} is computed in a way of its own, which it is not made for")
+    if watched and method.statistic not in (None, SquaredNorm) and statistics != "sequential":
+        raise PatternError(
+            f"--method {method}: {watched} computes all experts at once, whose X^T X are not held together; give "
+            "--statistics sequential"
+        )
 
 
 def require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:

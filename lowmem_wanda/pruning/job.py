@@ -262,7 +262,7 @@ def prepare(
     selected = choose_matrices(model, compared, include, exclude)
     matrices = [matrix for block in selected for matrix in block]
     experts = OfExperts(min_tokens, Observe(all_experts, gate_weighted))
-    require_use_of_experts(model, matrices, experts)
+    require_use_of_experts(model, matrices, experts, chosen, statistics)
     if zeros != "exact":
         require_no_doubles(model, matrices)
     names, known = choose_names(model, norms, imatrix), None
