@@ -18,7 +18,7 @@ from lowmem_wanda.llamacpp.latents import Latents
 from lowmem_wanda.llamacpp.names import entries_for, gguf_names, package, split_names
 from lowmem_wanda.llamacpp.store import Store, alone
 from lowmem_wanda.sparsity.statistics import SquaredNorm
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model
 from lowmem_wanda.streaming.placement import Workload, choose

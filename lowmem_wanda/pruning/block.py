@@ -17,7 +17,7 @@ from lowmem_wanda.sparsity.masks import prune_lowest, sign_zeros, survey
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern
 from lowmem_wanda.sparsity.selection import Score
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, add_seconds

@@ -17,7 +17,7 @@ from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel
-from lowmem_wanda.streaming.walk import prunable
+from lowmem_wanda.streaming.walk import Observe, prunable
 
 ZEROS = ("exact", "signed-tiny")
 
@@ -148,10 +148,14 @@ def choose_matrices(
     return selected
 
 
-def require_use_of_experts(
-    model: StreamedModel, matrices: Sequence[Matrix], experts: OfExperts, method: Method, statistics: str
-) -> None:
-    """Raises PatternError for ways of measuring experts that a model has none for, or that do not go together."""
+def choose_experts(
+    model: StreamedModel, matrices: Sequence[Matrix], flags: tuple[int, bool, bool], method: Method, statistics: str
+) -> OfExperts:
+    """How experts are measured, by the flags --min-tokens, --all-experts and --gate-weighted.
+
+    Raises PatternError for ways that a model has no experts for, or that do not go together.
+    """
+    experts = OfExperts(flags[0], Observe(*flags[1:]))
     asked = [f"--{name.replace('_', '-')}" for name, value in experts.settings.items() if value is True]
     if len(asked) > 1:
         raise PatternError(f"{' and '.join(asked)}: tokens that an expert is not given have no weight; leave one out")
@@ -165,6 +169,7 @@ def require_use_of_experts(
             f"--method {method}: {watched} computes all experts at once, whose X^T X are not held together; give "
             "--statistics sequential"
         )
+    return experts
 
 
 def require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:

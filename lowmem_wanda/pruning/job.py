@@ -16,13 +16,13 @@ from lowmem_wanda.llamacpp.norms import Norms, load_norms
 from lowmem_wanda.pruning.allocate import rising
 from lowmem_wanda.pruning.choices import (
     choose_calibration,
+    choose_experts,
     choose_matrices,
     choose_method,
     choose_names,
     choose_pattern,
     require_no_doubles,
     require_options,
-    require_use_of_experts,
     require_use_of_norms,
 )
 from lowmem_wanda.pruning.demand import demand
@@ -35,12 +35,13 @@ from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
 from lowmem_wanda.streaming.placement import Workload
 from lowmem_wanda.streaming.tracing import Trace
-from lowmem_wanda.streaming.walk import Observe, require_chain
+from lowmem_wanda.streaming.walk import require_chain
 
 STEPS = 200  # of a block's recovery
 FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "text", "statistics", "dtype", "batch",
          "device", "trust_remote_code", "calibration", "length", "recover", "recover_steps", "allocation", "min_tokens",
          "all_experts", "gate_weighted")  # fmt: skip
+COUNTS = ("--sequences", "--length", "--recover-steps", "--min-tokens")
 LABELS = {
     "source_sha256": "--verify-source",
     "norms_sha256": "--norms sha256",
@@ -116,7 +117,8 @@ class PruneJob:
 
         Where a statistic is small, each linear counts as if it had inputs of its own, which need not be known.
         """
-        if (self.method.statistic is SquaredNorm and self.model.skeleton.is_plain) or self.calibration is None:
+        known = not self.model.skeleton.is_plain  # by the trace that told what can be pruned
+        if known or self.method.statistic is SquaredNorm or self.calibration is None:
             return [list(block) for block in self.selected]
         return [self.selected_of(self.traces[index].matrices, index) for index in range(self.model.depth)]
 
@@ -248,26 +250,18 @@ def prepare(
     text, include, exclude = map(name_list, (text, include, exclude))
     chosen, trained = choose_method(method, refine, update, variant, quality, recover)
     compared = choose_pattern(pattern, group, chosen)
-    counts = {
-        "--sequences": sequences,
-        "--length": length,
-        "--recover-steps": recover_steps,
-        "--min-tokens": min_tokens,
-    }
-    require_options((chosen, trained), compared, statistics, zeros, allocation, counts)
+    counts = (sequences, length, recover_steps, min_tokens)
+    require_options((chosen, trained), compared, statistics, zeros, allocation, dict(zip(COUNTS, counts, strict=True)))
     needs_text = bool(imatrix) or trained != "none" or allocation == "owl"
     if norms:
         require_use_of_norms(norms, chosen, statistics, () if needs_text else text)
     model = source if isinstance(source, StreamedModel) else open_model(source, machine)
     selected = choose_matrices(model, compared, include, exclude)
     matrices = [matrix for block in selected for matrix in block]
-    experts = OfExperts(min_tokens, Observe(all_experts, gate_weighted))
-    require_use_of_experts(model, matrices, experts, chosen, statistics)
-    if zeros != "exact":
-        require_no_doubles(model, matrices)
-    names, known = choose_names(model, norms, imatrix), None
-    if norms:
-        known = load_norms(str(norms), names, {matrix.name: matrix.shape[1] for matrix in matrices})
+    experts = choose_experts(model, matrices, (min_tokens, all_experts, gate_weighted), chosen, statistics)
+    require_no_doubles(model, matrices if zeros != "exact" else ())
+    names, columns = choose_names(model, norms, imatrix), {matrix.name: matrix.shape[1] for matrix in matrices}
+    known = load_norms(str(norms), names, columns) if norms else None
     if not needs_text and (known or chosen.statistic is None):
         calibration = None  # nothing is measured
     elif calibration is None:

@@ -21,7 +21,7 @@ from torch import nn
 from lowmem_wanda.errors import LowmemError
 from lowmem_wanda.llamacpp.collect import InputSums
 from lowmem_wanda.sparsity.methods.method import Statistic
-from lowmem_wanda.streaming.decoder import Block, Stop
+from lowmem_wanda.streaming.block import Block, Stop
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.resources import Clock
 from lowmem_wanda.streaming.walk import MicroBatches, Observe, advance, forward_in_place, watched

@@ -21,7 +21,8 @@ from lowmem_wanda.pruning.job import STEPS, PruneJob, label, prepare
 from lowmem_wanda.pruning.passes import MIN_TOKENS
 from lowmem_wanda.pruning.plan import predict
 from lowmem_wanda.pruning.publish import publish, verified
-from lowmem_wanda.pruning.report import PruneReport, build, started
+from lowmem_wanda.pruning.records import PruneReport
+from lowmem_wanda.pruning.report import build, started
 from lowmem_wanda.pruning.walk import PruningWalk
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.streaming.machine import Machine

@@ -1,13 +1,12 @@
-"""The memory of a walk: buffers that blocks pass through, and the place of the hidden states."""
+"""The memory of blocks: buffers that they pass through."""
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 
 from lowmem_wanda.checkpoint.loading import read
 from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.checkpoint.writer import PARTIAL, explained, preallocate
 from lowmem_wanda.streaming.resources import host_memory
 
 DTYPES = {
@@ -284,31 +282,3 @@ def _mark(stream: Any) -> Any:
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event
-
-
-@contextmanager
-def hidden_states(
-    place: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path, not_locked: Bytes
-) -> Iterator[torch.Tensor]:
-    """Gives uninitialised hidden states on the "device", on the "host" beside a GPU (page-locked) or in a "file".
-
-    The file has no name in `folder` while it is used. `not_locked` is that of `host_memory`. Raises OutputError.
-    """
-    numel = math.prod(shape)
-    if place == "device":
-        yield torch.empty(shape, dtype=dtype, device=device)
-    elif place == "host":
-        with host_memory(numel * dtype.itemsize, device, not_locked) as memory:
-            yield memory.view(dtype).view(shape)
-    else:
-        path = folder / f".hidden-states{PARTIAL}"
-        with explained(path):
-            try:
-                with open(path, "wb") as file:
-                    file.truncate(numel * dtype.itemsize)
-                    preallocate(file.fileno(), numel * dtype.itemsize)  # else a page without room raises SIGBUS
-                memory = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
-            finally:
-                with suppress(OSError):  # Windows keeps the name of an open file; the next run removes it
-                    path.unlink()
-        yield memory.view(shape)

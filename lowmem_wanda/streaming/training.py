@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.outside import get
 
 

@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowmem_wanda.streaming.buffers import BlockBuffers, Piece, Write, hidden_states
+from lowmem_wanda.streaming.block import Block
+from lowmem_wanda.streaming.buffers import BlockBuffers, Piece, Write
 from lowmem_wanda.streaming.containers import folder_on_disk
-from lowmem_wanda.streaming.decoder import Block, Decoder
+from lowmem_wanda.streaming.decoder import Decoder
 from lowmem_wanda.streaming.experts import Watch, is_experts
 from lowmem_wanda.streaming.matrices import OF_EXPERTS, Matrix
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, limited, return_freed, timing
+from lowmem_wanda.streaming.states import hidden_states
 from lowmem_wanda.streaming.tracing import Trace
 
 MicroBatches = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
@@ -167,7 +169,9 @@ def require_chain(model: StreamedModel, tokens: np.ndarray) -> dict[int, Trace]:
 
     Raises ModelError unless blocks are a chain (see `calls`).
     """
-    with torch.no_grad(), Decoder(model) as decoder:
+    elsewhere = model.budget.free_vram is not None  # the GPU is one of a machine that is not here
+    here = replace(model, device=torch.device("cpu")) if elsewhere else model
+    with torch.no_grad(), Decoder(here) as decoder:
         decoder.embed([tokens[:1]])
     return model.skeleton.traces
 

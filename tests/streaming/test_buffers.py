@@ -8,7 +8,8 @@ import torch
 
 from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.errors import CheckpointError, OutputError
-from lowmem_wanda.streaming.buffers import BlockBuffers, hidden_states
+from lowmem_wanda.streaming.buffers import BlockBuffers
+from lowmem_wanda.streaming.states import hidden_states
 
 CPU = torch.device("cpu")
 
