@@ -100,6 +100,7 @@ def account(
             )
     # these two are old buffers that transformers, too, ignores in every family
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    patterns += _predicting_more(model, blocks)
     for name in unexpected:
         tensor = checkpoint.tensors[name]
         outside = not NUMBERED.search(name) and not name.startswith(f"{blocks}.")
@@ -109,6 +110,12 @@ def account(
                 "it, so it would not be pruned; correct config.json or remove the tensor"
             )
     return tuple(unexpected)
+
+
+def _predicting_more(model: Any, blocks: str) -> list[str]:
+    """Patterns of the blocks behind the last one that predict further tokens (MTP), which the model does not load."""
+    count, depth = getattr(model.config, "num_nextn_predict_layers", 0) or 0, len(model.get_submodule(blocks))
+    return [rf"^{re.escape(blocks)}\.{depth + index}\." for index in range(count)]
 
 
 def _is_mask(tensor: Tensor) -> bool:

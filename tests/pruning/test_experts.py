@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import digests, opened, save_tiny
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowmem_wanda import check, evaluate, imatrix, prune, survive
@@ -263,3 +264,18 @@ def test_a_trained_mixture(shared, tmp_path):
         found = evaluate(tmp_path / method, text=[shared / "corpora/moe-eval.npy"], length=128)
         figures[method] = found["perplexity"]
     assert 21.66 < figures["wanda"] < figures["magnitude"] < 25
+
+
+def test_layers_that_predict_further_tokens_are_copied(tmp_path, token_file):
+    source, out = (
+        save_tiny(tmp_path / "source", "deepseek_v3", num_nextn_predict_layers=1, shard="1GB"),
+        tmp_path / "out",
+    )
+    tensors = load_file(source / "model.safetensors")
+    more = {
+        name.replace("layers.2", "layers.3"): value.clone() for name, value in tensors.items() if "layers.2." in name
+    }
+    save_file({**tensors, **more, "model.layers.3.eh_proj.weight": torch.ones(4, 4)}, source / "model.safetensors")
+    report = prune(source, out, text=[token_file], batch=BATCH)
+    assert sorted(report["untouched"]) == sorted([*more, "model.layers.3.eh_proj.weight"])
+    assert not check(out, against=source).problems and report["summary"]["linears"] == 72
