@@ -241,13 +241,13 @@ class InputSums:
             yield
 
     @contextmanager
-    def pausing(self) -> Iterator[None]:
-        """Leaves the runs within it out of the sums."""
-        self.latents.paused = True
+    def pausing(self, paused: bool = True) -> Iterator[None]:
+        """Leaves the runs within it out of the sums, or where they are not to be `paused`, in them."""
+        before, self.latents.paused = self.latents.paused, paused
         try:
             yield
         finally:
-            self.latents.paused = False
+            self.latents.paused = before
 
     def entries(self) -> dict[str, Entry]:
         """{matrix: entry} of the block. Raises NumberError if a sum is NaN or infinite."""

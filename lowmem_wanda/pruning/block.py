@@ -76,11 +76,17 @@ def _pruned(
         passes.run(job.statistics, moves_on, placement.held)
         return {"linears": linears, "passes": passes.count, "parts": passes.clock.seconds()}
     clock = Clock(block.device)
-    with clock.part("prune"):
-        for matrix in matrices:
-            known = job.norms.inputs(matrix.name, block.device) if job.norms else None
-            prune(matrix, known, job.norms.notes(matrix.name) if job.norms else {})
+
+    def prune_loaded() -> None:
+        with clock.part("prune"):
+            for matrix in (one for one in matrices if block.has(one) and one.name not in linears):
+                known = job.norms.inputs(matrix.name, block.device) if job.norms else None
+                prune(matrix, known, job.norms.notes(matrix.name) if job.norms else {})
+
+    prune_loaded()
+    block.groups.loaded = prune_loaded
     moved = move_on(block, states, sums) if moves_on else {}
+    block.groups.finish()
     return {"linears": linears, "passes": float(moves_on), "parts": clock.seconds() | moved}
 
 

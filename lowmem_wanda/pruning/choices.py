@@ -9,12 +9,13 @@ from lowmem_wanda.data.calibration import Calibration, calibrate, require_counts
 from lowmem_wanda.errors import CalibrationError, PatternError
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES
-from lowmem_wanda.pruning.passes import OfExperts, require_greenlet
+from lowmem_wanda.pruning.passes import OfExperts
 from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity.methods.known import find_method
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
 from lowmem_wanda.sparsity.statistics import SquaredNorm
+from lowmem_wanda.streaming.flows import require_greenlet
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.walk import Observe, prunable

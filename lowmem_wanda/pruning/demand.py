@@ -33,6 +33,7 @@ def demand(job: "PruneJob") -> Workload:
         score_bytes=SCORE_BYTES,
         holds_micro_batches=sequential or job.one_by_one,
         holds_all=job.one_by_one,
+        waits_twice=job.statistics == "block" and job.measures,
     )
 
 

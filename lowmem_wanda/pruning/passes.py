@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem_wanda.errors import LowmemError
 from lowmem_wanda.llamacpp.collect import InputSums
 from lowmem_wanda.sparsity.methods.method import Statistic
 from lowmem_wanda.streaming.block import Block, Stop
+from lowmem_wanda.streaming.flows import GROUP, INPUTS, Flows, current, wait
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.resources import Clock
 from lowmem_wanda.streaming.walk import MicroBatches, Observe, advance, forward_in_place, watched
@@ -84,20 +84,24 @@ class Passes:
         """Measures and prunes in one of the orders and, if it `moves_on`, replaces the hidden states by the output.
 
         In the sequential order at most `held` micro-batches wait with their activations; the others are run again from
-        the block's start. Their number changes time and memory, but not a bit of the result.
+        the block's start. Their number changes time and memory, but not a bit of the result. Nor do groups of experts,
+        for each of which all micro-batches wait.
         """
+        in_groups = bool(self.block.groups.coming)
         with self._counting():
-            if order == "sequential" and self.groups:
-                with self.sums.listening():
-                    self._in_stages([[name] for name in self.groups], True, moves_on, held)
-            elif order == "dense" and self.groups:
-                with self.sums.listening():
-                    self._measure_dense(moves_on)
-            else:
+            if not self.groups or (order == "block" and not in_groups):
                 self._measure_dense(False)
                 if moves_on:
                     with self.clock.part("onward"), self.sums.listening():
                         advance(self.block, self.states)
+                return
+            with self.sums.listening():
+                if order == "sequential":
+                    self._in_stages([[name] for name in self.groups], True, moves_on, held)
+                elif order == "block":
+                    self._in_stages(self._stages(), False, False, held, again=moves_on)
+                else:
+                    self._measure_dense(moves_on)
 
     def _measure_dense(self, moves_on: bool) -> None:
         """Measures all inputs on the dense block and prunes: in one pass, or `apart` in one for each.
@@ -106,23 +110,33 @@ class Passes:
         so all are those of the dense block, and the result is the same to the bit. Where there are experts, `apart`
         measures one after the other in one pass, in which all micro-batches wait for each.
         """
-        if not self.apart:
-            self._measure([*self.groups], through=moves_on)
-        elif any(matrices and matrices[0].expert is not None for matrices in self.groups.values()):
+        experts = any(matrices and matrices[0].expert is not None for matrices in self.groups.values())
+        if self.block.groups.coming or (self.apart and experts):
             self._in_stages(self._stages(), False, moves_on, len(self.states))
-        else:
+        elif self.apart:
             for name in reversed(self.groups):
                 self._measure([name], through=False)
+        else:
+            self._measure([*self.groups], through=moves_on)
 
     def _stages(self) -> list[list[str]]:
-        """The inputs, in stages that are measured together: one at a time, or those of one expert."""
+        """The inputs, in stages that are measured together: one at a time, or those of one expert.
+
+        Where experts come in groups and statistics are small, those of a group are together, and all beside experts.
+        """
+        starts = {
+            (part.path, expert): part for part in self.block.groups.coming for expert in range(part.first, part.stop)
+        }
         stages: list[list[str]] = []
-        units: list[tuple[str, int | None] | None] = []
+        units: list[Any] = []
         for name, matrices in self.groups.items():
-            unit = (matrices[0].module, matrices[0].expert) if matrices else None  # None: of all experts together
-            if stages and (units[-1] is None or (unit == units[-1] and unit[1] is not None)):
+            matrix = matrices[0] if matrices else None
+            unit: Any = name if self.apart else ""
+            if matrix is not None and matrix.expert is not None:
+                known = starts.get((matrix.module, matrix.expert))
+                unit = (matrix.module, known.first if known and not self.apart else matrix.expert)
+            if stages and unit == units[-1]:
                 stages[-1].append(name)
-                units[-1] = unit
             else:
                 stages.append([name])
                 units.append(unit)
@@ -151,46 +165,75 @@ class Passes:
         self.statistics[name].add(inputs)
         self.tokens[name] = self.tokens.get(name, 0) + inputs.numel() // max(1, inputs.shape[-1])
 
-    def _in_stages(self, stages: list[list[str]], on_arrival: bool, moves_on: bool, held: int) -> None:
+    def _in_stages(
+        self, stages: list[list[str]], on_arrival: bool, moves_on: bool, held: int, again: bool = False
+    ) -> None:
         """Measures the inputs stage after stage, and prunes their matrices before those of the next are measured.
 
         A micro-batch runs to the first inputs of the next stage and waits there in a greenlet, or it is replayed from
         the block's start. `on_arrival` it waits before it goes on with the matrices, which are pruned meanwhile, so
-        that all that follows is computed with pruned ones. Else it goes through the dense ones first.
+        that all that follows is computed with pruned ones. Else it goes through the dense ones first. With `again` it
+        goes through the pruned block too, one stage behind, and the output replaces the hidden states.
         """
-        greenlet = require_greenlet()
-        hub, now, closed = greenlet.getcurrent(), set[str](), set[str]()
-        last = stages[-1][-1]
+        now, closed, last = set[str](), set[str](), stages[-1][-1]
+        measuring = Flows(self._forward, self.states[:held])
+        following = Flows(self._forward, self.states if again else ())
 
         def arrived(name: str, inputs: torch.Tensor) -> None:
+            flow = current()
+            if flow in following:
+                while name not in closed:
+                    wait(INPUTS)
+                return
             if name in closed:
                 return
             if not on_arrival and name not in now:
-                hub.switch()
+                wait(INPUTS)
             self._add(name, inputs)
-            if greenlet.getcurrent() is hub or (not on_arrival and not moves_on and name == last):
+            if flow not in measuring or (not on_arrival and not moves_on and name == last):
                 raise Stop
             if on_arrival:
-                hub.switch()
+                wait(INPUTS)
 
-        waiting = [greenlet.greenlet(partial(self._forward, micro_batch)) for micro_batch in self.states[:held]]
         with watched(self.block, self.groups, arrived, self.experts.observe):
             for stage in stages:
                 now.update(stage)
-                with self.clock.part("measure"):
-                    for flow in waiting:
-                        flow.switch()
+                with self.clock.part("measure"), self.sums.pausing(again):
+                    self._go_on(measuring, following, stage)
                     with self.sums.pausing():
                         for micro_batch in self.states[held:]:
                             self._forward(micro_batch)
                 for name in stage:
                     self._prune(name)
                 closed.update(stage)
+                self._follow(following)
             with self.clock.part("onward"):
-                for flow in waiting:
-                    flow.switch() if moves_on else flow.throw(greenlet.GreenletExit)
+                for flows in [following] if again else [measuring] if moves_on else []:
+                    self._go_on(flows)
                 for micro_batch in self.states[held:] if moves_on else ():
                     self._forward(micro_batch)
+                measuring.end()
+
+    def _go_on(self, flows: Flows, following: Flows | None = None, names: Collection[str] = ()) -> None:
+        """Lets micro-batches go on to where inputs are measured, or to the end, and loads the groups they wait for.
+
+        They also stop before a group where all of the inputs `names` are measured. Those that are `following` are let
+        go on before a group is taken from them.
+        """
+        while True:
+            if flows.reason == GROUP and flows.groups > self.block.groups.loads:
+                if following is not None:
+                    self._follow(following)
+                self.block.groups.load()
+            if flows.go_on() != GROUP or (names and self.tokens.keys() >= set(names)):
+                return
+
+    def _follow(self, following: Flows) -> None:
+        """Lets those that are `following` go on as far as pruned matrices and loaded groups allow."""
+        with self.clock.part("onward"), self.sums.pausing(False):
+            while not (following.reason == GROUP and following.groups > self.block.groups.loads):
+                if following.go_on() != GROUP:
+                    return
 
     def _forward(self, micro_batch: torch.Tensor) -> None:
         """Runs one micro-batch through the block, in place, or as far as inputs are measured."""
@@ -264,14 +307,3 @@ class Passes:
                 stack.callback(module.register_forward_hook(partial(after, path)).remove)
             stack.enter_context(watched(self.block, [name for name in sizes if name.endswith("]")], count))
             yield
-
-
-def require_greenlet() -> Any:
-    """The greenlet package. Raises LowmemError, saying how to install it."""
-    try:
-        import greenlet
-    except ImportError:
-        raise LowmemError(
-            "--statistics sequential needs a package that is not installed: pip install greenlet"
-        ) from None
-    return greenlet

@@ -1,6 +1,8 @@
 """One decoder block with its weights, which computes as the model would have it compute."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from lowmem_wanda.streaming.calls import Call, Calls
 from lowmem_wanda.streaming.layout import View
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.outside import get
+from lowmem_wanda.streaming.parts import Part
 from lowmem_wanda.streaming.tracing import Trace
 
 
@@ -37,12 +40,15 @@ class Block:
         views: Mapping[str, View],
         device: torch.device,
         dtype: torch.dtype,
+        groups: Any,
     ) -> None:
         self.index, self.module, self.stored = index, module, stored
         self.device, self.dtype = device, dtype
         self.matrices, self.inputs = trace.matrices, trace.inputs
         self.stacks, self.shares = trace.stacks, trace.shares
         self.views, self._calls = views, calls
+        self.groups = groups
+        self.part: Part | None = None  # the group of experts that is loaded
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output (sequences, length, width), on its device, for hidden states of that shape on any."""
@@ -63,4 +69,18 @@ class Block:
 
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """The stored weight of a matrix as (outputs, inputs), a view."""
-        return matrix.view(self.stored[matrix.tensor])
+        return self.placed(matrix).view(self.stored[matrix.tensor])
+
+    def placed(self, matrix: Matrix) -> Matrix:
+        """The matrix with its place in the stored tensor, which may be a part of the file's."""
+        if self.part is None or matrix.expert is None or matrix.tensor == matrix.name:
+            return matrix
+        stride = self.views[f"{matrix.module}.{matrix.parameter}"].stride[0]
+        return replace(matrix, start=matrix.start - self.part.first * stride)
+
+    def has(self, matrix: Matrix) -> bool:
+        """Whether the matrix's weight is loaded."""
+        part = self.part
+        if matrix.tensor not in self.stored or part is None or matrix.expert is None or matrix.module != part.path:
+            return matrix.tensor in self.stored
+        return part.first <= matrix.expert < part.stop

@@ -17,10 +17,11 @@ from lowmem_wanda.errors import LowmemError, ModelError, first_line, limit_of_ma
 from lowmem_wanda.streaming.block import Block, Stop
 from lowmem_wanda.streaming.buffers import Scratch
 from lowmem_wanda.streaming.calls import Beside, Calls
-from lowmem_wanda.streaming.experts import is_experts
+from lowmem_wanda.streaming.experts import expert_parameters, is_experts
 from lowmem_wanda.streaming.layout import View
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.outside import Outside, get, put
+from lowmem_wanda.streaming.parts import Part, group_view
 from lowmem_wanda.streaming.resources import anonymous, free_memory
 from lowmem_wanda.streaming.stubs import Stub, fresh, same_values
 from lowmem_wanda.streaming.tracing import Trace, trace
@@ -112,8 +113,8 @@ class Decoder:
             self._final = None
         return output.logits  # type: ignore[no-any-return]
 
-    def load(self, index: int, stored: dict[str, torch.Tensor]) -> Block:
-        """The block `index` with its file tensors `stored`, which lie on the device."""
+    def load(self, index: int, stored: dict[str, torch.Tensor], groups: Any) -> Block:
+        """The block `index` with its file tensors `stored`, which lie on the device; others come with its `groups`."""
         module, views = self.skeleton.blocks[index], self.skeleton.views[index]
         trace = self.traces.get(index) or Trace(self.skeleton.matrices[index], (), None)
         owners = {matrix.module for matrix in trace.matrices}
@@ -121,6 +122,8 @@ class Decoder:
         small: dict[str, View] = {}
         for name, view in views.items():
             owner, _, last = name.rpartition(".")
+            if view.tensor not in stored:
+                continue
             parameter = view.of(stored)
             if self._computing(parameter.dtype) == parameter.dtype:
                 put(module, name, parameter)
@@ -139,12 +142,38 @@ class Decoder:
         for name, buffer in module.named_buffers():
             if name not in views:
                 put(module, name, buffer.to(self.device))
-        return Block(index, module, stored, trace, self._calls, views, self.device, self.dtype)
+        for part in groups.coming:
+            module.get_submodule(part.path).__dict__.setdefault("pauses", set()).add(part.first)
+        block = Block(index, module, stored, trace, self._calls, views, self.device, self.dtype, groups)
+        groups.block = block
+        return block
+
+    def load_group(self, block: Block, part: Part, stored: dict[str, torch.Tensor]) -> None:
+        """Loads a group of experts of a block, whose file tensors `stored` lie on the device."""
+        module = block.module.get_submodule(part.path)
+        for name in expert_parameters(module):
+            put(module, name, group_view(block.views[f"{part.path}.{name}"], part).of(stored))
+        module.__dict__["first_expert"] = part.first
+        block.stored.update(stored)
+        block.part = part
+
+    def release_group(self, block: Block, part: Part, stored: dict[str, torch.Tensor]) -> None:
+        """Takes a group of experts out of the model again."""
+        module = block.module.get_submodule(part.path)
+        for name in expert_parameters(module):
+            shape = block.views[f"{part.path}.{name}"].shape
+            put(module, name, torch.empty(shape, dtype=self.dtype, device="meta"))
+        module.__dict__.pop("first_expert")
+        for name in stored:
+            del block.stored[name]
+        block.part = None
 
     def release(self, block: Block) -> None:
         """Takes a block's weights out of the model again."""
         for name in block.views:
             put(block.module, name, get(block.module, name).to("meta"))
+        for module in block.module.modules():
+            module.__dict__.pop("pauses", None)
         for owner in {matrix.module for matrix in block.matrices}:
             block.module.get_submodule(owner).__dict__.pop("forward", None)
 

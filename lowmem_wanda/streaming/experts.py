@@ -12,6 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lowmem_wanda.streaming.flows import GROUP, wait
+
 ONE_BY_ONE = "lowmem_wanda"  # the name of `one_by_one` among transformers' ways to compute experts
 PROMISED = ("num_experts", "has_gate", "has_bias", "is_transposed", "down_proj")  # of a module of experts
 PRODUCTS = (torch.bmm, torch.matmul, torch.mm, nn.functional.linear, torch.Tensor.matmul, torch.Tensor.__matmul__,
@@ -60,7 +62,10 @@ def one_by_one(
     flat = top_k_index.t().reshape(-1)
     counts = torch.bincount(flat, minlength=self.num_experts).tolist()  # the one time that a GPU is waited for
     order, start = torch.argsort(flat, stable=True), 0
+    pauses: set[int] = self.__dict__.get("pauses", set())
     for expert, count in enumerate(counts[: self.num_experts]):  # what is beyond them is no expert
+        if expert in pauses:  # until the group that begins with it is loaded
+            wait(GROUP)
         places = order[start : start + count]
         token, place = places % len(hidden_states), places // len(hidden_states)
         weights = top_k_weights[token, place, None]
@@ -87,7 +92,8 @@ def _through(
 
 
 def _project(self: Any, parameter: str, expert: int, inputs: torch.Tensor) -> torch.Tensor:
-    weight = getattr(self, parameter)[expert].to(inputs.dtype)  # one expert at a time is cast
+    loaded = expert - self.__dict__.get("first_expert", 0)  # where a group of them is
+    weight = getattr(self, parameter)[loaded].to(inputs.dtype)  # one expert at a time is cast
     made = inputs @ weight if self.is_transposed else nn.functional.linear(inputs, weight)
     return made + getattr(self, f"{parameter}_bias")[expert].to(inputs.dtype) if self.has_bias else made
 

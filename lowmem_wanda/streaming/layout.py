@@ -6,6 +6,7 @@ views, whose shapes, strides and offsets say where each value lies. So file tens
 of memory, and parameters are other views of that piece. Nothing is converted and nothing is copied.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -42,6 +43,11 @@ class View:
         parts = [tensors[name] for name in self.tensors]
         memory = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
         return memory.as_strided(self.shape, self.stride, memory.storage_offset() + self.offset)
+
+    @property
+    def numel(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
 
     @property
     def is_whole(self) -> bool:

@@ -72,10 +72,6 @@ class Skeleton:
                 found[int(index)][rest] = view
         return tuple(found)
 
-    def pieces(self, index: int) -> list[tuple[str, ...]]:
-        """The file tensors of a block; those of a piece lie one after the other in memory."""
-        return sorted({view.tensors for view in self.views[index].values()})
-
     @cached_property
     def matrices(self) -> tuple[tuple[Matrix, ...], ...]:
         """The matrices of each block, as far as its modules show; `tracing` says which of them are pruned."""

@@ -2,7 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,21 +14,24 @@ import numpy as np
 import torch
 from torch import nn
 
+from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.streaming.block import Block
-from lowmem_wanda.streaming.buffers import BlockBuffers, Piece, Write
+from lowmem_wanda.streaming.buffers import BlockBuffers, Piece, Slot, Write
 from lowmem_wanda.streaming.containers import folder_on_disk
 from lowmem_wanda.streaming.decoder import Decoder
 from lowmem_wanda.streaming.experts import Watch, is_experts
+from lowmem_wanda.streaming.flows import GROUP, Flows
 from lowmem_wanda.streaming.matrices import OF_EXPERTS, Matrix
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
+from lowmem_wanda.streaming.parts import Part
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, limited, return_freed, timing
 from lowmem_wanda.streaming.states import hidden_states
 from lowmem_wanda.streaming.tracing import Trace
 
 MicroBatches = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
-Source = Callable[[int], list[Piece]]  # block index -> the file tensors that are read for it
+Source = Callable[[int], Mapping[str, Tensor] | None]  # block index -> the file tensors that are read for it, by name
 Step = Callable[[Block, MicroBatches], Write | None]
 Arrived = Callable[[str, torch.Tensor], None]  # path of a module, its inputs
 Notify = Callable[[dict[str, Any]], None]  # called with a record of what begins, or of a finished block
@@ -45,6 +49,47 @@ def ignore(record: dict[str, Any]) -> None:
     """A Notify that does nothing."""
 
 
+class Groups:
+    """The groups of experts of a block that are still `coming`, one of which is loaded at a time.
+
+    `write` is the function that writes a group when it has been computed; None for one that is not written.
+    """
+
+    def __init__(self, decoder: Decoder, parts: Sequence[Part], slots: Iterator[Slot], buffers: BlockBuffers) -> None:
+        self.coming = deque(parts)
+        self.write: Callable[[Part], Write] | None = None
+        self.loaded: Callable[[], None] = lambda: None  # called when a group is loaded
+        self.loads = 0
+        self._decoder, self._slots, self._buffers = decoder, slots, buffers
+        self._now: tuple[Part, Slot, Block] | None = None
+        self.block: Block | None = None
+
+    def load(self) -> Part:
+        """Releases the group that is loaded, if one is, and loads the next."""
+        self.release()
+        part, slot = self.coming.popleft(), next(self._slots)
+        self.loads += 1
+        assert self.block is not None
+        self._decoder.load_group(self.block, part, slot.stored)
+        self._now = part, slot, self.block
+        self.loaded()
+        return part
+
+    def release(self) -> None:
+        """Takes the group that is loaded out of the model, and has it written."""
+        if self._now is not None:
+            part, slot, block = self._now
+            self._decoder.release_group(block, part, slot.stored)
+            self._buffers.release(slot, self.write(part) if self.write is not None else None)
+            self._now = None
+
+    def finish(self) -> None:
+        """Releases what is loaded; groups that nobody asked for pass by."""
+        while self.coming:
+            self.load()
+        self.release()
+
+
 class Stream:
     """Models that go through their blocks side by side, with the buffers and the hidden states that this takes.
 
@@ -59,8 +104,9 @@ class Stream:
         buffers: BlockBuffers,
         peak: Peak,
         allocate: Any,
+        limit: int,
     ) -> None:
-        self.decoders, self.batches, self.buffers, self.peak = decoders, batches, buffers, peak
+        self.decoders, self.batches, self.buffers, self.peak, self.limit = decoders, batches, buffers, peak, limit
         self.states: list[MicroBatches] = []
         self.spent: dict[str, float] = {}
         self._allocate, self._start = allocate, time.perf_counter()
@@ -69,19 +115,29 @@ class Stream:
         """Takes all models through the blocks `indices` (default: all), one block of every model at a time.
 
         There is a step for each model. It works on a block and the model's hidden states, and gives back the function
-        that writes the block, or None. `source` gives the tensors that a block is read from (default: those of the
-        model's checkpoint). While a step works, the next block is read and the one before is written.
+        that writes the block, or None. `source` gives the tensors that a block is read from (default, and for None:
+        those of the model's checkpoint). While a step works, the next block is read and the one before is written.
         """
         if self.batches and not self.states:
             self._embed()
         models = list(zip(self.decoders, self.states or [[] for _ in self.decoders], steps, strict=True))
         indices = range(self.decoders[0].depth) if indices is None else indices
         visits = [(*model, index) for index in indices for model in models]
-        blocks = (source(index) if source else decoder.model.pieces(index) for decoder, _, _, index in visits)
-        for (decoder, states, step, index), slot in zip(visits, self.buffers.prefetch(blocks), strict=True):
-            block = decoder.load(index, slot.stored)
+        coming: deque[list[Part]] = deque()
+
+        def pieces() -> Iterator[Sequence[Piece]]:
+            for decoder, _, _, index in visits:
+                coming.append(decoder.model.parts(index, self.limit, source(index) if source else None))
+                yield from (part.pieces for part in coming[-1])
+
+        slots = self.buffers.prefetch(pieces())
+        for decoder, states, step, index in visits:
+            slot = next(slots)
+            groups = Groups(decoder, coming.popleft()[1:], slots, self.buffers)
+            block = decoder.load(index, slot.stored, groups)
             with blamed(decoder.model, index):
                 write = step(block, states)
+                groups.finish()
             decoder.release(block)
             self.buffers.release(slot, write)
             return_freed()
@@ -142,10 +198,10 @@ def streamed(
         stack.enter_context(limited(device, budget.max_vram, placement.mapped))
         peak = stack.enter_context(Peak(device))
         decoders = [stack.enter_context(Decoder(model)) for model in models]
-        nbytes = max(model.block_bytes for model in models)
+        nbytes = max(model.part_bytes(placement.part) for model in models)
         number = placement.slots, placement.arriving
         buffers = BlockBuffers(device, nbytes, *number, budget.read, peak.count_not_locked)
-        yield Stream(decoders, batches, stack.enter_context(buffers), peak, allocate)
+        yield Stream(decoders, batches, stack.enter_context(buffers), peak, allocate, placement.part)
 
 
 def prunable(model: StreamedModel) -> tuple[tuple[Matrix, ...], ...]:
@@ -177,9 +233,14 @@ def require_chain(model: StreamedModel, tokens: np.ndarray) -> dict[int, Trace]:
 
 
 def advance(block: Block, states: MicroBatches) -> None:
-    """Replaces the hidden states by the block's output."""
-    for micro_batch in states:
-        forward_in_place(block, micro_batch)
+    """Replaces the hidden states by the block's output. Where experts come in groups, micro-batches wait for each."""
+    if not block.groups.coming:
+        for micro_batch in states:
+            forward_in_place(block, micro_batch)
+        return
+    flows = Flows(partial(forward_in_place, block), states)
+    while flows.go_on() == GROUP:
+        block.groups.load()
 
 
 def forward_in_place(block: Block, micro_batch: torch.Tensor) -> None:
