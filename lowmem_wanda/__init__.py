@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lowmem_wanda.pruning.fine_tune import recover
     from lowmem_wanda.pruning.plan import Plan, plan
     from lowmem_wanda.pruning.prune import prune
-    from lowmem_wanda.pruning.report import PruneReport
+    from lowmem_wanda.pruning.records import PruneReport
     from lowmem_wanda.sparsity import EXPERT_SCORES, METHODS, REFINEMENTS, UPDATES
     from lowmem_wanda.sparsity.gram import Gram
     from lowmem_wanda.sparsity.methods.method import Method, Statistic
@@ -71,7 +71,7 @@ _PLACES = {
     "pruning.fine_tune": ("recover",),
     "pruning.plan": ("Plan", "plan"),
     "pruning.prune": ("prune",),
-    "pruning.report": ("PruneReport",),
+    "pruning.records": ("PruneReport",),
     "sparsity": ("EXPERT_SCORES", "METHODS", "REFINEMENTS", "UPDATES"),
     "sparsity.gram": ("Gram",),
     "sparsity.methods.method": ("Method", "Statistic"),

@@ -59,7 +59,29 @@ FAMILIES = {
 }
 EXPERTS = {
     "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "decoder_sparse_step": 1, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 64,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 16,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
 }
 
 

@@ -1,5 +1,6 @@
 """The pruned matrices of a checkpoint: what its report promises of them, and their values, read without torch."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import numpy as np
 from lowmem_wanda.checkpoint.checksum import checksum_in
 from lowmem_wanda.checkpoint.companions import REPORT
 from lowmem_wanda.checkpoint.directory import Checkpoint
-from lowmem_wanda.checkpoint.reader import FLOATS, Tensor, read_json
+from lowmem_wanda.checkpoint.reader import FLOATS, ITEMSIZE, Tensor, read_json
 from lowmem_wanda.errors import CheckpointError
 
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")  # found in the name of every tensor that lies in a block
@@ -24,7 +25,8 @@ class Promise:
 
     `zeros` weights are exactly zero. `filled` weights have the magnitude `tiny` and stand for pruned ones; `tiny` is 0
     where pruned weights are zeros. `pattern` is the pattern as text, such as "2:4" or "50%". A `transposed` matrix lies
-    in its file as (inputs, outputs).
+    in its file as (inputs, outputs). One of several in a file tensor, such as an expert's, is of `shape` (outputs,
+    inputs) and lies in `tensor` from the value `start` on; of any other `tensor` is "".
     """
 
     zeros: int = 0
@@ -32,6 +34,21 @@ class Promise:
     tiny: float = 0.0
     pattern: str = ""
     transposed: bool = False
+    tensor: str = ""
+    start: int = 0
+    shape: tuple[int, ...] = ()
+
+    def part_of(self, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+        """The matrix `name` as a file tensor of its own; None where the tensors hold no such matrix."""
+        whole = tensors.get(self.tensor or name)
+        if whole is None or not self.tensor:
+            return whole if whole is not None and is_matrix(whole) else None
+        size = ITEMSIZE[whole.dtype]
+        shape = self.shape[::-1] if self.transposed else self.shape
+        part = replace(
+            whole, name=name, shape=shape, offset=whole.offset + self.start * size, nbytes=math.prod(shape) * size
+        )
+        return part if is_matrix(part) and 0 <= self.start <= whole.numel - part.numel else None
 
     @property
     def nm(self) -> tuple[int, int] | None:
@@ -121,15 +138,24 @@ def pruned_matrices(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[s
 
     Raises CheckpointError if there are none, or if the report belongs to another checkpoint.
     """
-    tensors, promises = checkpoint.tensors, promises_of(report)
-    if wrong := [name for name in promises if name not in tensors or not is_matrix(tensors[name])]:
-        raise CheckpointError(f"{checkpoint.path / REPORT}: is not what prune wrote: {wrong[0]} is not a matrix here")
-    found = {name: PrunedMatrix(tensors[name], promise) for name, promise in promises.items()}
+    tensors, found = checkpoint.tensors, {}
+    for name, promise in promises_of(report).items():
+        if (part := promise.part_of(tensors, name)) is None:
+            raise CheckpointError(f"{checkpoint.path / REPORT}: is not what prune wrote: {name} is not a matrix here")
+        found[name] = PrunedMatrix(part, promise)
     if not report:
-        found = {name: PrunedMatrix(one) for name, one in tensors.items() if IN_BLOCK.search(name) and is_matrix(one)}
+        found = {one.name: PrunedMatrix(one) for one in map(as_matrix, tensors.values()) if IN_BLOCK.search(one.name)}
+        found = {name: one for name, one in found.items() if is_matrix(one.tensor)}
     if not found:
         raise CheckpointError(f"{checkpoint.path}: has no matrices in blocks; give the folder of a pruned checkpoint")
     return found
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A stack of matrices in a block, such as experts, as one matrix of all their rows; any other tensor as it is."""
+    if len(tensor.shape) != 3 or tensor.dtype not in FLOATS or not IN_BLOCK.search(tensor.name):
+        return tensor
+    return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
 
 
 def is_matrix(tensor: Tensor) -> bool:
@@ -151,10 +177,11 @@ def _promise(record: Mapping[str, Any]) -> Promise:
     pattern, transposed = record.get("pattern", ""), record.get("transposed", False)
     if not isinstance(pattern, str) or re.fullmatch(r"\d+:0+", pattern) or not isinstance(transposed, bool):
         raise ValueError(pattern)
-    counts = (record["zeros"], record.get("filled", 0))
-    if not all(isinstance(count, int) for count in counts):
+    counts = (record["zeros"], record.get("filled", 0), record.get("start", 0))
+    shape, tensor = tuple(record.get("shape", ())), record.get("tensor", "")
+    if not all(isinstance(count, int) for count in (*counts, *shape)) or not isinstance(tensor, str):
         raise ValueError(counts)
-    return Promise(*counts, float(record.get("tiny", 0)), pattern, transposed)
+    return Promise(*counts[:2], float(record.get("tiny", 0)), pattern, transposed, tensor, counts[2], shape)
 
 
 def _floats(tensor: Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ from lowmem_wanda.checkpoint.pruned import (
     IN_BLOCK,
     NO_PROMISE,
     Promise,
+    as_matrix,
     holds,
     is_matrix,
     keeps_bits,
@@ -102,14 +103,19 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     checkpoint, findings = Checkpoint(path), Findings()
     report = read_report(path)
     promises = promises_of(report)
+    parted = {promise.tensor for promise in promises.values() if promise.tensor}
     for tensor in checkpoint.tensors.values():
-        if is_matrix(tensor):
-            findings.matrices.append(_count_zeros(tensor, promises.get(tensor.name, NO_PROMISE)))
+        if tensor.name not in parted and is_matrix(as_matrix(tensor)):
+            findings.matrices.append(_count_zeros(as_matrix(tensor), promises.get(tensor.name, NO_PROMISE)))
+    for name, promise in promises.items():
+        if promise.tensor and (part := promise.part_of(checkpoint.tensors, name)):
+            findings.matrices.append(_count_zeros(part, promise))
     if report:
         _compare_report(path, report, promises, findings)
     if against is not None:
-        moved = set() if keeps_bits(report) else promises.keys() | recovered_in(report)
-        _compare_source(checkpoint, Checkpoint(against), promises, moved, findings)
+        of_tensors = {promise.tensor or name: promise for name, promise in promises.items()}
+        moved = set() if keeps_bits(report) else of_tensors.keys() | recovered_in(report)
+        _compare_source(checkpoint, Checkpoint(against), of_tensors, moved, findings)
     return findings
 
 
@@ -210,7 +216,7 @@ def _compare_tensor(ours: Tensor, theirs: Tensor, filled: bool, moves: bool, fin
             gone = mine_bits << 1 == TINY[ours.dtype] << 1 if filled else mine_bits == 0
             zeroed += int((differs & gone).sum())
             changed += int((differs & ~gone).sum())
-    prunable = is_matrix(ours) and IN_BLOCK.search(ours.name)
+    prunable = is_matrix(as_matrix(ours)) and IN_BLOCK.search(ours.name)
     if changed and not moves:
         pruned = "the smallest number" if filled else "zero"
         findings.problems.append(f"{ours.name}: {changed} weights are neither the source's nor {pruned}")

@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,30 +46,41 @@ def write_shard(
     named in `finite` holds NaN or infinity.
     """
     ordered = sorted(tensors, key=lambda pair: -ITEMSIZE[pair[0].dtype])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor, _ in ordered:
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (end, end + tensor.nbytes)}
-        end += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path, 8 + len(text) + end, FASTEST) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    text, starts, size = layout([tensor for tensor, _ in ordered])
+    with replacing(path, size, FASTEST) as file:
+        file.write(text)
         for tensor, pieces in ordered:
             looks = tensor.name in finite
             for piece in pieces if pieces is not None else file.copied(tensor):
-                if looks and nonfinite(piece, tensor.dtype):
-                    raise NumberError(
-                        f"{tensor.file.name}: tensor {tensor.name} holds NaN or infinity; download it again"
-                    )
+                if looks:
+                    require_finite(tensor, piece)
                 if pieces is not None:
                     file.write(piece)
-        if file.size != 8 + len(text) + end:
+        if file.size != size:
             raise OutputError(
-                f"{path.name}: {file.size} bytes were written where its header promises {8 + len(text) + end}; "
-                "report this bug"
+                f"{path.name}: {file.size} bytes were written where its header promises {size}; report this bug"
             )
     return ShardFile(path.name, file.size, {FASTEST: file.digest.hexdigest()})
+
+
+def layout(tensors: Sequence[Tensor]) -> tuple[bytes, dict[str, int], int]:
+    """The beginning of a safetensors file of these tensors, where each of them begins in it, and its size in bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, starts = 0, {}
+    for tensor in tensors:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (end, end + tensor.nbytes)}
+        starts[tensor.name] = end
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    begin = len(text).to_bytes(8, "little") + text
+    return begin, {name: len(begin) + start for name, start in starts.items()}, len(begin) + end
+
+
+def require_finite(tensor: Tensor, piece: bytes | bytearray | memoryview) -> None:
+    """Raises NumberError if a piece of a tensor's bytes holds NaN or infinity."""
+    if nonfinite(piece, tensor.dtype):
+        raise NumberError(f"{tensor.file.name}: tensor {tensor.name} holds NaN or infinity; download it again")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

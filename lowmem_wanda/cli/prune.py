@@ -28,6 +28,7 @@ from lowmem_wanda.errors import OutputError, PatternError
 
 PRUNING = (
     "method", "refine", "update", "variant", "quality", "recover", "recover_steps", "allocation", "pattern", "group",
+    "min_tokens", "all_experts", "gate_weighted",
     "text", "sequences", "length", "seed", "statistics", "include", "exclude", "norms", "imatrix", "zeros",
 )  # fmt: skip
 ABSENT = ("vram", "ram", "flops", "disk")  # of a machine that is not here
@@ -67,6 +68,10 @@ def add_pruning(command: argparse.ArgumentParser) -> None:
         "by their outliers (owl), rising (atp) (default: uniform)")  # fmt: skip
     add("--variant", action="store_true", help="with wanda, prune each row up to a share of its scores, as a variant "
         "in the paper's code")  # fmt: skip
+    add("--min-tokens", type=positive, default=8, metavar="N", help="score an expert that saw fewer tokens by all "
+        "tokens of its layer (default: 8)")  # fmt: skip
+    add("--all-experts", action="store_true", help="measure every expert on every token, not on its own alone")
+    add("--gate-weighted", action="store_true", help="weigh the inputs of experts by their routing weights")
     add("--group", choices=("row", "matrix"),
         help="what is compared for a share (default: row for wanda, matrix for magnitude)")  # fmt: skip
     add("--norms", metavar="FILE", help="importance matrix of the dense model (.gguf, .dat), whose norms replace "
@@ -212,6 +217,10 @@ def closing(report: Mapping[str, Any], target: str) -> Any:
         table.add_row(
             "left dense", f"{report['dense_outside_share']:.1%} of the parameters, outside the blocks: {names}{more}"
         )
+    if inside := report.get("left_dense"):
+        for why in dict.fromkeys(inside.values()):
+            found = [name for name, reason in inside.items() if reason == why]
+            table.add_row("left dense", f"{len(found)} in the blocks, {escape(found[0])} and so on: {why}")
     table.add_row("size", f"{size(summary['bytes'])} in {len(report['shards'])} shards, as large as the source")
     table.add_row("time", timing_text(summary["seconds"], report["timing"]))
     table.add_row("passes", f"{summary['forward_passes_per_block']:.2f} forward passes per block")

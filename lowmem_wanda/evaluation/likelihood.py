@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lowmem_wanda.errors import NonFiniteError
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.head import Head, head_bytes, head_linear
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed

@@ -15,15 +15,15 @@ from lowmem_wanda.data.calibration import Calibration, calibrate, in_batches, na
 from lowmem_wanda.errors import NonFiniteError
 from lowmem_wanda.llamacpp.imatrix import About, Entry, require_matrix_target, write
 from lowmem_wanda.llamacpp.latents import Latents
-from lowmem_wanda.llamacpp.names import gguf_names, package, split_names
+from lowmem_wanda.llamacpp.names import entries_for, gguf_names, package, split_names
 from lowmem_wanda.llamacpp.store import Store, alone
 from lowmem_wanda.sparsity.statistics import SquaredNorm
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model
 from lowmem_wanda.streaming.placement import Workload, choose
 from lowmem_wanda.streaming.resources import anonymous
-from lowmem_wanda.streaming.walk import MicroBatches, Notify, advance, ignore, streamed, watched
+from lowmem_wanda.streaming.walk import MicroBatches, Notify, advance, ignore, prunable, streamed, watched
 
 PARTS = ("#keys", "#values")  # behind a matrix's name: the parts that llama.cpp splits it into
 
@@ -120,7 +120,7 @@ def imatrix(
 
 def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block: Notify = ignore) -> ImatrixReport:
     """Writes the importance matrix of an opened model, on a calibration, to a new `path`; returns the report."""
-    weights = [matrix.name for matrix in model.skeleton.all_matrices]
+    weights = [matrix.name for block in prunable(model) for matrix in block]
     names, start = gguf_names(weights, "an importance matrix"), time.perf_counter()
     split = splits(model, names)
     count, length = calibration.tokens.shape
@@ -148,7 +148,7 @@ def collect(model: StreamedModel, calibration: Calibration, path: Path, on_block
         "kind": "imatrix",
         "source": str(model.checkpoint.path),
         "file": str(path),
-        "entries": len(names) + len(split) - len(left_out),
+        "entries": len(set(names.values())) + len(split) - len(left_out),
         "left_out": left_out,
         "text": list(calibration.sources),
         "sequences": count,
@@ -168,35 +168,46 @@ def save_imatrix(
 
     Gives the GGUF names of the weights that have no entry, because what llama.cpp multiplies them with is not known.
     """
-    split, blocks = splits(model, names), model.skeleton.matrices
+    split, blocks = splits(model, names), prunable(model)
     shapes: dict[str, tuple[int, int]] = {}
     left_out: list[str] = []
 
-    def wanted(index: int) -> dict[str, str]:
-        """{name in the store: GGUF names} of a block."""
-        found: dict[str, str] = {}
+    def wanted(index: int) -> dict[str, list[str]]:
+        """{GGUF name: the names of its experts in the store, or of the one that it has} of a block."""
+        found: dict[str, list[str]] = {}
         for name in (matrix.name for matrix in blocks[index]):
-            parts = zip(PARTS, split[name], strict=True) if name in split else [("", names[name])]
-            found |= {name + part: gguf_name for part, gguf_name in parts}
+            parts = [names[name]] if name not in split else split[name]
+            for part, known in zip(PARTS if name in split else ("",), parts, strict=True):
+                for entry in entries_for(known):
+                    found.setdefault(entry, []).append(name + part)
         return found
 
     for index, block in enumerate(blocks):
         columns = {matrix.name: matrix.shape[1] for matrix in block}
-        entries = store.get(index, [name for name in wanted(index) if "#" in name]) if split else {}
-        for name, gguf_name in wanted(index).items():
-            if size := entries[name].sums.size if name in entries else columns[name]:
-                shapes[gguf_name] = (1, size)
+        parts = [one for found in wanted(index).values() for one in found if "#" in one]
+        entries = store.get(index, parts) if split else {}
+        for known, found in wanted(index).items():
+            if size := entries[found[0]].sums.size if found[0] in entries else columns[found[0]]:
+                shapes[known] = (len(found), size)
             else:
-                left_out.append(gguf_name)
+                left_out.append(known)
 
     def entries_of() -> Iterator[tuple[str, Entry]]:
         for index in range(len(blocks)):
-            found = store.get(index, [*(known := wanted(index))])
-            yield from ((known[name], entry) for name, entry in found.items() if known[name] in shapes)
+            for known, found in wanted(index).items():
+                if known in shapes:
+                    yield known, stacked(list(store.get(index, found).values()))
 
     count, length = calibration.tokens.shape
     write(path, shapes, entries_of(), About(calibration.sources, count, length))
     return left_out
+
+
+def stacked(experts: Sequence[Entry]) -> Entry:
+    """The entry of a stack of experts of their own entries."""
+    if len(experts) == 1:
+        return experts[0]
+    return Entry(np.concatenate([one.sums for one in experts]), np.concatenate([one.counts for one in experts]))
 
 
 def splits(model: StreamedModel, names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
@@ -230,13 +241,13 @@ class InputSums:
             yield
 
     @contextmanager
-    def pausing(self) -> Iterator[None]:
-        """Leaves the runs within it out of the sums."""
-        self.latents.paused = True
+    def pausing(self, paused: bool = True) -> Iterator[None]:
+        """Leaves the runs within it out of the sums, or where they are not to be `paused`, in them."""
+        before, self.latents.paused = self.latents.paused, paused
         try:
             yield
         finally:
-            self.latents.paused = False
+            self.latents.paused = before
 
     def entries(self) -> dict[str, Entry]:
         """{matrix: entry} of the block. Raises NumberError if a sum is NaN or infinite."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.attention import Again, attention_watched
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 
 
 class Latents:

@@ -19,6 +19,8 @@ NEEDED = (
     "get_tensor_name_map", "quantize", "dequantize",
 )  # fmt: skip
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+EXPERT = re.compile(r"\[(\d+)\]$|(?<=\.)(\d+)\.(?=.*\.weight$)")  # in the name of one expert's matrix
+GATE_UP = "ffn_gate_up_exps"  # where a file has one matrix of an expert for what llama.cpp may have two for
 
 
 def package(what: str) -> Any:
@@ -33,13 +35,20 @@ def package(what: str) -> Any:
 
 
 def gguf_names(tensors: Sequence[str], what: str) -> dict[str, str]:
-    """{file tensor: GGUF tensor}, both with ".weight", for all matrices in all blocks.
+    """{matrix: GGUF tensor} for all matrices in all blocks. Experts of a layer share a GGUF tensor.
 
-    Raises ModelError if no architecture's table knows them all, or if two of them would have the same name. The message
-    names a tensor and says that `what` is not available.
+    Matrices are named as file tensors, those of one of several experts in a tensor with its index in brackets. Raises
+    ModelError if no architecture's table knows them all, or if two of them would have the same name. The message names
+    a tensor and says that `what` is not available.
     """
     kinds = tuple(dict.fromkeys(_kind(name) for name in tensors))
-    found = _most_common(kinds, what)
+    fused = {_kind(name) for name in tensors if expert_in(name) is not None}
+    fused = {kind for kind in fused if _most_common((kind,), what) is None}
+    found = _most_common([kind for kind in kinds if kind not in fused], what)
+    if found is not None and len(fused) == 1:
+        found |= dict.fromkeys(fused, f"blk.0.{GATE_UP}")
+    elif fused:
+        found = None
     if found is None:
         missing = next((kind for kind in kinds if _most_common((kind,), what) is None), kinds[0])
         example = next(name for name in tensors if _kind(name) == missing)
@@ -48,10 +57,24 @@ def gguf_names(tensors: Sequence[str], what: str) -> dict[str, str]:
             f"know such a model: {what} is not available for it, everything else works"
         )
     names = {name: f"{found[_kind(name)].replace('.0.', f'.{_block(name)}.', 1)}.weight" for name in tensors}
-    shared = [name for name, count in Counter(names.values()).items() if count > 1]
+    places = Counter((known, expert_in(name)) for name, known in names.items())
+    shared = [known for (known, _), count in places.items() if count > 1]
     if shared:
         raise ModelError(f"{what}: several tensors of this model are {shared[0]} in llama.cpp, which is not supported")
     return names
+
+
+def expert_in(name: str) -> int | None:
+    """The index of the expert that a matrix is of; None where it is of none."""
+    block = NUMBER.search(name)
+    match = EXPERT.search(name, block.end() if block else 0)
+    return int(match[1] or match[2]) if match else None
+
+
+def entries_for(name: str) -> tuple[str, ...]:
+    """The names under which llama.cpp may look for the importance of a GGUF tensor of `gguf_names`."""
+    parts = [f"ffn_{part}_exps" for part in ("gate", "up")] if GATE_UP in name else []
+    return (name, *(name.replace(GATE_UP, part) for part in parts))
 
 
 def split_names(names: Mapping[str, str], architecture: str) -> dict[str, tuple[str, str]]:
@@ -88,9 +111,14 @@ def _block(name: str) -> str:
 
 
 def _kind(name: str) -> str:
-    """The name that a tensor has in the first block, without ".weight"."""
+    """The name that a tensor has in the first block, without ".weight" and the index of an expert."""
     _block(name)
-    return NUMBER.sub("0", name, count=1).removesuffix(".weight")
+    begin = NUMBER.sub("0", name, count=1)
+    if expert_in(name) is None:
+        return begin.removesuffix(".weight")
+    block = NUMBER.search(begin)
+    end = block.end() if block else 0
+    return (begin[:end] + EXPERT.sub("", begin[end:], count=1)).removesuffix(".weight")
 
 
 def _most_common(kinds: Iterable[str], what: str) -> dict[str, str] | None:

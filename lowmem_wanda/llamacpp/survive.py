@@ -5,6 +5,7 @@ memory mapping, some rows at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,8 +16,9 @@ from lowmem_wanda.checkpoint.output import FORMAT, require_finished
 from lowmem_wanda.checkpoint.pruned import PrunedMatrix, Rows, holds, pruned_matrices, read_report
 from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.llamacpp.gguf_file import PART, mapped, part_name, read_gguf
+from lowmem_wanda.llamacpp.imatrix import Entry
 from lowmem_wanda.llamacpp.imatrix import read as read_imatrix
-from lowmem_wanda.llamacpp.names import gguf_names, package, split_names
+from lowmem_wanda.llamacpp.names import GATE_UP, entries_for, expert_in, gguf_names, package, split_names
 from lowmem_wanda.llamacpp.quant_types import KEEPS, TYPES, Survival, advice
 
 Importance = Callable[[str], np.ndarray]  # name of a matrix -> factor of errors in its columns, (columns,) or (1,)
@@ -66,7 +68,8 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
     matrices = pruned_matrices(checkpoint, read_report(Path(path)))
     names = gguf_names(list(matrices), "survive")
     split = split_names(names, str(checkpoint.config().get("model_type", "")))
-    matrices = {name: matrix for name, matrix in matrices.items() if name not in split}
+    left_out = [*split, *(name for name, known in names.items() if model is not None and GATE_UP in known)]
+    matrices = {name: matrix for name, matrix in matrices.items() if name not in left_out}
     importance = _importance(imatrix, matrices, names)
     tiny = any(matrix.promise.tiny for matrix in matrices.values())
     report: SurvivalReport = {
@@ -74,7 +77,7 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
         "kind": "survive",
         "path": str(path),
         "imatrix": str(imatrix) if imatrix else None,
-        "left_out": list(split),
+        "left_out": left_out,
     }
     if model is None:
         report |= {"types": predict_types(matrices, importance), "advice": advice(tiny=tiny)}
@@ -94,8 +97,16 @@ def _importance(
     if imatrix is None:
         return lambda name: np.ones(1)
     known = read_imatrix(imatrix)[0]
+
+    def of(name: str) -> Entry | None:
+        entry = next((known[one] for one in entries_for(names[name]) if one in known), None)
+        expert = expert_in(name)
+        if entry is None or expert is None:
+            return entry
+        return Entry(entry.sums[expert : expert + 1], entry.counts[expert : expert + 1])
+
     for name, matrix in matrices.items():
-        entry, inputs = known.get(names[name]), matrix.shape[1]
+        entry, inputs = of(name), matrix.shape[1]
         if entry is None or entry.sums.shape != (1, inputs):
             raise CheckpointError(
                 f"{imatrix}: has no entry {names[name]} of {inputs} values; get that of this very model"
@@ -104,7 +115,7 @@ def _importance(
             raise CheckpointError(
                 f"{imatrix}: entry {names[name]} holds numbers that are not sums of squares; get another file"
             )
-    return lambda name: known[names[name]].means[0]
+    return lambda name: of(name).means[0]  # type: ignore[union-attr]
 
 
 def outlook(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def _compared(
     match = PART.fullmatch(model.name)  # any part stands for the whole
     stored = read_gguf(model.with_name(part_name(model, 0, int(match[3]))) if match else model).tensors
     for name, matrix in matrices.items():
-        tensor = stored.get(names[name])
+        tensor = _expert_of(stored.get(names[name]), expert_in(name))
         if tensor is None or tensor.shape != matrix.shape:
             shape = "no such tensor" if tensor is None else f"{list(tensor.shape)}"
             raise CheckpointError(
@@ -178,6 +189,14 @@ def _compared(
                 "of this very checkpoint"
             )
         yield {"name": name, "tensor": tensor.name, **_survival_of(matrix, tensor, importance(name), model)}
+
+
+def _expert_of(tensor: Any, expert: int | None) -> Any:
+    """One expert's part of a GGUF's tensor (experts, rows, columns), as a tensor of its own."""
+    if tensor is None or expert is None or len(tensor.shape) != 3 or expert >= tensor.shape[0]:
+        return tensor
+    nbytes = tensor.nbytes // tensor.shape[0]
+    return replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + expert * nbytes, nbytes=nbytes)
 
 
 def _survival_of(matrix: PrunedMatrix, tensor: Any, importance: np.ndarray, model: Path) -> dict[str, Any]:

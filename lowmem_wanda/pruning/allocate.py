@@ -16,7 +16,7 @@ from lowmem_wanda.pruning.passes import Passes
 from lowmem_wanda.sparsity.patterns import Unstructured
 from lowmem_wanda.sparsity.selection import row_chunks, suitable_chunk
 from lowmem_wanda.sparsity.statistics import SquaredNorm
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.walk import MicroBatches, streamed
@@ -92,7 +92,7 @@ def owl_shares(job: Any, placement: Placement, folder: Path) -> tuple[float, ...
         def step(block: Block, states: MicroBatches) -> None:
             found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-            def measured(matrix: Matrix, inputs: SquaredNorm) -> None:
+            def measured(matrix: Matrix, inputs: SquaredNorm, notes: dict[str, Any]) -> None:
                 found.append((block.weight(matrix), inputs.norms()))
 
             matrices = job.selected_of(block.matrices, block.index)

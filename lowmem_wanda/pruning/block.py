@@ -17,7 +17,7 @@ from lowmem_wanda.sparsity.masks import prune_lowest, sign_zeros, survey
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern
 from lowmem_wanda.sparsity.selection import Score
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, add_seconds
@@ -67,18 +67,26 @@ def _pruned(
     matrices = job.selected_of(block.matrices, block.index)
     linears: dict[str, Any] = {}
 
-    def prune(matrix: Matrix, inputs: Any) -> None:
-        linears[matrix.name] = prune_matrix(job, block, matrix, inputs, placement.chunk)
+    def prune(matrix: Matrix, inputs: Any, notes: dict[str, Any]) -> None:
+        linears[matrix.name] = prune_matrix(job, block, matrix, inputs, placement.chunk) | notes
 
     if job.measures and job.method.statistic is not None:
-        passes = Passes(block, states, job.method.statistic, matrices, prune, sums, placement.apart)
+        statistic, apart = job.method.statistic, placement.apart
+        passes = Passes(block, states, statistic, matrices, prune, sums, apart, job.experts)
         passes.run(job.statistics, moves_on, placement.held)
         return {"linears": linears, "passes": passes.count, "parts": passes.clock.seconds()}
     clock = Clock(block.device)
-    with clock.part("prune"):
-        for matrix in matrices:
-            prune(matrix, job.norms.inputs(matrix.name, block.device) if job.norms else None)
+
+    def prune_loaded() -> None:
+        with clock.part("prune"):
+            for matrix in (one for one in matrices if block.has(one) and one.name not in linears):
+                known = job.norms.inputs(matrix.name, block.device) if job.norms else None
+                prune(matrix, known, job.norms.notes(matrix.name) if job.norms else {})
+
+    prune_loaded()
+    block.groups.loaded = prune_loaded
     moved = move_on(block, states, sums) if moves_on else {}
+    block.groups.finish()
     return {"linears": linears, "passes": float(moves_on), "parts": clock.seconds() | moved}
 
 
@@ -128,6 +136,7 @@ def prune_matrix(job: PruneJob, block: Block, matrix: Matrix, inputs: Any, chunk
     return {
         "shape": list(weight.shape),
         "transposed": matrix.transposed,
+        **({"tensor": matrix.tensor, "start": matrix.start} if matrix.name != matrix.tensor else {}),
         "pattern": str(pattern),
         "holds": holds,
         "zeros": 0 if filled else zeros,

@@ -9,14 +9,16 @@ from lowmem_wanda.data.calibration import Calibration, calibrate, require_counts
 from lowmem_wanda.errors import CalibrationError, PatternError
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES
-from lowmem_wanda.pruning.passes import require_greenlet
+from lowmem_wanda.pruning.passes import OfExperts
 from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity.methods.known import find_method
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
 from lowmem_wanda.sparsity.statistics import SquaredNorm
+from lowmem_wanda.streaming.flows import require_greenlet
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.walk import Observe, prunable
 
 ZEROS = ("exact", "signed-tiny")
 
@@ -113,7 +115,7 @@ def choose_calibration(
 
 def choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:
     """llama.cpp's names of the matrices; {} where there are neither norms nor an importance matrix."""
-    weights = [matrix.name for matrix in model.skeleton.all_matrices]
+    weights = [matrix.name for block in prunable(model) for matrix in block]
     return gguf_names(weights, "--norms" if norms else "--imatrix") if norms or imatrix else {}
 
 
@@ -124,8 +126,8 @@ def choose_matrices(
 
     Raises PatternError for a glob that matches no matrix, or a matrix that the pattern does not fit.
     """
-    blocks = model.skeleton.matrices
-    names = {matrix.name for matrix in model.skeleton.all_matrices}
+    blocks = prunable(model)
+    names = {matrix.name for block in blocks for matrix in block}
 
     def matches(name: str, globs: Sequence[str]) -> bool:
         return any(
@@ -145,6 +147,30 @@ def choose_matrices(
     for matrix in (matrix for block in selected for matrix in block):
         pattern.require_shape(matrix.name, *matrix.shape)
     return selected
+
+
+def choose_experts(
+    model: StreamedModel, matrices: Sequence[Matrix], flags: tuple[int, bool, bool], method: Method, statistics: str
+) -> OfExperts:
+    """How experts are measured, by the flags --min-tokens, --all-experts and --gate-weighted.
+
+    Raises PatternError for ways that a model has no experts for, or that do not go together.
+    """
+    experts = OfExperts(flags[0], Observe(*flags[1:]))
+    asked = [f"--{name.replace('_', '-')}" for name, value in experts.settings.items() if value is True]
+    if len(asked) > 1:
+        raise PatternError(f"{' and '.join(asked)}: tokens that an expert is not given have no weight; leave one out")
+    if asked and not any(matrix.expert is not None for matrix in matrices):
+        raise PatternError(f"{asked[0]}: no expert of {model.checkpoint.path} is pruned; leave it out")
+    watched = next((name for trace in model.skeleton.traces.values() for name in trace.stacks), "")
+    if asked and watched:
+        raise PatternError(f"{asked[0]}: {watched} is computed in a way of its own, which it is not made for")
+    if watched and method.statistic not in (None, SquaredNorm) and statistics != "sequential":
+        raise PatternError(
+            f"--method {method}: {watched} computes all experts at once, whose X^T X are not held together; give "
+            "--statistics sequential"
+        )
+    return experts
 
 
 def require_use_of_norms(norms: str | Path, method: Method, statistics: str, text: Sequence[str]) -> None:

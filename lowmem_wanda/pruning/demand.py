@@ -1,6 +1,6 @@
 """What a job demands of memory: its sequences, statistics, workspace, and what is trained."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_wanda.checkpoint.reader import FLOATS, ITEMSIZE
 from lowmem_wanda.pruning.recover import STATE_BYTES
@@ -16,15 +16,14 @@ def demand(job: "PruneJob") -> Workload:
     sequences, length = job.calibration.tokens.shape if job.calibration else (0, 0)
     matrices = [matrix for block in job.selected for matrix in block]
     tensors = job.model.checkpoint.tensors
-    statistic = job.method.statistic if job.measures else None
-    sums = [[statistic.nbytes(columns) for columns in block] for block in job.inputs] if statistic else [[0]]
-    one = max(max(block, default=0) for block in sums)
+    summed, one = statistic_bytes(job) if job.measures else (0, 0)
+    sequential = job.statistics == "sequential" and job.measures
     together, largest = trained_bytes(job) if job.recovers else (0, 0)
     return Workload(
         (job.model,),
         sequences,
         length,
-        statistics=one if job.statistics == "sequential" else max(map(sum, sums)),
+        statistics=one if sequential or job.one_by_one else summed,
         statistics_apart=one if job.statistics == "block" else 0,
         training=together,
         training_apart=largest,
@@ -32,8 +31,31 @@ def demand(job: "PruneJob") -> Workload:
         workspace=max(job.method.workspace(*one.shape, ITEMSIZE[tensors[one.tensor].dtype]) for one in matrices),
         chunk=suitable_chunk(job.model.device),
         score_bytes=SCORE_BYTES,
-        holds_micro_batches=job.statistics == "sequential" and job.measures,
+        holds_micro_batches=sequential or job.one_by_one,
+        holds_all=job.one_by_one,
+        waits_twice=job.statistics == "block" and job.measures,
     )
+
+
+def statistic_bytes(job: "PruneJob") -> tuple[int, int]:
+    """The bytes of the statistics of a block's inputs: of all at once, and of the largest, or of one expert's.
+
+    Those of all tokens that enter a layer of experts are held beside.
+    """
+    together = largest = 0
+    for block in job.traced:
+        units: dict[Any, dict[str, int]] = {}
+        layers = {}
+        for matrix in reversed(block):
+            nbytes = job.method.statistic.nbytes(matrix.shape[1]) if job.method.statistic else 0
+            unit = matrix.inputs if matrix.expert is None else (matrix.module, matrix.expert)
+            units.setdefault(unit, {})[matrix.inputs] = nbytes
+            if matrix.layer:
+                layers[matrix.layer] = nbytes
+        sums = [sum(unit.values()) for unit in units.values()]
+        beside = sum(layers.values())
+        together, largest = max(together, sum(sums) + beside), max(largest, max(sums, default=0) + beside)
+    return together, largest
 
 
 def trained_parts(job: "PruneJob", index: int) -> list[list[str]]:

@@ -19,7 +19,8 @@ from lowmem_wanda.checkpoint.writer import copy_file, explained, write_json, wri
 from lowmem_wanda.data.calibration import Calibration, calibrate, name_list, require_counts
 from lowmem_wanda.errors import CalibrationError, CheckpointError, OutputError
 from lowmem_wanda.llamacpp.survive import outlook
-from lowmem_wanda.pruning.report import MOVED, PruneReport
+from lowmem_wanda.pruning.records import PruneReport
+from lowmem_wanda.pruning.report import MOVED
 from lowmem_wanda.streaming.buffers import raw
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, open_model

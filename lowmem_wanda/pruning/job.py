@@ -16,6 +16,7 @@ from lowmem_wanda.llamacpp.norms import Norms, load_norms
 from lowmem_wanda.pruning.allocate import rising
 from lowmem_wanda.pruning.choices import (
     choose_calibration,
+    choose_experts,
     choose_matrices,
     choose_method,
     choose_names,
@@ -25,18 +26,22 @@ from lowmem_wanda.pruning.choices import (
     require_use_of_norms,
 )
 from lowmem_wanda.pruning.demand import demand
+from lowmem_wanda.pruning.passes import MIN_TOKENS, OfExperts
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.machine import ANY, Machine
-from lowmem_wanda.streaming.matrices import Matrix, Trace
+from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
 from lowmem_wanda.streaming.placement import Workload
+from lowmem_wanda.streaming.tracing import Trace
 from lowmem_wanda.streaming.walk import require_chain
 
 STEPS = 200  # of a block's recovery
 FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "text", "statistics", "dtype", "batch",
-         "device", "trust_remote_code", "calibration", "length", "recover", "recover_steps", "allocation")  # fmt: skip
+         "device", "trust_remote_code", "calibration", "length", "recover", "recover_steps", "allocation", "min_tokens",
+         "all_experts", "gate_weighted")  # fmt: skip
+COUNTS = ("--sequences", "--length", "--recover-steps", "--min-tokens")
 LABELS = {
     "source_sha256": "--verify-source",
     "norms_sha256": "--norms sha256",
@@ -73,6 +78,7 @@ class PruneJob:
     recover_steps: int = STEPS
     allocation: str = "uniform"
     shares: tuple[float, ...] | None = None
+    experts: OfExperts = OfExperts()
 
     @property
     def measures(self) -> bool:
@@ -106,15 +112,25 @@ class PruneJob:
         return require_chain(self.model, self.calibration.tokens) if self.calibration else {}
 
     @cached_property
-    def inputs(self) -> list[list[int]]:
-        """The numbers of columns of the distinct inputs of each block's matrices.
+    def traced(self) -> list[list[Matrix]]:
+        """The matrices to prune, block by block, which know what inputs they share.
 
-        Where a statistic is small, each matrix counts as if it had inputs of its own, which need not be known.
+        Where a statistic is small, each linear counts as if it had inputs of its own, which need not be known.
         """
-        if self.method.statistic is SquaredNorm or self.calibration is None:
-            return [[matrix.shape[1] for matrix in block] for block in self.selected]
-        traced = (self.selected_of(self.traces[index].matrices, index) for index in range(self.model.depth))
-        return [list({matrix.inputs: matrix.shape[1] for matrix in block}.values()) for block in traced]
+        known = not self.model.skeleton.is_plain  # by the trace that told what can be pruned
+        if known or self.method.statistic is SquaredNorm or self.calibration is None:
+            return [list(block) for block in self.selected]
+        return [self.selected_of(self.traces[index].matrices, index) for index in range(self.model.depth)]
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether matrices of experts are pruned."""
+        return any(matrix.expert is not None for block in self.selected for matrix in block)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether statistics are so large that experts are measured one after the other, all sequences waiting."""
+        return self.has_experts and self.measures and self.method.statistic is not SquaredNorm
 
     @property
     def moved_on_dense(self) -> bool:
@@ -163,6 +179,7 @@ class PruneJob:
             **({"zeros": self.zeros, "seed": self.seed} if self.zeros != "exact" else {}),
             **({"allocation": self.allocation} if self.allocation != "uniform" else {}),
             **self._measured_on(batch),
+            **(self.experts.settings if self.has_experts and self.measures else {}),
             **(
                 {"recover": self.recover, "recover_steps": self.recover_steps, "trained_apart": trained_apart}
                 if self.recovers
@@ -206,6 +223,9 @@ def prepare(
     recover: str | None = None,
     recover_steps: int = STEPS,
     allocation: str = "uniform",
+    min_tokens: int = MIN_TOKENS,
+    all_experts: bool = False,
+    gate_weighted: bool = False,
     pattern: str = "2:4",
     group: str | None = None,
     text: str | Path | Sequence[str | Path] = (),
@@ -230,19 +250,18 @@ def prepare(
     text, include, exclude = map(name_list, (text, include, exclude))
     chosen, trained = choose_method(method, refine, update, variant, quality, recover)
     compared = choose_pattern(pattern, group, chosen)
-    counts = {"--sequences": sequences, "--length": length, "--recover-steps": recover_steps}
-    require_options((chosen, trained), compared, statistics, zeros, allocation, counts)
+    counts = (sequences, length, recover_steps, min_tokens)
+    require_options((chosen, trained), compared, statistics, zeros, allocation, dict(zip(COUNTS, counts, strict=True)))
     needs_text = bool(imatrix) or trained != "none" or allocation == "owl"
     if norms:
         require_use_of_norms(norms, chosen, statistics, () if needs_text else text)
     model = source if isinstance(source, StreamedModel) else open_model(source, machine)
     selected = choose_matrices(model, compared, include, exclude)
     matrices = [matrix for block in selected for matrix in block]
-    if zeros != "exact":
-        require_no_doubles(model, matrices)
-    names, known = choose_names(model, norms, imatrix), None
-    if norms:
-        known = load_norms(str(norms), names, {matrix.name: matrix.shape[1] for matrix in matrices})
+    experts = choose_experts(model, matrices, (min_tokens, all_experts, gate_weighted), chosen, statistics)
+    require_no_doubles(model, matrices if zeros != "exact" else ())
+    names, columns = choose_names(model, norms, imatrix), {matrix.name: matrix.shape[1] for matrix in matrices}
+    known = load_norms(str(norms), names, columns) if norms else None
     if not needs_text and (known or chosen.statistic is None):
         calibration = None  # nothing is measured
     elif calibration is None:
@@ -265,5 +284,6 @@ def prepare(
         recover=trained,
         recover_steps=recover_steps,
         allocation=allocation,
+        experts=experts,
         shares=rising(compared, selected) if allocation == "atp" and isinstance(compared, Unstructured) else None,
     )

@@ -11,31 +11,51 @@ sequential   Each matrix is measured on the outputs of the matrices before it, w
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowmem_wanda.errors import LowmemError
 from lowmem_wanda.llamacpp.collect import InputSums
 from lowmem_wanda.sparsity.methods.method import Statistic
-from lowmem_wanda.streaming.decoder import Block, Stop
+from lowmem_wanda.streaming.block import Block, Stop
+from lowmem_wanda.streaming.flows import GROUP, INPUTS, Flows, current, wait
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.resources import Clock
-from lowmem_wanda.streaming.walk import MicroBatches, advance, forward_in_place, watched
+from lowmem_wanda.streaming.walk import MicroBatches, Observe, advance, forward_in_place, watched
 
-Prune = Callable[[Matrix, Any], None]  # a matrix, the statistic of its inputs
+Prune = Callable[[Matrix, Any, dict[str, Any]], None]  # a matrix, the statistic of its inputs, notes for its record
+EYE = 256  # rows of an identity that are made at a time
+MIN_TOKENS = 8  # an expert that saw fewer is scored by more than its own
+
+
+@dataclass(frozen=True)
+class OfExperts:
+    """How experts are measured: below `min_tokens` by all tokens of their layer; for the rest see `Observe`."""
+
+    min_tokens: int = MIN_TOKENS
+    observe: Observe = Observe()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of it can change the result, as it stands in job.json."""
+        return {
+            "min_tokens": self.min_tokens,
+            "all_experts": self.observe.every,
+            "gate_weighted": self.observe.weighted,
+        }
 
 
 class Passes:
     """One block and the micro-batches that pass through it. `run` calls `prune` once for each of `matrices`.
 
     Matrices of the same inputs share a statistic (4 for the 7 matrices of a Llama block). A pass ends at the last
-    inputs that are measured, unless the hidden states move on. With `apart` one statistic is held at a time. `sums`
-    listens to the block that moves them on: the pruned block, or in the dense order the dense one. After `run`, `count`
-    is the computing in matrices, in units of one pass of all sequences through the whole block, and `clock` has the
-    seconds of the parts measure, prune and onward.
+    inputs that are measured, unless the hidden states move on. With `apart` one statistic is held at a time, or those
+    of one expert. `sums` listens to the block that moves them on: the pruned block, or in the dense order the dense
+    one. After `run`, `count` is the computing in matrices, in units of one pass of all sequences through the whole
+    block, and `clock` has the seconds of the parts measure, prune and onward.
     """
 
     def __init__(
@@ -47,99 +67,173 @@ class Passes:
         prune: Prune,
         sums: InputSums,
         apart: bool = False,
+        experts: OfExperts = OfExperts(),
     ) -> None:
         self.block, self.states, self.prune, self.sums, self.apart = block, states, prune, sums, apart
-        self.clock = Clock(block.device)
+        self.clock, self.experts = Clock(block.device), experts
         self.columns = {matrix.inputs: matrix.shape[1] for matrix in matrices}
-        order = [module for module in block.inputs if module in self.columns]
-        self.groups = {module: [matrix for matrix in matrices if matrix.inputs == module] for module in order}
+        first = {matrix.layer: matrix.shape[1] for matrix in reversed([*matrices]) if matrix.layer in block.inputs}
+        self.columns |= first  # all tokens that enter a layer of experts
+        order = [name for name in block.inputs if name in self.columns]
+        self.groups = {name: [matrix for matrix in matrices if matrix.inputs == name] for name in order}
         self.statistic, self.statistics = statistic, dict[str, Statistic]()
+        self.tokens: dict[str, int] = {}
         self.count = 0.0
 
     def run(self, order: str, moves_on: bool, held: int) -> None:
         """Measures and prunes in one of the orders and, if it `moves_on`, replaces the hidden states by the output.
 
         In the sequential order at most `held` micro-batches wait with their activations; the others are run again from
-        the block's start. Their number changes time and memory, but not a bit of the result.
+        the block's start. Their number changes time and memory, but not a bit of the result. Nor do groups of experts,
+        for each of which all micro-batches wait.
         """
+        in_groups = bool(self.block.groups.coming)
         with self._counting():
-            if order == "sequential" and self.groups:
-                self._sequential(moves_on, held)
-            elif order == "dense" and self.groups:
-                with self.sums.listening():
-                    self._measure(self.groups, through=moves_on)
-            else:
-                self._measure_dense()
+            if not self.groups or (order == "block" and not in_groups):
+                self._measure_dense(False)
                 if moves_on:
                     with self.clock.part("onward"), self.sums.listening():
                         advance(self.block, self.states)
+                return
+            with self.sums.listening():
+                if order == "sequential":
+                    self._in_stages([[name] for name in self.groups], True, moves_on, held)
+                elif order == "block":
+                    self._in_stages(self._stages(), False, False, held, again=moves_on)
+                else:
+                    self._measure_dense(moves_on)
 
-    def _measure_dense(self) -> None:
+    def _measure_dense(self, moves_on: bool) -> None:
         """Measures all inputs on the dense block and prunes: in one pass, or `apart` in one for each.
 
         Then the last inputs are measured and their matrices pruned first: no inputs depend on the matrices behind them,
-        so all are those of the dense block, and the result is the same to the bit.
+        so all are those of the dense block, and the result is the same to the bit. Where there are experts, `apart`
+        measures one after the other in one pass, in which all micro-batches wait for each.
         """
-        if not self.apart:
-            self._measure(self.groups, through=False)
-        for module in reversed(self.groups) if self.apart else ():
-            self._measure([module], through=False)
+        experts = any(matrices and matrices[0].expert is not None for matrices in self.groups.values())
+        if self.block.groups.coming or (self.apart and experts):
+            self._in_stages(self._stages(), False, moves_on, len(self.states))
+        elif self.apart:
+            for name in reversed(self.groups):
+                self._measure([name], through=False)
+        else:
+            self._measure([*self.groups], through=moves_on)
 
-    def _measure(self, modules: Collection[str], through: bool) -> None:
-        """Measures the inputs of some modules, then prunes. If `through`, the outputs replace the hidden states."""
-        if not modules:
+    def _stages(self) -> list[list[str]]:
+        """The inputs, in stages that are measured together: one at a time, or those of one expert.
+
+        Where experts come in groups and statistics are small, those of a group are together, and all beside experts.
+        """
+        starts = {
+            (part.path, expert): part for part in self.block.groups.coming for expert in range(part.first, part.stop)
+        }
+        stages: list[list[str]] = []
+        units: list[Any] = []
+        for name, matrices in self.groups.items():
+            matrix = matrices[0] if matrices else None
+            unit: Any = name if self.apart else ""
+            if matrix is not None and matrix.expert is not None:
+                known = starts.get((matrix.module, matrix.expert))
+                unit = (matrix.module, known.first if known and not self.apart else matrix.expert)
+            if stages and unit == units[-1]:
+                stages[-1].append(name)
+            else:
+                stages.append([name])
+                units.append(unit)
+        return stages
+
+    def _measure(self, names: Collection[str], through: bool) -> None:
+        """Measures some inputs, then prunes. If `through`, the outputs replace the hidden states."""
+        if not names:
             return
-        last = list(modules)[-1]
+        last = list(names)[-1]
 
-        def arrived(module: str, inputs: torch.Tensor) -> None:
-            self._add(module, inputs)
-            if module == last and not through:
+        def arrived(name: str, inputs: torch.Tensor) -> None:
+            self._add(name, inputs)
+            if name == last and not through:
                 raise Stop
 
-        with watched(self.block, modules, arrived), self.clock.part("measure"):
+        with watched(self.block, names, arrived, self.experts.observe), self.clock.part("measure"):
             for micro_batch in self.states:
                 self._forward(micro_batch)
-        for module in modules:
-            self._prune(module)
+        for name in names:
+            self._prune(name)
 
-    def _add(self, module: str, inputs: torch.Tensor) -> None:
-        if module not in self.statistics:
-            self.statistics[module] = self.statistic(self.columns[module], self.block.device)
-        self.statistics[module].add(inputs)
+    def _add(self, name: str, inputs: torch.Tensor) -> None:
+        if name not in self.statistics:
+            self.statistics[name] = self.statistic(self.columns[name], self.block.device)
+        self.statistics[name].add(inputs)
+        self.tokens[name] = self.tokens.get(name, 0) + inputs.numel() // max(1, inputs.shape[-1])
 
-    def _sequential(self, moves_on: bool, held: int) -> None:
-        """Measures the inputs one after the other, and prunes their matrices before the next are measured.
+    def _in_stages(
+        self, stages: list[list[str]], on_arrival: bool, moves_on: bool, held: int, again: bool = False
+    ) -> None:
+        """Measures the inputs stage after stage, and prunes their matrices before those of the next are measured.
 
-        A micro-batch runs to the next inputs that are not measured yet. It waits there in a greenlet, or it is replayed
-        from the block's start.
+        A micro-batch runs to the first inputs of the next stage and waits there in a greenlet, or it is replayed from
+        the block's start. `on_arrival` it waits before it goes on with the matrices, which are pruned meanwhile, so
+        that all that follows is computed with pruned ones. Else it goes through the dense ones first. With `again` it
+        goes through the pruned block too, one stage behind, and the output replaces the hidden states.
         """
-        greenlet = require_greenlet()
-        hub, closed = greenlet.getcurrent(), set()
+        now, closed, last = set[str](), set[str](), stages[-1][-1]
+        measuring = Flows(self._forward, self.states[:held])
+        following = Flows(self._forward, self.states if again else ())
 
-        def arrived(module: str, inputs: torch.Tensor) -> None:
-            if module in closed:
+        def arrived(name: str, inputs: torch.Tensor) -> None:
+            flow = current()
+            if flow in following:
+                while name not in closed:
+                    wait(INPUTS)
                 return
-            self._add(module, inputs)
-            if greenlet.getcurrent() is hub:
+            if name in closed:
+                return
+            if not on_arrival and name not in now:
+                wait(INPUTS)
+            self._add(name, inputs)
+            if flow not in measuring or (not on_arrival and not moves_on and name == last):
                 raise Stop
-            hub.switch()
+            if on_arrival:
+                wait(INPUTS)
 
-        waiting = [greenlet.greenlet(partial(self._forward, micro_batch)) for micro_batch in self.states[:held]]
-        with self.sums.listening(), watched(self.block, self.groups, arrived):
-            for module in self.groups:
-                with self.clock.part("measure"):
-                    for flow in waiting:
-                        flow.switch()
+        with watched(self.block, self.groups, arrived, self.experts.observe):
+            for stage in stages:
+                now.update(stage)
+                with self.clock.part("measure"), self.sums.pausing(again):
+                    self._go_on(measuring, following, stage)
                     with self.sums.pausing():
                         for micro_batch in self.states[held:]:
                             self._forward(micro_batch)
-                self._prune(module)
-                closed.add(module)
+                for name in stage:
+                    self._prune(name)
+                closed.update(stage)
+                self._follow(following)
             with self.clock.part("onward"):
-                for flow in waiting:
-                    flow.switch() if moves_on else flow.throw(greenlet.GreenletExit)
+                for flows in [following] if again else [measuring] if moves_on else []:
+                    self._go_on(flows)
                 for micro_batch in self.states[held:] if moves_on else ():
                     self._forward(micro_batch)
+                measuring.end()
+
+    def _go_on(self, flows: Flows, following: Flows | None = None, names: Collection[str] = ()) -> None:
+        """Lets micro-batches go on to where inputs are measured, or to the end, and loads the groups they wait for.
+
+        They also stop before a group where all of the inputs `names` are measured. Those that are `following` are let
+        go on before a group is taken from them.
+        """
+        while True:
+            if flows.reason == GROUP and flows.groups > self.block.groups.loads:
+                if following is not None:
+                    self._follow(following)
+                self.block.groups.load()
+            if flows.go_on() != GROUP or (names and self.tokens.keys() >= set(names)):
+                return
+
+    def _follow(self, following: Flows) -> None:
+        """Lets those that are `following` go on as far as pruned matrices and loaded groups allow."""
+        with self.clock.part("onward"), self.sums.pausing(False):
+            while not (following.reason == GROUP and following.groups > self.block.groups.loads):
+                if following.go_on() != GROUP:
+                    return
 
     def _forward(self, micro_batch: torch.Tensor) -> None:
         """Runs one micro-batch through the block, in place, or as far as inputs are measured."""
@@ -148,36 +242,68 @@ class Passes:
         except Stop:
             pass
 
-    def _prune(self, module: str) -> None:
-        statistic = self.statistics.pop(module)
+    def _prune(self, name: str) -> None:
         with self.clock.part("prune"):
-            for matrix in self.groups[module]:
-                self.prune(matrix, statistic)
+            for matrix in self.groups[name]:
+                self.prune(matrix, *self._measured(matrix))
+        if self.groups[name]:
+            self.statistics.pop(name, None)
+
+    def _measured(self, matrix: Matrix) -> tuple[Statistic, dict[str, Any]]:
+        """The statistic that a matrix is scored by, and notes for its record.
+
+        Of an expert with few tokens it is that of all tokens of its layer, where it is given those. Of one without any,
+        every input counts the same, so that its weights are scored by their magnitude.
+        """
+        name, statistic = matrix.inputs, self.statistics.get(matrix.inputs)
+        if matrix.expert is None:
+            return self.statistics[name], {}
+        tokens = self.tokens.get(name, 0)
+        notes: dict[str, Any] = {"expert": matrix.expert, "tokens": tokens}
+        if statistic is not None and tokens >= self.experts.min_tokens:
+            return statistic, notes
+        layer = self.statistics.get(matrix.layer)
+        if layer is not None and self.columns[matrix.layer] == matrix.shape[1] and self._enters(matrix):
+            return layer, notes | {"scored_by": "all tokens of the layer"}
+        if statistic is not None and tokens:
+            return statistic, notes | {"scored_by": "few tokens"}
+        return self._equal(matrix.shape[1]), notes | {"scored_by": "magnitude"}
+
+    def _enters(self, matrix: Matrix) -> bool:
+        """Whether a matrix of an expert is given the tokens that enter the layer, as the first ones of it are."""
+        entering = next(name for name in self.block.inputs if name.startswith(f"{matrix.module}.") and name[-1] == "]")
+        return matrix.inputs.rpartition("[")[0] == entering.rpartition("[")[0]
+
+    def _equal(self, columns: int) -> Statistic:
+        """A statistic of inputs that are each 1 in turn: X^T X is the identity."""
+        statistic = self.statistic(columns, self.block.device)
+        for start in range(0, columns, EYE):
+            rows = min(EYE, columns - start)
+            piece = torch.zeros(rows, columns, device=self.block.device)
+            piece[:, start : start + rows].fill_diagonal_(1)
+            statistic.add(piece)
+        return statistic
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
         """Counts the computing in matrices within the context, in passes of all sequences through the block."""
         sizes: dict[str, int] = {}
+        whole = 0.0
         for matrix in self.block.matrices:
-            sizes[matrix.module] = sizes.get(matrix.module, 0) + matrix.weights
-        one = sum(sizes.values()) * sum(len(micro_batch) * micro_batch.shape[1] for micro_batch in self.states)
+            name = matrix.module if matrix.expert is None else f"{matrix.module}.{matrix.parameter}[{matrix.expert}]"
+            sizes[name] = sizes.get(name, 0) + matrix.weights
+            whole += matrix.weights * self.block.shares.get(matrix.module, 1.0)
+        one = whole * sum(len(micro_batch) * micro_batch.shape[1] for micro_batch in self.states)
 
-        def after(size: int, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-            self.count += size * (inputs[0].numel() // inputs[0].shape[-1]) / one
+        def count(name: str, inputs: torch.Tensor) -> None:
+            self.count += sizes[name] * (inputs.numel() // max(1, inputs.shape[-1])) / one
+
+        def after(path: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+            count(path, inputs[0])
 
         with ExitStack() as stack:
-            for path, size in sizes.items():
+            for path in (name for name in sizes if not name.endswith("]")):
                 module = self.block.module.get_submodule(path)
-                stack.callback(module.register_forward_hook(partial(after, size)).remove)
+                stack.callback(module.register_forward_hook(partial(after, path)).remove)
+            stack.enter_context(watched(self.block, [name for name in sizes if name.endswith("]")], count))
             yield
-
-
-def require_greenlet() -> Any:
-    """The greenlet package. Raises LowmemError, saying how to install it."""
-    try:
-        import greenlet
-    except ImportError:
-        raise LowmemError(
-            "--statistics sequential needs a package that is not installed: pip install greenlet"
-        ) from None
-    return greenlet

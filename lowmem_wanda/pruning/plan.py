@@ -8,13 +8,14 @@ from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
 from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
 from lowmem_wanda.pruning.job import STEPS, PruneJob, prepare
+from lowmem_wanda.pruning.passes import MIN_TOKENS
 from lowmem_wanda.pruning.recover import HELD_OUT, LOOKS
 from lowmem_wanda.pruning.report import started
 from lowmem_wanda.sparsity.gram import TILE, Gram
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.placement import Placement, choose
-from lowmem_wanda.streaming.walk import Notify, ignore
+from lowmem_wanda.streaming.walk import Notify, ignore, prunable
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def plan(
     recover: str | None = None,
     recover_steps: int = STEPS,
     allocation: str = "uniform",
+    min_tokens: int = MIN_TOKENS,
+    all_experts: bool = False,
+    gate_weighted: bool = False,
     group: str | None = None,
     norms: str | Path | None = None,
     imatrix: str | Path | None = None,
@@ -98,6 +102,9 @@ def plan(
             train its vectors alone (default: "none").
         recover_steps: the most steps that a block is trained (default: 200).
         allocation: how a share is divided among blocks: "uniform" (default), "owl" or "atp".
+        min_tokens: an expert that saw fewer tokens is scored by all tokens of its layer (default: 8).
+        all_experts: measure every expert on every token, not on those that it is given alone (default: False).
+        gate_weighted: weigh the inputs of an expert by its routing weights, as MoE-Pruner does (default: False).
         group: what is compared for a share, "row" or "matrix" (default: the method's own).
         norms: an importance matrix of the dense model (.gguf, .dat), whose norms replace a calibration (default: none).
         imatrix: a new file that the pruned model's importance matrix is written to (default: none).
@@ -153,7 +160,8 @@ def plan(
     )
     job = prepare(
         source, method=method, refine=refine, update=update, variant=variant, quality=quality, recover=recover,
-        recover_steps=recover_steps, allocation=allocation, pattern=pattern, group=group, text=text,
+        recover_steps=recover_steps, allocation=allocation, min_tokens=min_tokens, all_experts=all_experts,
+        gate_weighted=gate_weighted, pattern=pattern, group=group, text=text,
         sequences=sequences, length=length, seed=seed,
         statistics=statistics, include=include, exclude=exclude, norms=norms, imatrix=imatrix, zeros=zeros,
         machine=machine,
@@ -201,14 +209,16 @@ def _flops(job: PruneJob, batch: int) -> int:
     sequences, length = job.workload.sequences, job.workload.length
     tokens, total = sequences * length, 0.0
     twice = job.statistics == "block" and job.measures
-    for block in job.model.skeleton.matrices:
-        sizes = [matrix.weights for matrix in block]
+    for index, block in enumerate(prunable(job.model)):
+        shares = job.model.skeleton.shares(index)
+        sizes = [matrix.weights * shares.get(matrix.module, 1.0) for matrix in block]
         attention = 4 * tokens * length * job.model.skeleton.width * (1 + twice)
         total += (sum(sizes) + twice * sum(sizes[:-1])) * 2 * tokens + attention
         if job.recovers:
             trained = 6 * job.recover_steps * batch * length + 2 * tokens * (1 + LOOKS / HELD_OUT)
             total += trained * sum(sizes)
-    if job.measures and job.method.statistic is Gram:
-        total += sum(tokens * columns * (columns + TILE) for block in job.inputs for columns in block)
-        total += sum(job.method.flops(*matrix.shape) for block in job.selected for matrix in block)
+        if job.measures and job.method.statistic is Gram:
+            inputs = {one.inputs: (one.shape[1], shares.get(one.module, 1.0)) for one in job.traced[index]}
+            total += sum(tokens * share * columns * (columns + TILE) for columns, share in inputs.values())
+            total += sum(job.method.flops(*matrix.shape) for matrix in job.selected[index])
     return int(total)

@@ -18,9 +18,11 @@ from lowmem_wanda.llamacpp.imatrix import require_matrix_target
 from lowmem_wanda.pruning.allocate import owl_shares
 from lowmem_wanda.pruning.estimate import seconds_here
 from lowmem_wanda.pruning.job import STEPS, PruneJob, label, prepare
+from lowmem_wanda.pruning.passes import MIN_TOKENS
 from lowmem_wanda.pruning.plan import predict
 from lowmem_wanda.pruning.publish import publish, verified
-from lowmem_wanda.pruning.report import PruneReport, build, started
+from lowmem_wanda.pruning.records import PruneReport
+from lowmem_wanda.pruning.report import build, started
 from lowmem_wanda.pruning.walk import PruningWalk
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.streaming.machine import Machine
@@ -40,6 +42,9 @@ def prune(
     recover: str | None = None,
     recover_steps: int = STEPS,
     allocation: str = "uniform",
+    min_tokens: int = MIN_TOKENS,
+    all_experts: bool = False,
+    gate_weighted: bool = False,
     group: str | None = None,
     norms: str | Path | None = None,
     imatrix: str | Path | None = None,
@@ -86,6 +91,9 @@ def prune(
             train its vectors alone (default: "none").
         recover_steps: the most steps that a block is trained (default: 200).
         allocation: how a share is divided among blocks: "uniform" (default), "owl" or "atp".
+        min_tokens: an expert that saw fewer tokens is scored by all tokens of its layer (default: 8).
+        all_experts: measure every expert on every token, not on those that it is given alone (default: False).
+        gate_weighted: weigh the inputs of an expert by its routing weights, as MoE-Pruner does (default: False).
         group: what is compared for a share, "row" or "matrix" (default: the method's own).
         norms: an importance matrix of the dense model (.gguf, .dat), whose norms replace a calibration (default: none).
         imatrix: a new file that the pruned model's importance matrix is written to (default: none).
@@ -140,7 +148,8 @@ def prune(
     machine = Machine.of(device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held)
     job = prepare(
         source, method=method, refine=refine, update=update, variant=variant, quality=quality, recover=recover,
-        recover_steps=recover_steps, allocation=allocation, pattern=pattern, group=group, text=text,
+        recover_steps=recover_steps, allocation=allocation, min_tokens=min_tokens, all_experts=all_experts,
+        gate_weighted=gate_weighted, pattern=pattern, group=group, text=text,
         sequences=sequences, length=length, seed=seed,
         statistics=statistics, include=include, exclude=exclude, norms=norms, imatrix=imatrix, zeros=zeros,
         verify_source=verify_source, machine=machine,

@@ -10,7 +10,7 @@ from lowmem_wanda.llamacpp.collect import save_imatrix
 from lowmem_wanda.llamacpp.store import Store
 from lowmem_wanda.llamacpp.survive import outlook
 from lowmem_wanda.pruning.job import PruneJob
-from lowmem_wanda.pruning.report import PruneReport
+from lowmem_wanda.pruning.records import PruneReport
 from lowmem_wanda.streaming.walk import Notify
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.training import TrainableBlock
 from lowmem_wanda.streaming.walk import MicroBatches
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from lowmem_wanda.checkpoint.checksum import checksum_in
 from lowmem_wanda.checkpoint.directory import seen_share
 from lowmem_wanda.checkpoint.output import FORMAT
 from lowmem_wanda.pruning.job import PruneJob
+from lowmem_wanda.pruning.passes import OfExperts
+from lowmem_wanda.pruning.records import Left, PruneReport, Summary
 from lowmem_wanda.streaming.model import versions
 from lowmem_wanda.streaming.resources import Peak
+from lowmem_wanda.streaming.walk import left_dense
 
 if TYPE_CHECKING:
     from lowmem_wanda.pruning.plan import Plan
@@ -27,118 +30,6 @@ GIVES_NOT = (
     "Zeros are stored like other numbers: files, a GGUF made of them and memory in use stay as large, "
     "and no program runs faster that does not use the zeros."
 )
-
-
-class ScoreRecord(TypedDict):
-    """The scores of some rows of a matrix: `quantiles` by percent, and the share of their squares that was `lost`."""
-
-    quantiles: dict[str, float]
-    lost: float
-
-
-class LinearRecord(TypedDict, total=False):
-    """What was done to one matrix. `filled` weights have the magnitude `tiny` instead of zero.
-
-    Where X^T X is known, `error` is the share of the squares of the dense output that the matrix loses. What solvers
-    note are their `damping`, where it is not the usual one, and their numbers of `rounds` and `swaps`.
-    """
-
-    shape: list[int]
-    transposed: bool
-    pattern: str
-    holds: bool
-    zeros: int
-    filled: int
-    tiny: float
-    sparsity: float
-    score: ScoreRecord
-    error: float
-    damping: float
-    rounds: int
-    swaps: int
-    alpha: float
-    seconds: float
-
-
-class RecoveryRecord(TypedDict):
-    """How a block was trained: `steps`, its error on held-out sequences as a share of squares, and which tensors."""
-
-    steps: int
-    before: float
-    after: float
-    tensors: list[str]
-
-
-class BlockRecord(TypedDict, total=False):
-    """What was done in one block: its matrices by name, forward passes, seconds by part, bytes and checksum."""
-
-    shard: str
-    index: int
-    linears: dict[str, LinearRecord]
-    recovered: RecoveryRecord
-    passes: float
-    parts: dict[str, float]
-    nbytes: int
-    blake3: str  # or sha256, where that package is missing
-    host_bytes: int
-    seconds: float
-
-
-class Summary(TypedDict):
-    """Sums over all matrices and blocks, and what the pruned checkpoint `gives` and `gives_not`, in words."""
-
-    parameters: int
-    linears: int
-    weights: int
-    zeros: int
-    filled: int
-    sparsity: float
-    compared_per: str
-    also: list[str]
-    keeps_bits: bool
-    bytes: int
-    seconds: float
-    forward_passes_per_block: float
-    gives: str
-    gives_not: str
-
-
-class Left(TypedDict):
-    """What is not pruned, not copied, and not looked at.
-
-    `untouched` tensors are not used by the model, those `dense_outside` are matrices outside the blocks, a share of all
-    parameters. `left_out_files` are {name: why}. `source_seen` is the share of the source's bytes by which another run
-    of the job knows it again.
-    """
-
-    untouched: list[str]
-    dense_outside: list[str]
-    dense_outside_share: float
-    left_out_files: dict[str, str]
-    source_seen: float
-
-
-class PruneReport(Left, total=False):
-    """The report of a finished pruning. Memory is in bytes, times are in seconds; `timing` is that of the last run."""
-
-    format: int
-    kind: str
-    source: str
-    arguments: dict[str, Any]
-    versions: dict[str, str]
-    summary: Summary
-    calibration: dict[str, Any]
-    imatrix: dict[str, Any] | None
-    peak_memory: dict[str, int]
-    memory: list[list[float]]
-    layout: dict[str, Any]
-    timing: dict[str, Any]
-    copied_tensors: list[str]
-    copied_files: list[str]
-    shards: list[dict[str, Any]]
-    blocks: list[BlockRecord]
-    quantization: dict[str, Any]
-    fine_tuning: dict[str, Any]
 
 
 def started(job: PruneJob) -> dict[str, Any]:
@@ -170,6 +61,12 @@ def described(job: PruneJob) -> list[str]:
     }
     what = {"block": "its kept weights and vectors", "norms": "its vectors"}
     found = [allocations[job.allocation]] if job.allocation in allocations else []
+    if job.model.skeleton.sees_images:
+        found.append("text alone measured: images were not, and what sees them is copied as it is")
+    if job.experts.observe.every:
+        found.append("every expert measured on every token")
+    if job.experts.observe.weighted:
+        found.append("inputs of experts weighed by their routing weights (MoE-Pruner)")
     if job.recovers:
         found.append(f"each block recovered by training {what[job.recover]}, at most {job.recover_steps} steps")
     return found
@@ -198,6 +95,25 @@ def raised_damping(records: Sequence[Any]) -> str:
     )
 
 
+def few_tokens(records: Sequence[Any], experts: OfExperts) -> str:
+    """How many experts saw few tokens, in words; "" where none did."""
+    seen: dict[tuple[int, int], list[int]] = {}
+    for block in records:
+        for linear in block["linears"].values():
+            if "tokens" in linear:
+                seen.setdefault((block["index"], linear["expert"]), []).append(linear["tokens"])
+    few = {key: min(tokens) for key, tokens in seen.items() if min(tokens) < experts.min_tokens}
+    if not few:
+        return ""
+    blocks = sorted({index for index, _ in few})
+    unseen = sum(tokens == 0 for tokens in few.values())
+    return (
+        f"WARNING: {len(few)} of {len(seen)} experts, in {len(blocks)} blocks (first: block {blocks[0]}), saw fewer "
+        f"than {experts.min_tokens} tokens, {unseen} of them none; they are scored by all tokens of their layer, or by "
+        "magnitude: give more --sequences, or text of more kinds"
+    )
+
+
 def left(job: PruneJob) -> Left:
     """What is not pruned, not copied, and not looked at."""
     matrices = [tensor for tensor in job.model.outside if len(tensor.shape) > 1 and min(tensor.shape) > 1]
@@ -206,6 +122,7 @@ def left(job: PruneJob) -> Left:
         "untouched": list(job.model.skeleton.untouched),
         "dense_outside": [tensor.name for tensor in matrices],
         "dense_outside_share": sum(tensor.numel for tensor in matrices) / parameters,
+        "left_dense": left_dense(job.model),
         "left_out_files": job.companions.left_out,
         "source_seen": 1.0 if job.verify_source else seen_share(job.model.checkpoint),
     }
@@ -257,6 +174,7 @@ def summarize(job: PruneJob, plan: "Plan", shards: Mapping[str, dict[str, Any]],
     """Sums over all matrices and blocks."""
     linears = [linear for block in blocks for linear in block["linears"].values()]
     weights = sum(linear["shape"][0] * linear["shape"][1] for linear in linears)
+    said = recovery(blocks), raised_damping(blocks), few_tokens(blocks, job.experts)
     zeros, filled = (sum(linear.get(key, 0) for linear in linears) for key in ("zeros", "filled"))
     return {
         "parameters": plan.parameters,
@@ -266,7 +184,7 @@ def summarize(job: PruneJob, plan: "Plan", shards: Mapping[str, dict[str, Any]],
         "filled": filled,
         "sparsity": (zeros + filled) / weights,
         "compared_per": job.pattern.compared_per,
-        "also": [*described(job), *filter(None, (recovery(blocks), raised_damping(blocks)))],
+        "also": [*described(job), *filter(None, said)],
         "keeps_bits": job.keeps_bits,
         "bytes": sum(record["nbytes"] for record in shards.values()),
         "seconds": sum(block["seconds"] for block in blocks),

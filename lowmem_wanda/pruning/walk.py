@@ -1,13 +1,14 @@
 """The walk of a pruning: blocks are pruned or replayed, and their shards written."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from lowmem_wanda.checkpoint.output import Output, shard_names
+from lowmem_wanda.checkpoint.parted import PartedShard
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
 from lowmem_wanda.checkpoint.writer import require_new, write_shard
 from lowmem_wanda.data.calibration import in_batches
@@ -15,8 +16,8 @@ from lowmem_wanda.llamacpp.collect import InputSums, splits
 from lowmem_wanda.llamacpp.store import Store
 from lowmem_wanda.pruning.block import move_on, prune_block
 from lowmem_wanda.pruning.job import PruneJob
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.buffers import Slot, Write, raw
-from lowmem_wanda.streaming.decoder import Block
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import add_seconds, anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream
@@ -38,6 +39,7 @@ class PruningWalk:
         self.walked = list(range(last + 1)) if job.calibration else self.unfinished
         self.batches = in_batches(job.calibration.tokens, placement.batch) if job.calibration else []
         self.spent: dict[str, float] = {}
+        self.parted: dict[int, PartedShard] = {}  # shards of blocks whose experts come in groups
         self.targets: MicroBatches | None = None  # what the dense block puts out, if pruned blocks are recovered
         self.last = time.perf_counter()  # when the last shard was written
 
@@ -49,19 +51,23 @@ class PruningWalk:
         if self.walked:
             stream.walk(self.step, indices=self.walked, source=self.source)
 
-    def source(self, index: int) -> list[Tensor]:
-        """The tensors that a block is read from.
+    def source(self, index: int) -> Mapping[str, Tensor] | None:
+        """The tensors that a block is read from, by name; None for those of the source.
 
         A finished block is read from its shard, except in the dense order, where the source's block moved the hidden
         states on.
         """
         if index in self.unfinished or self.job.moved_on_dense:
-            return self.job.model.block_tensors(index)
-        return list(read_header(self.output.path / self.shards[index]).values())
+            return None
+        return read_header(self.output.path / self.shards[index])
 
     def step(self, block: Block, states: MicroBatches) -> Write | None:
         """Prunes a block or replays a finished one, and moves the hidden states on; gives what writes the shard."""
         is_open = block.index in self.unfinished
+        if is_open and block.groups.coming:
+            tensors = self.job.model.block_tensors(block.index)
+            self.parted[block.index] = PartedShard(self.output.path / self.shards[block.index], tensors)
+            block.groups.write = lambda part: partial(self.write_group, block.index)
         if is_open and self.targets is None and self.job.recovers:
             self.targets = self.more_states()
         is_last = block.index == self.walked[-1]
@@ -83,20 +89,33 @@ class PruningWalk:
         """Writes the first shard, a copy of everything outside the blocks."""
         outside = self.job.model.outside
         start = time.perf_counter()
-        used = set(self.job.model.skeleton.names.values())
+        used = {name for view in self.job.model.skeleton.names.values() for name in view.tensors}
         shard = write_shard(self.output.path / self.shared, [(tensor, None) for tensor in outside], finite=used)
         add_seconds(self.spent, {"copy": time.perf_counter() - start})
         names = [tensor.name for tensor in outside]
         self.output.add(self.shared, {"nbytes": shard.nbytes, **shard.checksum, "tensors": names})
 
+    def write_group(self, index: int, slot: Slot) -> None:
+        """Writes a part of a block's shard; runs in the writing thread."""
+        pruned = {matrix.tensor for matrix in self.job.selected[index]}  # whose scores are known to be finite
+        with slot.clocked("write"):
+            for tensor in (tensor for piece in slot.pieces for tensor in piece):
+                start = tensor.offset - self.job.model.checkpoint.tensors[tensor.name].offset
+                self.parted[index].write(tensor, start, _pieces(slot.stored[tensor.name]), tensor.name not in pruned)
+
     def write_block(self, record: dict[str, Any], slot: Slot) -> None:
-        """Writes a block's shard; runs in the writing thread."""
+        """Writes a block's shard, or what is left of it; runs in the writing thread."""
         name = self.shards[record["index"]]
         tensors = self.job.model.block_tensors(record["index"])
         pruned = {matrix.tensor for matrix in self.job.selected[record["index"]]}  # whose scores are known to be finite
-        pieces = [(tensor, _pieces(slot.stored[tensor.name])) for tensor in tensors]
-        with slot.clocked("write"):
-            shard = write_shard(self.output.path / name, pieces, finite={tensor.name for tensor in tensors} - pruned)
+        if len(slot.stored) < len(tensors):
+            self.write_group(record["index"], slot)
+            shard = self.parted.pop(record["index"]).finish()
+        else:
+            pieces = [(tensor, _pieces(slot.stored[tensor.name])) for tensor in tensors]
+            with slot.clocked("write"):
+                looks = {tensor.name for tensor in tensors} - pruned
+                shard = write_shard(self.output.path / name, pieces, finite=looks)
         record["parts"] |= slot.seconds
         now = time.perf_counter()
         record |= {"nbytes": shard.nbytes, **shard.checksum, "host_bytes": anonymous()}

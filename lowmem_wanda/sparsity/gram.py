@@ -60,6 +60,8 @@ class Gram(SquaredNorm):
             self.norms()  # which are not finite where an input is not
             for start in range(0, len(self._products), TILE):
                 stop = start + TILE
+                corner = self._products[start:stop, start:stop]  # whose two halves differ in last bits on some CPUs
+                corner.copy_(corner.tril() + corner.tril(-1).t())
                 self._products[start:stop, stop:] = self._products[stop:, start:stop].t()
             self._whole = True
         return self._products

@@ -1,13 +1,12 @@
-"""The memory of a walk: buffers that blocks pass through, and the place of the hidden states."""
+"""The memory of blocks: buffers that they pass through."""
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 
 from lowmem_wanda.checkpoint.loading import read
 from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.checkpoint.writer import PARTIAL, explained, preallocate
 from lowmem_wanda.streaming.resources import host_memory
 
 DTYPES = {
@@ -26,22 +24,39 @@ DTYPES = {
 ALIGNMENT = 64
 Bytes = Callable[[int], None]  # called with a number of bytes
 Specs = Mapping[str, tuple[Sequence[int], torch.dtype]]  # name -> shape and dtype
+Piece = tuple[Tensor, ...]  # file tensors of one dtype that lie one after the other in memory
 
 
-def specs_of(tensors: Iterable[Tensor]) -> Specs:
-    """The shape and dtype of each file tensor, as it is stored."""
-    return {tensor.name: (tensor.shape, DTYPES[tensor.dtype]) for tensor in tensors}
+def pieces_bytes(pieces: Iterable[Piece]) -> int:
+    """The bytes that `laid` needs for pieces."""
+    return sum(_aligned(sum(tensor.nbytes for tensor in piece)) for piece in pieces)
+
+
+def laid(pieces: Iterable[Piece], memory: torch.Tensor) -> dict[str, torch.Tensor]:
+    """File tensors as views of `memory` (uint8), in their stored dtype and shape; each piece is aligned to 64 bytes."""
+    made, start = {}, 0
+    for piece in pieces:
+        for tensor in piece:
+            values = memory[start : start + tensor.nbytes].view(DTYPES[tensor.dtype])
+            made[tensor.name] = values.view(tuple(tensor.shape))
+            start += tensor.nbytes
+        start = _aligned(start)
+    return made
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def buffer_bytes(specs: Specs) -> int:
     """The bytes that `views` needs for tensors of these shapes and dtypes."""
-    return sum(-(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in specs.values())
+    return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in specs.values())
 
 
 def views(specs: Specs, memory: torch.Tensor) -> dict[str, torch.Tensor]:
     """Tensors of these shapes and dtypes as views of `memory` (uint8), one after the other, aligned to 64 bytes."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in specs.items()}
-    starts = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()), initial=0)
+    starts = accumulate(map(_aligned, sizes.values()), initial=0)
     return {
         name: memory[start : start + sizes[name]].view(dtype).view(tuple(shape))
         for start, (name, (shape, dtype)) in zip(starts, specs.items(), strict=False)
@@ -89,8 +104,8 @@ class Slot:
     afterwards, for the function that writes them. `seconds` has the seconds of reading, copying and writing.
     """
 
-    def __init__(self, host: torch.Tensor, spent: dict[str, float]) -> None:
-        self.host, self.device = host, host
+    def __init__(self, pieces: Sequence[Piece], host: torch.Tensor, spent: dict[str, float]) -> None:
+        self.pieces, self.host, self.device = pieces, host, host
         self.stored: dict[str, torch.Tensor] = {}
         self.seconds: dict[str, float] = {}
         self._spent = spent
@@ -165,11 +180,11 @@ class BlockBuffers:
                 self._memory.close()
                 self._hosts, self._devices = SimpleQueue(), SimpleQueue()
 
-    def prefetch(self, blocks: Iterable[Sequence[Tensor]]) -> Iterator[Slot]:
+    def prefetch(self, blocks: Iterable[Sequence[Piece]]) -> Iterator[Slot]:
         """Yields the blocks one after the other. Meanwhile the next is read, as soon as a buffer is free for it."""
         coming: Future[Slot] | None = None
-        for tensors in blocks:
-            following = self._reader.submit(self._fetch, tensors)
+        for pieces in blocks:
+            following = self._reader.submit(self._fetch, pieces)
             if coming is not None:
                 yield self._arrived(coming.result())
             coming = following
@@ -194,12 +209,12 @@ class BlockBuffers:
         if writing is not None:
             writing.result()
 
-    def _fetch(self, tensors: Sequence[Tensor]) -> Slot:
+    def _fetch(self, pieces: Sequence[Piece]) -> Slot:
         make = partial(host_memory, self.nbytes, self.device, self._not_locked)
-        slot = Slot(self._take(self._hosts, lambda: self._memory.enter_context(make())), self.spent)
+        slot = Slot(pieces, self._take(self._hosts, lambda: self._memory.enter_context(make())), self.spent)
         with slot.clocked("read"):
-            slot.stored = views(specs_of(tensors), slot.host)
-            places = [(tensor, raw(slot.stored[tensor.name])) for tensor in tensors]
+            slot.stored = laid(pieces, slot.host)
+            places = [(tensor, raw(slot.stored[tensor.name])) for piece in pieces for tensor in piece]
             self.ways |= read(places, self.read_by, drop=True)
         if self._cuda:
             self._upload(slot)
@@ -213,10 +228,9 @@ class BlockBuffers:
 
     def _upload(self, slot: Slot) -> None:
         slot.device = self._take(self._devices, self._make_on_device)
-        specs = {name: (tensor.shape, tensor.dtype) for name, tensor in slot.stored.items()}
         with slot.clocked("upload"):
-            self._copy(slot.device, slot.host, buffer_bytes(specs), self._streams[0])
-        slot.stored = views(specs, slot.device)
+            self._copy(slot.device, slot.host, pieces_bytes(slot.pieces), self._streams[0])
+        slot.stored = laid(slot.pieces, slot.device)
 
     def _make_on_device(self) -> torch.Tensor:
         memory = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
@@ -235,16 +249,15 @@ class BlockBuffers:
 
     def _download(self, slot: Slot, back: bool, computed: Any) -> None:
         """Copies a block back to the host if it will be written, and frees its buffer on the GPU."""
-        specs = {name: (tensor.shape, tensor.dtype) for name, tensor in slot.stored.items()}
         try:
             if computed is not None:
                 computed.synchronize()
             if back:
                 with slot.clocked("download"):
-                    self._copy(slot.host, slot.device, buffer_bytes(specs), self._streams[1])
+                    self._copy(slot.host, slot.device, pieces_bytes(slot.pieces), self._streams[1])
         finally:
             self._devices.put(slot.device)
-        slot.stored = views(specs, slot.host)
+        slot.stored = laid(slot.pieces, slot.host)
 
     @staticmethod
     def _copy(target: torch.Tensor, source: torch.Tensor, nbytes: int, stream: Any) -> None:
@@ -269,31 +282,3 @@ def _mark(stream: Any) -> Any:
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event
-
-
-@contextmanager
-def hidden_states(
-    place: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path, not_locked: Bytes
-) -> Iterator[torch.Tensor]:
-    """Gives uninitialised hidden states on the "device", on the "host" beside a GPU (page-locked) or in a "file".
-
-    The file has no name in `folder` while it is used. `not_locked` is that of `host_memory`. Raises OutputError.
-    """
-    numel = math.prod(shape)
-    if place == "device":
-        yield torch.empty(shape, dtype=dtype, device=device)
-    elif place == "host":
-        with host_memory(numel * dtype.itemsize, device, not_locked) as memory:
-            yield memory.view(dtype).view(shape)
-    else:
-        path = folder / f".hidden-states{PARTIAL}"
-        with explained(path):
-            try:
-                with open(path, "wb") as file:
-                    file.truncate(numel * dtype.itemsize)
-                    preallocate(file.fileno(), numel * dtype.itemsize)  # else a page without room raises SIGBUS
-                memory = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
-            finally:
-                with suppress(OSError):  # Windows keeps the name of an open file; the next run removes it
-                    path.unlink()
-        yield memory.view(shape)

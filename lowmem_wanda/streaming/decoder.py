@@ -14,60 +14,19 @@ import torch
 from torch import nn
 
 from lowmem_wanda.errors import LowmemError, ModelError, first_line, limit_of_machine
+from lowmem_wanda.streaming.block import Block, Stop
 from lowmem_wanda.streaming.buffers import Scratch
-from lowmem_wanda.streaming.calls import Beside, Call, Calls
-from lowmem_wanda.streaming.matrices import Matrix, Trace, trace
+from lowmem_wanda.streaming.calls import Beside, Calls
+from lowmem_wanda.streaming.experts import expert_parameters, is_experts
+from lowmem_wanda.streaming.layout import View
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.outside import Outside, get, put
+from lowmem_wanda.streaming.parts import Part, group_view
 from lowmem_wanda.streaming.resources import anonymous, free_memory
 from lowmem_wanda.streaming.stubs import Stub, fresh, same_values
+from lowmem_wanda.streaming.tracing import Trace, trace
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-
-
-class Stop(Exception):
-    """Raised to end a forward early, once all that it was run for is known."""
-
-
-class Block:
-    """One decoder block with its weights.
-
-    `stored` holds its file tensors by name, in their stored dtype, on `device`. Where that is the computing dtype, the
-    module computes on these very tensors. Where it is not, a matrix is cast at every call, so a change of the stored
-    weight counts from the next call on. `parameters` are {parameter or buffer of the module: file tensor}. `matrices`
-    are what can be pruned, and `inputs` their distinct inputs in the order in which they arrive, once tokens have been
-    embedded. It computes in `dtype`.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        module: nn.Module,
-        stored: dict[str, torch.Tensor],
-        trace: Trace,
-        calls: Calls,
-        decoder: "Decoder",
-    ) -> None:
-        self.index, self.module, self.stored = index, module, stored
-        self.device, self.dtype = decoder.device, decoder.dtype
-        self.matrices, self.inputs = trace.matrices, trace.inputs
-        self.parameters = decoder.skeleton.block_tensors(index)
-        self._calls = calls
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The block's output (sequences, length, width), on its device, for hidden states of that shape on any."""
-        args, kwargs = self.arguments(hidden)
-        hidden = hidden.to(self.device, non_blocking=self.device.type == "cuda")
-        output = self.module(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
-
-    def arguments(self, states: torch.Tensor) -> Call:
-        """What the module is called with beside the hidden states of a micro-batch of the walk."""
-        return self._calls.of(states, self.index)
-
-    def weight(self, matrix: Matrix) -> torch.Tensor:
-        """The stored weight of a matrix as (outputs, inputs), a view."""
-        return matrix.view(self.stored[matrix.tensor])
 
 
 class Decoder:
@@ -81,7 +40,7 @@ class Decoder:
     def __init__(self, model: StreamedModel) -> None:
         self.model, self.skeleton, self.tensors = model, model.skeleton, model.checkpoint.tensors
         self.device, self.dtype = model.device, model.dtype
-        self.traces: dict[int, Trace] = {}
+        self.traces = self.skeleton.traces
         self._calls = Calls(self.skeleton.path, len(self.skeleton.blocks), self.device)
         self._final: torch.Tensor | None = None  # what the last block puts out while the head is applied
         self._last: torch.Tensor | None = None  # what the last stub hands on to the head, where that is given
@@ -154,44 +113,80 @@ class Decoder:
             self._final = None
         return output.logits  # type: ignore[no-any-return]
 
-    def load(self, index: int, stored: dict[str, torch.Tensor]) -> Block:
-        """The block `index` with its file tensors `stored`, which lie on the device."""
-        module, tensors = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
+    def load(self, index: int, stored: dict[str, torch.Tensor], groups: Any) -> Block:
+        """The block `index` with its file tensors `stored`, which lie on the device; others come with its `groups`."""
+        module, views = self.skeleton.blocks[index], self.skeleton.views[index]
         trace = self.traces.get(index) or Trace(self.skeleton.matrices[index], (), None)
-        cast_on_call = {f"{matrix.module}.{matrix.parameter}" for matrix in trace.matrices}
-        matrices = {matrix.tensor for matrix in trace.matrices}
-        other = {name: tensor for name, tensor in stored.items() if self._computing(tensor.dtype) != tensor.dtype}
-        small = {name: (tensor.shape, self.dtype) for name, tensor in other.items() if name not in matrices}
-        casts = self._casts.empty(small)
-        for name, tensor in tensors.items():
-            if tensor in casts:
-                put(module, name, casts[tensor].copy_(stored[tensor]))
-            elif tensor in other and name in cast_on_call:
-                linear = module.get_submodule(name.rpartition(".")[0])
-                linear.forward = partial(self._cast_and_call, linear, stored[tensor])  # type: ignore[method-assign]
+        owners = {matrix.module for matrix in trace.matrices}
+        on_call: dict[str, dict[str, torch.Tensor]] = {}  # module -> its parameters that are cast at every call
+        small: dict[str, View] = {}
+        for name, view in views.items():
+            owner, _, last = name.rpartition(".")
+            if view.tensor not in stored:
+                continue
+            parameter = view.of(stored)
+            if self._computing(parameter.dtype) == parameter.dtype:
+                put(module, name, parameter)
+            elif owner in owners and parameter.ndim > 1:
+                put(module, name, parameter)
+                on_call.setdefault(owner, {})[last] = parameter
             else:
-                put(module, name, stored[tensor])
+                small[name] = view
+        casts = self._casts.empty({name: (view.shape, self.dtype) for name, view in small.items()})
+        for name, view in small.items():
+            put(module, name, casts[name].copy_(view.of(stored)))
+        for owner, parameters in on_call.items():
+            linear = module.get_submodule(owner)
+            if not is_experts(linear):  # which cast one expert at a time
+                linear.forward = partial(self._cast_and_call, linear, parameters)  # type: ignore[method-assign]
         for name, buffer in module.named_buffers():
-            if name not in tensors:
+            if name not in views:
                 put(module, name, buffer.to(self.device))
-        return Block(index, module, stored, trace, self._calls, self)
+        for part in groups.coming:
+            module.get_submodule(part.path).__dict__.setdefault("pauses", set()).add(part.first)
+        block = Block(index, module, stored, trace, self._calls, views, self.device, self.dtype, groups)
+        groups.block = block
+        return block
+
+    def load_group(self, block: Block, part: Part, stored: dict[str, torch.Tensor]) -> None:
+        """Loads a group of experts of a block, whose file tensors `stored` lie on the device."""
+        module = block.module.get_submodule(part.path)
+        for name in expert_parameters(module):
+            put(module, name, group_view(block.views[f"{part.path}.{name}"], part).of(stored))
+        module.__dict__["first_expert"] = part.first
+        block.stored.update(stored)
+        block.part = part
+
+    def release_group(self, block: Block, part: Part, stored: dict[str, torch.Tensor]) -> None:
+        """Takes a group of experts out of the model again."""
+        module = block.module.get_submodule(part.path)
+        for name in expert_parameters(module):
+            shape = block.views[f"{part.path}.{name}"].shape
+            put(module, name, torch.empty(shape, dtype=self.dtype, device="meta"))
+        module.__dict__.pop("first_expert")
+        for name in stored:
+            del block.stored[name]
+        block.part = None
 
     def release(self, block: Block) -> None:
         """Takes a block's weights out of the model again."""
-        for name in self.skeleton.block_tensors(block.index):
+        for name in block.views:
             put(block.module, name, get(block.module, name).to("meta"))
-        for matrix in block.matrices:
-            block.module.get_submodule(matrix.module).__dict__.pop("forward", None)
+        for module in block.module.modules():
+            module.__dict__.pop("pauses", None)
+        for owner in {matrix.module for matrix in block.matrices}:
+            block.module.get_submodule(owner).__dict__.pop("forward", None)
 
-    def _cast_and_call(self, linear: nn.Module, stored: torch.Tensor, hidden: torch.Tensor) -> Any:
-        """The output of a linear's own forward on its weight, which is cast to the computing dtype in one buffer.
+    def _cast_and_call(self, module: nn.Module, stored: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The output of a module's own forward on its weights, which are cast to the computing dtype in one buffer.
 
         Casting all of a block at once takes two more blocks of memory (bfloat16 weights, float32 computing). Casting at
         each call takes about 3 % of the time of a matrix product with 1024 tokens on a CPU.
         """
-        weight = self._cast_weight.empty({"": (stored.shape, self.dtype)})[""]
-        put(linear, "weight", weight.copy_(stored))
-        return type(linear).forward(linear, hidden)
+        weights = self._cast_weight.empty({name: (weight.shape, self.dtype) for name, weight in stored.items()})
+        for name, weight in stored.items():
+            put(module, name, weights[name].copy_(weight))
+        return type(module).forward(module, *args, **kwargs)
 
     def _run(self, tokens: np.ndarray, last: torch.Tensor | None = None) -> torch.Tensor:
         """Runs the model's own forward on stubs, up to its head; gives the hidden states before the first block.
@@ -200,6 +195,7 @@ class Decoder:
         """
         self._calls.begin()
         self._last, self._at_head = last, None
+        self._outside.load_embeddings()
         try:
             self.skeleton.model(input_ids=self._ids(tokens), use_cache=False)
         except Stop:
@@ -210,7 +206,7 @@ class Decoder:
             ):  # a head may need the weights that it lacks
                 raise self._failed(error, "its forward fails without its blocks") from error
         embedded, name = self._calls.first, type(self.skeleton.model).__name__
-        if embedded is None or embedded.ndim != 3 or embedded.shape[:2] != tokens.shape:
+        if embedded is None or embedded.is_meta or embedded.ndim != 3 or embedded.shape[:2] != tokens.shape:
             raise ModelError(
                 f"{name}: its blocks do not pass (sequences, length, width) states on, one for each token; it is not "
                 "supported yet"
@@ -261,8 +257,9 @@ class Decoder:
         if self._final is None:
             self._calls.arrive(index, hidden, (args, kwargs))
             if index not in self.traces:
-                block, matrices = self.skeleton.blocks[index], self.skeleton.matrices[index]
-                self.traces[index] = trace(block, matrices, hidden, *fresh((args, kwargs)))
+                call, sizes = fresh((args, kwargs)), self.skeleton.sizes
+                matrices, views = self.skeleton.matrices[index], self.skeleton.views[index]
+                self.traces[index] = trace(self.skeleton.blocks[index], matrices, views, sizes, hidden, call)
         last = index == self.depth - 1
         if self._final is not None:
             output = self._final if last else hidden

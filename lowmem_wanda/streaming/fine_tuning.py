@@ -21,7 +21,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from lowmem_wanda.errors import LowmemError, NumberError
+from lowmem_wanda.errors import LowmemError, ModelError, NumberError
 from lowmem_wanda.streaming.buffers import DTYPES
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.walk import Notify
@@ -62,7 +62,7 @@ def fine_tune(
     """
     peft = require_peft() if rank else None
     model = _whole(opened)
-    names = {path: name for path, name in opened.skeleton.names.items() if path.startswith(f"{opened.skeleton.path}.")}
+    names = _plain_names(opened, pruned)
     masked = {path: model.get_parameter(path) != 0 for path, name in names.items() if name in pruned}
     trained = set(masked)
     with warnings.catch_warnings():
@@ -83,6 +83,15 @@ def fine_tune(
     weights = {path.replace(".base_layer.", "."): value.detach() for path, value in model.named_parameters()}
     dtypes = {path: DTYPES[opened.checkpoint.tensors[names[path]].dtype] for path in trained}
     return FineTuned({names[path]: weights[path].cpu().to(dtypes[path]) for path in trained}, before, after)
+
+
+def _plain_names(opened: StreamedModel, pruned: Collection[str]) -> dict[str, str]:
+    """{parameter in a block: file tensor} of those that are stored as they are. Raises ModelError for pruned others."""
+    inside = {path: view for path, view in opened.skeleton.names.items() if path.startswith(f"{opened.skeleton.path}.")}
+    names = {path: view.tensor for path, view in inside.items() if view.is_whole}
+    if others := sorted(set(pruned) - set(names.values())):
+        raise ModelError(f"tensor {others[0]}: experts, and what is stored in parts, are not fine-tuned yet")
+    return names
 
 
 def _whole(opened: StreamedModel) -> Any:

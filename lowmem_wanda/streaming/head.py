@@ -25,10 +25,11 @@ class Head:
 
     def __init__(self, decoder: Decoder, nbytes: int) -> None:
         self.decoder, self.linear = decoder, head_linear(decoder.skeleton)
-        names = {id(module): path for path, module in decoder.skeleton.model.named_modules()}
-        path, files = names[id(self.linear)], decoder.tensors
-        self._weight = files[decoder.skeleton.names[f"{path}.weight"]]
-        self._bias = files.get(decoder.skeleton.names.get(f"{path}.bias", ""))
+        paths = {id(module): path for path, module in decoder.skeleton.model.named_modules()}
+        path, files = paths[id(self.linear)], decoder.tensors
+        names = decoder.skeleton.names
+        self._weight = files[names[f"{path}.weight"].tensor]
+        self._bias = files[names[f"{path}.bias"].tensor] if f"{path}.bias" in names else None
         rows, width = self._weight.shape
         row = width * decoder.dtype.itemsize
         self.rows = min(rows, max(1, nbytes // 4 // row))

@@ -1,29 +1,33 @@
 """Matrices, the units of pruning: which weights of a block they are, and which of them have the same inputs."""
 
-import copy
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_wanda.errors import ModelError
+from lowmem_wanda.streaming.experts import expert_parameters, is_experts
+from lowmem_wanda.streaming.layout import View
 
 LINEARS = (nn.Linear, Conv1D)
+PLAIN = (nn.Linear.forward, Conv1D.forward)
+OF_EXPERTS = "[all]"  # behind the path of a module of experts: the inputs of all of them together
 
 
 @dataclass(frozen=True)
 class Matrix:
     """One matrix of a block that can be pruned.
 
-    `name` is its name in reports and `tensor` the file tensor that holds it. `module` is the path, relative to the
-    block, of the module that computes with it, and `parameter` its name there. `expert` is its index in a stack of
-    experts, or None without a stack. A `transposed` matrix (GPT-2's Conv1D) is stored as (inputs, outputs); `shape` is
-    (outputs, inputs) either way. `inputs` is the path of the first module that is called with the inputs of this
-    matrix: matrices of the same `inputs` share a statistic. Before a block is traced, every matrix has its own.
+    `name` is its name in reports and `tensor` the file tensor that holds it, from the value `start` on. `module` is the
+    path, relative to the block, of the module that computes with it, and `parameter` its name there. `expert` is its
+    index in a stack of experts, or None without a stack. A `transposed` matrix (GPT-2's Conv1D) is stored as (inputs,
+    outputs); `shape` is (outputs, inputs) either way. `inputs` names the inputs of this matrix: the path of the first
+    module that is called with them, or of an expert that of its stack and its index. Matrices of the same `inputs`
+    share a statistic. Before a block is traced, every linear has its own.
     """
 
     name: str
@@ -34,85 +38,100 @@ class Matrix:
     transposed: bool
     shape: tuple[int, int]
     inputs: str
+    start: int = 0
 
     @property
     def weights(self) -> int:
         """The number of the matrix's weights."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def layer(self) -> str:
+        """The name of the inputs of all experts of its layer together; "" without experts."""
+        return "" if self.expert is None else self.module + OF_EXPERTS
+
     def view(self, stored: torch.Tensor) -> torch.Tensor:
-        """The stored tensor as (outputs, inputs), without a copy."""
-        return stored.t() if self.transposed else stored
+        """The matrix in its stored tensor as (outputs, inputs), without a copy."""
+        rows, columns = self.shape
+        part = stored.reshape(-1)[self.start : self.start + self.weights]
+        return part.view(columns, rows).t() if self.transposed else part.view(rows, columns)
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What a run of a block on `meta` shows.
+def find_matrices(block: nn.Module, views: Mapping[str, View], sizes: Mapping[str, int]) -> tuple[Matrix, ...]:
+    """The matrices of linears and of experts in a block whose parameters, relative to it, are `views` of file tensors.
 
-    `matrices` know which inputs they share. `inputs` are the distinct ones, in the order in which they arrive.
-    `beside` is None where the block gives hidden states alone. Where it gives them within a tuple, it says of each
-    further value whether that is None.
+    `sizes` are the numbers of values of the file tensors. Raises ModelError for a matrix that lies in no file tensor.
     """
-
-    matrices: tuple[Matrix, ...]
-    inputs: tuple[str, ...]
-    beside: tuple[bool, ...] | None
-
-
-def find_matrices(block: nn.Module, tensors: Mapping[str, str]) -> tuple[Matrix, ...]:
-    """The matrices of a block whose parameters, relative to it, are the file tensors `tensors`."""
-    found = []
+    found: list[Matrix] = []
     for path, module in block.named_modules():
-        if isinstance(module, LINEARS):
-            transposed = isinstance(module, Conv1D)
-            rows, columns = module.weight.shape
-            shape = (int(columns), int(rows)) if transposed else (int(rows), int(columns))
-            tensor = tensors[f"{path}.weight"]
-            found.append(Matrix(tensor, tensor, path, "weight", None, transposed, shape, path))
+        if isinstance(module, LINEARS) and min(module.weight.shape) > 1:
+            view = views[f"{path}.weight"]
+            found += _matrices(path, "weight", None, isinstance(module, Conv1D), view, _starts(view, sizes))
+        elif is_experts(module):
+            for parameter in expert_parameters(module):
+                found += stack_of(path, parameter, bool(module.is_transposed), views[f"{path}.{parameter}"], sizes)
     return tuple(found)
 
 
-def trace(
-    block: nn.Module, matrices: tuple[Matrix, ...], hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Trace:
-    """The trace of a block, which is run without weights and data.
+def own_forward(module: nn.Module) -> bool:
+    """Whether a module is a linear with a forward of its own; some are routers."""
+    return isinstance(module, LINEARS) and type(module).forward not in PLAIN
 
-    Raises ModelError for a block that does not run so, and for a matrix whose module is not called exactly once.
+
+def stack_of(path: str, parameter: str, turned: bool, view: View, sizes: Mapping[str, int]) -> Iterator[Matrix]:
+    """Yields the matrices of a stack of experts, whose parameter holds (experts, outputs, inputs), or `turned`."""
+    starts = _starts(view, sizes)
+    for expert in range(view.shape[0]):
+        one = replace(view, shape=view.shape[1:], stride=view.stride[1:], offset=view.offset + expert * view.stride[0])
+        yield from _matrices(path, parameter, expert, turned, one, starts)
+
+
+def _starts(view: View, sizes: Mapping[str, int]) -> list[int]:
+    """Where each of a view's tensors begins in their memory, and where the last one ends."""
+    return list(accumulate((sizes[tensor] for tensor in view.tensors), initial=0))
+
+
+def _matrices(
+    path: str, parameter: str, expert: int | None, turned: bool, view: View, starts: Sequence[int]
+) -> Iterator[Matrix]:
+    """Yields the matrices that a parameter, or one expert of it, is made of: one for each file tensor that has a part.
+
+    A matrix is all of a file tensor, or consecutive values of it. It is named as the tensor, with the expert's index or
+    what computes with it in brackets where that holds several.
     """
-    block = copy.deepcopy(block).to("meta")
-    called: list[str] = []
-    first: dict[str, str] = {}  # module -> the module that was called first with the same inputs
-    arrived: dict[str, torch.Tensor] = {}  # kept, so that no two of them share an identity
-
-    def note(path: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        called.append(path)
-        first[path] = next((one for one, tensor in arrived.items() if tensor is inputs[0]), path)
-        arrived.setdefault(first[path], inputs[0])
-
-    modules = sorted({matrix.module for matrix in matrices})
-    for path in modules:
-        block.get_submodule(path).register_forward_pre_hook(partial(note, path))
-    args, kwargs = _on_meta((args, kwargs))
-    try:
-        output = block(hidden.to("meta"), *args, **kwargs)
-    except Exception as error:  # what a model's own code raises is not known
-        raise ModelError(
-            f"{type(block).__name__}: a block of it does not run without data ({str(error).strip()[:200]}), so what "
-            "its matrices are measured on is not known; it is not supported yet"
-        ) from error
-    if sorted(called) != modules:
-        missed = sorted(set(modules) - set(called)) or sorted(called)
-        raise ModelError(
-            f"{type(block).__name__}: linear {missed[0]} is not called once in a forward, so it cannot be measured"
-        )
-    known = tuple(replace(matrix, inputs=first[matrix.module]) for matrix in matrices)
-    beside = tuple(value is None for value in output[1:]) if isinstance(output, (tuple, list)) else None
-    return Trace(known, tuple(arrived), beside)
+    (rows, columns), (down, along) = (side[::-1] if turned else side for side in (view.shape, view.stride))
+    transposed, done = down < along, 0
+    while done < rows:
+        at = view.offset + done * down
+        place = bisect_right(starts, at) - 1
+        start, end = at - starts[place], starts[place + 1]
+        count = rows if transposed else (end - at) // columns
+        shape, tensor = (min(rows - done, count), columns), view.tensors[place]
+        packed = (down, along) == ((1, rows) if transposed else (columns, 1))
+        if not packed or not shape[0] or at + shape[0] * columns > end:
+            raise ModelError(
+                f"tensor {tensor}: holds parts of {path}.{parameter} that are no matrix, which is not supported yet"
+            )
+        what = path.rpartition(".")[2] if expert is None else expert
+        name = tensor if shape[0] * columns == end - starts[place] else f"{tensor}[{what}]"
+        inputs = path if expert is None else f"{path}.{parameter}[{expert}]"
+        yield Matrix(name, tensor, path, parameter, expert, transposed, shape, inputs, start)
+        done += shape[0]
 
 
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if isinstance(value, (tuple, list)):
-        return type(value)(_on_meta(item) for item in value)
-    return {key: _on_meta(item) for key, item in value.items()} if isinstance(value, dict) else value
+def unowned(block: nn.Module) -> dict[str, int]:
+    """{parameter: its number of values} of the matrices of a block that no linear, embedding or expert has.
+
+    A parameter of several dimensions with as few values as a vector is none, such as a norm's weight for each head.
+    """
+    linears = [module.weight.shape for module in block.modules() if isinstance(module, LINEARS)]
+    widest = max((size for shape in linears for size in shape), default=0)
+    found = {}
+    for path, module in block.named_modules():
+        known = {"weight"} if isinstance(module, (*LINEARS, nn.Embedding)) else set[str]()
+        known = {*expert_parameters(module)} if is_experts(module) else known
+        for name, parameter in module.named_parameters(recurse=False):
+            bias = is_experts(module) and name.endswith("_bias")
+            if name not in known and not bias and parameter.ndim > 1 and parameter.numel() > widest:
+                found[f"{path}.{name}" if path else name] = parameter.numel()
+    return found

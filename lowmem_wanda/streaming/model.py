@@ -17,8 +17,9 @@ from lowmem_wanda import __version__
 from lowmem_wanda.checkpoint.directory import Checkpoint, require_prunable
 from lowmem_wanda.checkpoint.reader import FLOATS, Tensor
 from lowmem_wanda.errors import CalibrationError, ModelError, first_line
-from lowmem_wanda.streaming.buffers import DTYPES, buffer_bytes, specs_of
+from lowmem_wanda.streaming.buffers import DTYPES
 from lowmem_wanda.streaming.machine import ANY, Budget, Machine
+from lowmem_wanda.streaming.parts import Part, parts_of
 from lowmem_wanda.streaming.resources import SMALL, map_blocks_from
 from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton
 from lowmem_wanda.streaming.tokenizer import load_tokenizer
@@ -92,7 +93,23 @@ class StreamedModel:
 
     def block_tensors(self, index: int) -> list[Tensor]:
         """The file tensors of one block."""
-        return [self.checkpoint.tensors[name] for name in sorted(set(self.skeleton.block_tensors(index).values()))]
+        names = {name for view in self.skeleton.views[index].values() for name in view.tensors}
+        return [self.checkpoint.tensors[name] for name in sorted(names)]
+
+    def parts(self, index: int, limit: int = 0, tensors: Mapping[str, Tensor] | None = None) -> list[Part]:
+        """The parts of a block, whose groups of experts take at most `limit` bytes (0: it is one part).
+
+        They are of the file tensors of the checkpoint, or of `tensors` of the same names.
+        """
+        known = self.checkpoint.tensors if tensors is None else tensors
+        return parts_of(self.skeleton.blocks[index], self.skeleton.views[index], known, limit)
+
+    def part_bytes(self, limit: int = 0) -> int:
+        """The bytes that the largest part of any block takes in a buffer."""
+        if limit not in self._part_bytes:
+            found = (part.nbytes for index in range(self.depth) for part in self.parts(index, limit))
+            self._part_bytes[limit] = max(found)
+        return self._part_bytes[limit]
 
     @cached_property
     def outside(self) -> list[Tensor]:
@@ -100,10 +117,15 @@ class StreamedModel:
         inside = {tensor.name for index in range(self.depth) for tensor in self.block_tensors(index)}
         return [tensor for tensor in self.checkpoint.tensors.values() if tensor.name not in inside]
 
-    @cached_property
+    @property
     def block_bytes(self) -> int:
         """The bytes that the largest block takes in a buffer."""
-        return max(buffer_bytes(specs_of(self.block_tensors(index))) for index in range(self.depth))
+        return self.part_bytes()
+
+    @cached_property
+    def _part_bytes(self) -> dict[int, int]:
+        """What `part_bytes` found."""
+        return {}
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -133,19 +155,18 @@ def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
 
 
 def cast_bytes(model: StreamedModel) -> int:
-    """The bytes that a decoder takes for casts of a block: one matrix, and everything that is not a matrix."""
+    """The bytes that a decoder takes for casts of a block: one matrix, and everything that is not a matrix.
+
+    Of experts that transformers computes in its own way, all of a layer are cast at once.
+    """
     size, tensors = model.dtype.itemsize, model.checkpoint.tensors
-    matrices = {matrix.tensor for matrix in model.skeleton.all_matrices}
-    casts = [tensors[name].numel * size for name in matrices if DTYPES[tensors[name].dtype] != model.dtype]
-    small = [
-        sum(
-            one.numel * size
-            for one in model.block_tensors(index)
-            if DTYPES[one.dtype] != model.dtype and one.name not in matrices
-        )
-        for index in range(model.depth)
-    ]
-    return max(casts, default=0) + max(small)
+    most = 0
+    for index, matrices in enumerate(model.skeleton.matrices):
+        cast = {one.name for one in model.block_tensors(index) if DTYPES[one.dtype] != model.dtype}
+        known = {matrix.tensor for matrix in matrices}
+        largest = max((matrix.weights for matrix in matrices if matrix.tensor in cast), default=0)
+        most = max(most, largest + sum(tensors[name].numel for name in cast - known))
+    return most * size
 
 
 def versions() -> dict[str, str]:

@@ -4,50 +4,66 @@ import re
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.reader import FLOATS, Tensor
-from lowmem_wanda.errors import CheckpointError, ModelError
+from lowmem_wanda.errors import CheckpointError
+from lowmem_wanda.streaming.layout import Sources, View, views, whole
 
 NUMBERED = re.compile(r"(^|\.)\d+\.")
 
 
-def match(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
-    """({parameter or buffer: file tensor}, file tensors without a place), by transformers' own renaming."""
+def match(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, View], list[str]]:
+    """({parameter or buffer: where its values lie}, file tensors without a place), by transformers' own renaming.
+
+    Raises ModelError for what is stored in another form than a view can be of, CheckpointError for two tensors of one
+    parameter.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    names: dict[str, str] = {}
+    names: dict[str, View] = {}
+    groups: dict[str, Sources] = {}
     unexpected = []
-    for tensor in checkpoint.tensors:
+
+    def place(name: str, view: View) -> None:
+        if name in names:
+            raise CheckpointError(
+                f"tensors {names[name].tensor} and {view.tensor} are both {name} of {type(model).__name__}; remove one"
+            )
+        names[name] = view
+
+    for tensor in sorted(checkpoint.tensors, key=dot_natural_key) if converters else checkpoint.tensors:
         name, converted = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state and tensor in state:
             name, converted = tensor, None
-        if converted is not None and name in state:
-            kind = "experts are" if "expert" in tensor else "it is"
-            raise ModelError(
-                f"tensor {tensor}: {kind} stored in another form than {type(model).__name__} computes "
-                "with, which is not supported yet"
-            )
         if name not in state:
             unexpected.append(tensor)
-        elif name in names:
-            raise CheckpointError(
-                f"tensors {names[name]} and {tensor} are both {name} of {type(model).__name__}; remove one"
-            )
+        elif converted is None:
+            place(name, whole(tensor, checkpoint.tensors[tensor].shape))
         else:
-            names[name] = tensor
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # transformers ties in either direction
-        if target in names or source in names:
-            names.setdefault(target, names.get(source, ""))
-            names.setdefault(source, names[target])
+            groups.setdefault(name, {}).setdefault(converted, []).append(tensor)
+    known = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    for name, sources in groups.items():
+        for parameter, view in views(model, name, sources, known[next(iter(sources))], shapes).items():
+            place(parameter, view)
+    _tie(model, names)
     return names, unexpected
 
 
+def _tie(model: Any, names: dict[str, View]) -> None:
+    """Gives tied parameters the view of each other, in either direction, as transformers does."""
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if view := names.get(target) or names.get(source):
+            names.setdefault(target, view)
+            names.setdefault(source, view)
+
+
 def account(
-    model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpected: list[str], blocks: str
+    model: Any, checkpoint: Checkpoint, names: dict[str, View], unexpected: list[str], blocks: str
 ) -> tuple[str, ...]:
     """The `unexpected` tensors, none of which can be a matrix of the `blocks`; they are copied as they are.
 
@@ -61,7 +77,7 @@ def account(
                 f"{checkpoint.path}: holds no tensor for {name} of {type(model).__name__} (config.json and "
                 "weights disagree); download it again"
             )
-        tensor = checkpoint.tensors[names[name]]
+        tensor = checkpoint.tensors[names[name].tensor]
         if not tensor.numel and not parameter.numel():
             raise CheckpointError(
                 f"{tensor.file.name}: tensor {tensor.name} is empty, {list(tensor.shape)}, and config.json makes it "
@@ -72,7 +88,7 @@ def account(
                 f"{tensor.file.name}: tensor {tensor.name} is empty, as DeepSpeed ZeRO-3 leaves it where it saves "
                 "without gathering; save again with zero_to_fp32.py or stage3_gather_16bit_weights_on_model_save"
             )
-        if tensor.shape != tuple(parameter.shape):
+        if names[name].shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"{tensor.file.name}: tensor {tensor.name} is {list(tensor.shape)}, config.json makes it "
                 f"{list(parameter.shape)}; download both again"
@@ -84,6 +100,7 @@ def account(
             )
     # these two are old buffers that transformers, too, ignores in every family
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    patterns += _predicting_more(model, blocks)
     for name in unexpected:
         tensor = checkpoint.tensors[name]
         outside = not NUMBERED.search(name) and not name.startswith(f"{blocks}.")
@@ -95,13 +112,19 @@ def account(
     return tuple(unexpected)
 
 
+def _predicting_more(model: Any, blocks: str) -> list[str]:
+    """Patterns of the blocks behind the last one that predict further tokens (MTP), which the model does not load."""
+    count, depth = getattr(model.config, "num_nextn_predict_layers", 0) or 0, len(model.get_submodule(blocks))
+    return [rf"^{re.escape(blocks)}\.{depth + index}\." for index in range(count)]
+
+
 def _is_mask(tensor: Tensor) -> bool:
     """Whether a tensor is a flag, a number or an attention mask, as older versions saved them among the weights."""
     square = len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
     return tensor.numel == 1 or square or tensor.dtype in ("U8", "BOOL")
 
 
-def _require_no_prefix(model: Any, checkpoint: Checkpoint, names: dict[str, str], unexpected: list[str]) -> None:
+def _require_no_prefix(model: Any, checkpoint: Checkpoint, names: dict[str, View], unexpected: list[str]) -> None:
     """Raises CheckpointError if all names begin with what a wrapper of the model put there."""
     missing = model.state_dict().keys() - names.keys()
     if not missing or not unexpected:

@@ -32,7 +32,7 @@ def blamed(model: StreamedModel, index: int | None = None) -> Iterator[None]:
 
 def _used(model: StreamedModel, last: int) -> Iterator[Tensor]:
     """Yields the file tensors that the model computes with, up to the block `last`."""
-    for name in dict.fromkeys(model.skeleton.outside().values()):
+    for name in dict.fromkeys(name for view in model.skeleton.outside().values() for name in view.tensors):
         yield model.checkpoint.tensors[name]
     for index in range(last + 1):
         yield from model.block_tensors(index)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowmem_wanda.streaming.buffers import DTYPES, read_cast
+from lowmem_wanda.streaming.layout import View
 from lowmem_wanda.streaming.model import StreamedModel
 
 
@@ -20,6 +21,7 @@ class Outside:
         self.model, self.skeleton = model, model.skeleton
         self._filled: dict[str, torch.Tensor] = {}
         self._hooks: list[Any] = []
+        self._own: dict[nn.Module, dict[str, View]] = {}
         outside = self.skeleton.outside()
         for path, module in self.skeleton.model.named_modules():
             prefix = f"{path}." if path else ""
@@ -29,15 +31,22 @@ class Outside:
                 if prefix + name in outside
             }
             if own and module is not self.skeleton.head:
+                self._own[module] = own
                 self._hooks.append(module.register_forward_pre_hook(partial(self._fill, own)))
         for name, buffer in self.skeleton.model.named_buffers():
             if name not in outside and not name.startswith(f"{self.skeleton.path}."):
                 put(self.skeleton.model, name, buffer.to(model.device))
 
+    def load_embeddings(self) -> None:
+        """Loads the input embeddings before they are called: models look where their weight is (llama4)."""
+        module = self.skeleton.model.get_input_embeddings()  # type: ignore[operator, union-attr]
+        if module in self._own:
+            self._fill(self._own[module], module, ())
+
     def empty(self) -> None:
         """Drops all weights that were loaded."""
-        for name, tensor in self.skeleton.outside().items():
-            if tensor in self._filled:
+        for name, view in self.skeleton.outside().items():
+            if not self._filled.keys().isdisjoint(view.tensors):
                 put(self.skeleton.model, name, get(self.skeleton.model, name).to("meta"))
         self._filled.clear()
 
@@ -47,14 +56,16 @@ class Outside:
             hook.remove()
         self.empty()
 
-    def _fill(self, own: dict[str, str], module: nn.Module, args: Any) -> None:
-        for name, tensor in own.items():
-            if tensor not in self._filled:
-                file = self.model.checkpoint.tensors[tensor]
-                stored = DTYPES[file.dtype]
-                dtype = self.model.dtype if stored.is_floating_point else stored
-                self._filled[tensor] = read_cast(file, torch.empty(file.shape, dtype=dtype, device=self.model.device))
-            put(module, name, self._filled[tensor])
+    def _fill(self, own: dict[str, View], module: nn.Module, args: Any) -> None:
+        for name, view in own.items():
+            for tensor in view.tensors:
+                if tensor not in self._filled:
+                    file = self.model.checkpoint.tensors[tensor]
+                    stored = DTYPES[file.dtype]
+                    dtype = self.model.dtype if stored.is_floating_point else stored
+                    empty = torch.empty(file.shape, dtype=dtype, device=self.model.device)
+                    self._filled[tensor] = read_cast(file, empty)
+            put(module, name, view.made_of(self._filled))
 
 
 def get(module: nn.Module, name: str) -> torch.Tensor:

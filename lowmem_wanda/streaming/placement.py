@@ -42,7 +42,8 @@ class Workload:
     activations, and `training_apart` those of the largest part of it; then `targets` says that hidden states are kept
     twice. Pruning one matrix takes `workspace` bytes, and `score_bytes` for each of the at most `chunk` weights that
     are scored at a time. `needs_logits` says that the head is applied, `holds_micro_batches` that micro-batches wait
-    for each other within a block.
+    for each other within a block, and `holds_all` that all of them do, for one expert after the other. Where experts
+    are in groups, micro-batches wait as the dense and as the pruned block computes them if it `waits_twice`.
     """
 
     models: tuple[StreamedModel, ...]
@@ -59,6 +60,8 @@ class Workload:
     score_bytes: int = 0
     needs_logits: bool = False
     holds_micro_batches: bool = False
+    holds_all: bool = False
+    waits_twice: bool = False
 
     @property
     def model(self) -> StreamedModel:
@@ -85,7 +88,8 @@ class Placement:
     micro-batches may wait in the sequential order. `chunk` weights are scored at a time (0: nothing is scored).
     Allocations of at least `mapped` bytes give their pages back when they are freed. With `apart` one statistic is held
     at a time, which takes a pass through the block for each. With `trained_apart` the parts of a block are trained one
-    after the other; that changes the result, so a resumed job keeps it.
+    after the other; that changes the result, so a resumed job keeps it. Where `part` is not 0, the experts of a block
+    are read, computed and written in groups of at most so many bytes, and all micro-batches wait for each.
     """
 
     states: str
@@ -97,12 +101,14 @@ class Placement:
     mapped: int
     apart: bool = False
     trained_apart: bool = False
+    part: int = 0
 
     def __str__(self) -> str:
         where = {"device": "in memory", "host": "on the host", "file": "in a file"}[self.states]
         buffers = f"{self.slots} block buffer" + "s" * (self.slots > 1)
         apart = ", statistics one after the other" if self.apart else ""
         apart += ", attention and MLP trained one after the other" if self.trained_apart else ""
+        apart += f", experts in groups of {self.part / 1e6:.0f} MB" if self.part else ""
         return (
             f"hidden states {where}, {buffers}, {self.batch} sequence" + "s" * (self.batch > 1) + " at a time" + apart
         )
@@ -173,6 +179,8 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
     # held micro-batches are freed in another order than they were made, which leaves holes everywhere
     mapped = MAPPED if on_host and not work.holds_micro_batches else MAPPED[1:]
     parts = (False, True) if 0 < work.training_apart < work.training else (False,)
+    limits = (0, *_limits(work)) if not work.training else (0,)
+    apart = (False, True) if 0 < work.statistics_apart < work.statistics else (False,)
     options = (
         Choice((budget.states,) if budget.states else places if work.sequences else ("device",), slower=40),
         Choice((budget.slots,) if budget.slots else (3, 2, 1), slower=12),
@@ -180,13 +188,23 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
         Choice(batches, slower=6),
         Choice(chunks, slower=1),
         Choice(mapped, slower=8),
-        Choice((False, True) if 0 < work.statistics_apart < work.statistics else (False,), slower=50),
+        Choice((True,) if work.holds_all else apart, slower=50),
         Choice(parts if trained_apart is None else (trained_apart,), slower=70),
+        Choice(limits, slower=25),
     )
     for option in product(*(choice.priced() for choice in options)):
-        (where, slots, arriving, size, chunk, mapped_from, *apart), costs = zip(*option, strict=True)
-        if arriving <= slots:
-            yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from, *apart)
+        (where, slots, arriving, size, chunk, mapped_from, *rest), costs = zip(*option, strict=True)
+        held = -(-work.sequences // size) * (1 + work.waits_twice) if work.holds_all or rest[-1] else 0
+        if arriving <= slots and (not rest[-1] or (slots > 1 and (on_host or arriving > 1))):
+            yield sum(costs), Placement(where, slots, arriving, size, held, chunk, mapped_from, *rest)
+
+
+def _limits(work: Workload) -> list[int]:
+    """Sizes of groups of experts that are worth a try: halves of the largest block, down to 1 %."""
+    whole = max(model.part_bytes() for model in work.models)
+    least = max(model.part_bytes(1) for model in work.models)
+    found = [whole >> halved for halved in range(2, 8) if whole >> halved > least]
+    return [*found, least] if least < whole // 2 else []
 
 
 class Sizes:
@@ -197,7 +215,7 @@ class Sizes:
         tensors, skeleton, size = work.model.checkpoint.tensors, work.model.skeleton, work.model.dtype.itemsize
         matrices = skeleton.all_matrices
         widest = max(max(matrix.shape) for matrix in matrices)
-        outside = [tensors[name] for name in set(skeleton.outside().values())]
+        outside = [tensors[name] for name in {name for view in skeleton.outside().values() for name in view.tensors}]
         with_heads = len(work.models) * work.needs_logits  # models whose heads are applied
         self.casts = sum(map(cast_bytes, work.models))
         self.columns = max(matrix.shape[1] for matrix in matrices)
@@ -230,8 +248,9 @@ class Sizes:
         """What a placement needs at its worst moment."""
         work = self.work
         states = (len(work.models) + work.targets) * work.sequences * self.state
-        blocks = placement.slots * work.block_bytes
-        working = self._working(placement, blocks if work.on_host else placement.arriving * work.block_bytes)
+        slot = max(model.part_bytes(placement.part) for model in work.models)
+        blocks = placement.slots * slot
+        working = self._working(placement, blocks if work.on_host else placement.arriving * slot)
         working += states if placement.states == "device" or (work.on_host and placement.states == "host") else 0
         disk = states if placement.states == "file" else 0
         rest = 2 * min(COPIED_PIECE, self.piece)  # for the shard outside the blocks, which is written meanwhile
@@ -257,7 +276,7 @@ class Sizes:
 
 def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Placement:
     """The placement with as many waiting micro-batches as fit in `free` bytes."""
-    if not work.holds_micro_batches:
+    if not work.holds_micro_batches or work.holds_all or placement.part:
         return placement
     micro_batches = -(-work.sequences // placement.batch)
     spare = SPARE_HELD if work.on_host else SPARE_HELD_DEVICE
@@ -268,7 +287,7 @@ def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Plac
 
 def _share_held(work: Workload, placement: Placement) -> float:
     """The share of the micro-batches that do not have to be replayed."""
-    if not work.holds_micro_batches:
+    if not work.holds_micro_batches or work.holds_all or placement.part:
         return 1.0
     return min(1.0, placement.held * placement.batch / work.sequences)
 

@@ -6,8 +6,8 @@ Nothing here depends on a model family: the list of blocks, the matrices and the
 import copy
 import re
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,14 +16,22 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.errors import ModelError, first_line
-from lowmem_wanda.streaming.matrices import LINEARS, Matrix, find_matrices
+from lowmem_wanda.streaming.experts import ONE_BY_ONE, is_experts
+from lowmem_wanda.streaming.layout import View
+from lowmem_wanda.streaming.matrices import Matrix, find_matrices, own_forward, unowned
 from lowmem_wanda.streaming.naming import account, match
+from lowmem_wanda.streaming.tracing import Trace
 
+GENERATES = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|ForImageTextToText")  # classes of models
 PLAIN = (None, "eager", "sdpa")  # ways to compute attention that torch alone has
 MANY = 4096  # layers or experts that are built without a look at the tensors
 COUNTS = re.compile(r"(^|_)(n|num|encoder|decoder)_(\w+_)*(layer|block|expert)s?$")  # keys that say how many
@@ -40,26 +48,48 @@ logging.set_verbosity_error()  # where a warning of transformers matters, this p
 class Skeleton:
     """A model without weights.
 
-    `names` maps each parameter or buffer of the module to the file tensor it is loaded from; tied ones share a tensor.
-    `path` is that of the list of decoder blocks, and `blocks` are its members. `untouched` are file tensors that the
-    model knows but does not load.
+    `names` maps each parameter or buffer of the module to the file tensors it lies in; tied ones share them. `path` is
+    that of the list of decoder blocks, and `blocks` are its members. `untouched` are file tensors that the model knows
+    but does not load. `sizes` are the numbers of values of all file tensors. `traces` are those of the blocks that were
+    called so far.
     """
 
     model: nn.Module
-    names: dict[str, str]
+    names: dict[str, View]
     path: str
     blocks: tuple[nn.Module, ...]
     untouched: tuple[str, ...]
+    sizes: Mapping[str, int]
+    traces: dict[int, Trace] = field(default_factory=dict)
 
-    def block_tensors(self, index: int) -> dict[str, str]:
-        """{parameter or buffer, relative to the block: file tensor} of one block."""
-        prefix = f"{self.path}.{index}."
-        return {name.removeprefix(prefix): tensor for name, tensor in self.names.items() if name.startswith(prefix)}
+    @cached_property
+    def views(self) -> tuple[dict[str, View], ...]:
+        """{parameter or buffer, relative to the block: where it lies} of each block."""
+        found: list[dict[str, View]] = [{} for _ in self.blocks]
+        for name, view in self.names.items():
+            if name.startswith(f"{self.path}."):
+                index, _, rest = name.removeprefix(f"{self.path}.").partition(".")
+                found[int(index)][rest] = view
+        return tuple(found)
 
     @cached_property
     def matrices(self) -> tuple[tuple[Matrix, ...], ...]:
-        """The matrices of each block."""
-        return tuple(find_matrices(block, self.block_tensors(index)) for index, block in enumerate(self.blocks))
+        """The matrices of each block, as far as its modules show; `tracing` says which of them are pruned."""
+        return tuple(
+            find_matrices(block, views, self.sizes) for block, views in zip(self.blocks, self.views, strict=True)
+        )
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether blocks are of linears alone, so that what is a matrix is known without a trace."""
+        return not any(
+            unowned(block) or any(is_experts(module) or own_forward(module) for module in block.modules())
+            for block in self.blocks
+        )
+
+    def shares(self, index: int) -> Mapping[str, float]:
+        """{module of experts: the share of its experts that each token is given to} of a block, once it is traced."""
+        return self.traces[index].shares if index in self.traces else {}
 
     @property
     def all_matrices(self) -> list[Matrix]:
@@ -97,15 +127,20 @@ class Skeleton:
         return found
 
     @property
+    def sees_images(self) -> bool:
+        """Whether the model takes images, too, by its configuration."""
+        return getattr(self.model.config, "vision_config", None) is not None
+
+    @property
     def attention_heads(self) -> int:
         """The number of heads whose (length, length) scores are held at once; 0 where attention computes in pieces."""
         config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
         eager = getattr(config, "_attn_implementation", None) == "eager"
         return int(getattr(config, "num_attention_heads", 0) or 0) if eager else 0
 
-    def outside(self) -> dict[str, str]:
-        """{parameter or buffer: file tensor} of all that lies outside the blocks."""
-        return {name: tensor for name, tensor in self.names.items() if not name.startswith(f"{self.path}.")}
+    def outside(self) -> dict[str, View]:
+        """{parameter or buffer: where it lies} of all that lies outside the blocks."""
+        return {name: view for name, view in self.names.items() if not name.startswith(f"{self.path}.")}
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
@@ -117,15 +152,15 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     model = _build(checkpoint, dtype, trust_remote_code)
     names, unexpected = match(model, checkpoint)
     blocks = _find_blocks(model)
-    _require_no_experts(model, blocks)
     untouched = account(model, checkpoint, names, unexpected, blocks)
-    return Skeleton(model, names, blocks, tuple(model.get_submodule(blocks)), untouched)  # type: ignore[arg-type]
+    sizes = {name: tensor.numel for name, tensor in checkpoint.tensors.items()}
+    return Skeleton(model, names, blocks, tuple(model.get_submodule(blocks)), untouched, sizes)  # type: ignore[arg-type]
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     declared = checkpoint.config().get("architectures") or []
     declared = declared if isinstance(declared, list) else [declared]
-    if declared and not any(re.search(r"ForCausalLM|LMHeadModel", str(name)) for name in declared):
+    if declared and not any(GENERATES.search(str(name)) for name in declared):
         raise ModelError(f"config.json: {declared[0]} is not a causal language model; only those are pruned")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -133,15 +168,29 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         if getattr(config, "_attn_implementation", None) not in PLAIN:
             config._attn_implementation = None  # an optional package, or code that would be looked up on the network
         with BUILDING, init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = _class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except (*BUILD_ERRORS, StrictDataclassError) as error:
         raise ModelError(
             f"config.json: transformers cannot build a causal language model of it ({first_line(error)})"
         ) from None
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation(ONE_BY_ONE)
     built: nn.Module = model.eval().requires_grad_(False)
     return built
+
+
+def _class_for(config: Any) -> Any:
+    """The automatic class that knows a configuration's type: of causal language models, or of those that see images.
+
+    Raises ModelError for an encoder and a decoder.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"config.json: {config.model_type} is an encoder and a decoder; only decoders are pruned")
+    of_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    only_images = config.model_type in of_images and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if only_images else AutoModelForCausalLM
 
 
 def _require_sane(config: Any, checkpoint: Checkpoint) -> None:
@@ -196,28 +245,3 @@ def _called_on_text(model: nn.Module, lists: list[str]) -> set[str]:
     except Exception:  # what a model's own code raises is not known; some of it needs data
         pass
     return called
-
-
-def _require_no_experts(model: nn.Module, blocks: str) -> None:
-    """Raises ModelError for experts: linears in a list, or a matrix that neither a linear nor an embedding owns.
-
-    A parameter of several dimensions with as few values as a vector is none, such as a norm's weight for each head.
-    """
-    stack = model.get_submodule(blocks)
-    shapes = [module.weight.shape for module in stack.modules() if isinstance(module, LINEARS)]
-    widest = max((size for shape in shapes for size in shape), default=0)
-    for path, module in stack.named_modules():
-        experts = isinstance(module, nn.ModuleList) and any(isinstance(part, LINEARS) for part in module.modules())
-        known = isinstance(module, (*LINEARS, nn.Embedding))
-        matrices = [] if known else list(_matrices(module, widest))
-        if (experts and path) or matrices:
-            name = ".".join([blocks, path, *matrices[:1]])
-            raise ModelError(
-                f"{name}: mixture-of-experts and other blocks with matrices outside linear layers are not supported yet"
-            )
-
-
-def _matrices(module: nn.Module, widest: int) -> Iterator[str]:
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim > 1 and parameter.numel() > widest:
-            yield name

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from lowmem_wanda.streaming.decoder import Block
+from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.outside import get
 
 
@@ -45,7 +45,7 @@ class TrainableBlock:
             weights[name] = rounded.to(block.dtype)
         args, kwargs = block.arguments(states)
         hidden = states.to(block.device)
-        named = {path: weights[name] for path, name in block.parameters.items()}
+        named = {path: view.made_of(weights) for path, view in block.views.items()}
         output = functional_call(block.module, named, (hidden, *args), kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
 
@@ -58,7 +58,7 @@ class TrainableBlock:
         """Gives the block's stored weights the values of the trained ones, rounded, and its casts of them."""
         for name, weight in self.weights.items():
             self.block.stored[name].copy_(weight.detach())
-        for path, name in self.block.parameters.items():
-            cast = get(self.block.module, path)
-            if name in self.weights and cast.data_ptr() != self.block.stored[name].data_ptr() and not cast.is_meta:
-                cast.copy_(self.block.stored[name])
+        for path, view in self.block.views.items():
+            cast, stored = get(self.block.module, path), view.of(self.block.stored)
+            if not self.weights.keys().isdisjoint(view.tensors) and cast.data_ptr() != stored.data_ptr():
+                cast.copy_(stored)

@@ -2,8 +2,10 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +15,79 @@ import torch
 from torch import nn
 
 from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.streaming.buffers import BlockBuffers, Write, hidden_states
+from lowmem_wanda.streaming.block import Block
+from lowmem_wanda.streaming.buffers import BlockBuffers, Piece, Slot, Write
 from lowmem_wanda.streaming.containers import folder_on_disk
-from lowmem_wanda.streaming.decoder import Block, Decoder
-from lowmem_wanda.streaming.matrices import Trace
+from lowmem_wanda.streaming.decoder import Decoder
+from lowmem_wanda.streaming.experts import Watch, is_experts
+from lowmem_wanda.streaming.flows import GROUP, Flows
+from lowmem_wanda.streaming.matrices import OF_EXPERTS, Matrix
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
+from lowmem_wanda.streaming.parts import Part
 from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, limited, return_freed, timing
+from lowmem_wanda.streaming.states import hidden_states
+from lowmem_wanda.streaming.tracing import Trace
 
 MicroBatches = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
-Source = Callable[[int], list[Tensor]]  # block index -> the file tensors that are read for it
+Source = Callable[[int], Mapping[str, Tensor] | None]  # block index -> the file tensors that are read for it, by name
 Step = Callable[[Block, MicroBatches], Write | None]
 Arrived = Callable[[str, torch.Tensor], None]  # path of a module, its inputs
 Notify = Callable[[dict[str, Any]], None]  # called with a record of what begins, or of a finished block
 
 
+@dataclass(frozen=True)
+class Observe:
+    """How experts are observed: `every` one on all tokens, or each on its own, `weighted` by its routing weight."""
+
+    every: bool = False
+    weighted: bool = False
+
+
 def ignore(record: dict[str, Any]) -> None:
     """A Notify that does nothing."""
+
+
+class Groups:
+    """The groups of experts of a block that are still `coming`, one of which is loaded at a time.
+
+    `write` is the function that writes a group when it has been computed; None for one that is not written.
+    """
+
+    def __init__(self, decoder: Decoder, parts: Sequence[Part], slots: Iterator[Slot], buffers: BlockBuffers) -> None:
+        self.coming = deque(parts)
+        self.write: Callable[[Part], Write] | None = None
+        self.loaded: Callable[[], None] = lambda: None  # called when a group is loaded
+        self.loads = 0
+        self._decoder, self._slots, self._buffers = decoder, slots, buffers
+        self._now: tuple[Part, Slot, Block] | None = None
+        self.block: Block | None = None
+
+    def load(self) -> Part:
+        """Releases the group that is loaded, if one is, and loads the next."""
+        self.release()
+        part, slot = self.coming.popleft(), next(self._slots)
+        self.loads += 1
+        assert self.block is not None
+        self._decoder.load_group(self.block, part, slot.stored)
+        self._now = part, slot, self.block
+        self.loaded()
+        return part
+
+    def release(self) -> None:
+        """Takes the group that is loaded out of the model, and has it written."""
+        if self._now is not None:
+            part, slot, block = self._now
+            self._decoder.release_group(block, part, slot.stored)
+            self._buffers.release(slot, self.write(part) if self.write is not None else None)
+            self._now = None
+
+    def finish(self) -> None:
+        """Releases what is loaded; groups that nobody asked for pass by."""
+        while self.coming:
+            self.load()
+        self.release()
 
 
 class Stream:
@@ -47,8 +104,9 @@ class Stream:
         buffers: BlockBuffers,
         peak: Peak,
         allocate: Any,
+        limit: int,
     ) -> None:
-        self.decoders, self.batches, self.buffers, self.peak = decoders, batches, buffers, peak
+        self.decoders, self.batches, self.buffers, self.peak, self.limit = decoders, batches, buffers, peak, limit
         self.states: list[MicroBatches] = []
         self.spent: dict[str, float] = {}
         self._allocate, self._start = allocate, time.perf_counter()
@@ -57,19 +115,29 @@ class Stream:
         """Takes all models through the blocks `indices` (default: all), one block of every model at a time.
 
         There is a step for each model. It works on a block and the model's hidden states, and gives back the function
-        that writes the block, or None. `source` gives the tensors that a block is read from (default: those of the
-        model's checkpoint). While a step works, the next block is read and the one before is written.
+        that writes the block, or None. `source` gives the tensors that a block is read from (default, and for None:
+        those of the model's checkpoint). While a step works, the next block is read and the one before is written.
         """
         if self.batches and not self.states:
             self._embed()
         models = list(zip(self.decoders, self.states or [[] for _ in self.decoders], steps, strict=True))
         indices = range(self.decoders[0].depth) if indices is None else indices
         visits = [(*model, index) for index in indices for model in models]
-        blocks = (source(index) if source else decoder.model.block_tensors(index) for decoder, _, _, index in visits)
-        for (decoder, states, step, index), slot in zip(visits, self.buffers.prefetch(blocks), strict=True):
-            block = decoder.load(index, slot.stored)
+        coming: deque[list[Part]] = deque()
+
+        def pieces() -> Iterator[Sequence[Piece]]:
+            for decoder, _, _, index in visits:
+                coming.append(decoder.model.parts(index, self.limit, source(index) if source else None))
+                yield from (part.pieces for part in coming[-1])
+
+        slots = self.buffers.prefetch(pieces())
+        for decoder, states, step, index in visits:
+            slot = next(slots)
+            groups = Groups(decoder, coming.popleft()[1:], slots, self.buffers)
+            block = decoder.load(index, slot.stored, groups)
             with blamed(decoder.model, index):
                 write = step(block, states)
+                groups.finish()
             decoder.release(block)
             self.buffers.release(slot, write)
             return_freed()
@@ -130,10 +198,26 @@ def streamed(
         stack.enter_context(limited(device, budget.max_vram, placement.mapped))
         peak = stack.enter_context(Peak(device))
         decoders = [stack.enter_context(Decoder(model)) for model in models]
-        nbytes = max(model.block_bytes for model in models)
+        nbytes = max(model.part_bytes(placement.part) for model in models)
         number = placement.slots, placement.arriving
         buffers = BlockBuffers(device, nbytes, *number, budget.read, peak.count_not_locked)
-        yield Stream(decoders, batches, stack.enter_context(buffers), peak, allocate)
+        yield Stream(decoders, batches, stack.enter_context(buffers), peak, allocate, placement.part)
+
+
+def prunable(model: StreamedModel) -> tuple[tuple[Matrix, ...], ...]:
+    """The matrices of each block that may be pruned. Where blocks are not of linears alone, they are traced for it.
+
+    Raises ModelError where it is not known what a matrix is.
+    """
+    if model.skeleton.is_plain:
+        return model.skeleton.matrices
+    traces = model.skeleton.traces or require_chain(model, np.zeros((1, 4), dtype=np.int64))
+    return tuple(traces[index].matrices for index in range(model.depth))
+
+
+def left_dense(model: StreamedModel) -> dict[str, str]:
+    """{file tensor: why} of the matrices in blocks that are never pruned, as far as blocks are traced."""
+    return {name: why for trace in model.skeleton.traces.values() for name, why in trace.dense.items()}
 
 
 def require_chain(model: StreamedModel, tokens: np.ndarray) -> dict[int, Trace]:
@@ -141,15 +225,22 @@ def require_chain(model: StreamedModel, tokens: np.ndarray) -> dict[int, Trace]:
 
     Raises ModelError unless blocks are a chain (see `calls`).
     """
-    with torch.no_grad(), Decoder(model) as decoder:
+    elsewhere = model.budget.free_vram is not None  # the GPU is one of a machine that is not here
+    here = replace(model, device=torch.device("cpu")) if elsewhere else model
+    with torch.no_grad(), Decoder(here) as decoder:
         decoder.embed([tokens[:1]])
-        return decoder.traces
+    return model.skeleton.traces
 
 
 def advance(block: Block, states: MicroBatches) -> None:
-    """Replaces the hidden states by the block's output."""
-    for micro_batch in states:
-        forward_in_place(block, micro_batch)
+    """Replaces the hidden states by the block's output. Where experts come in groups, micro-batches wait for each."""
+    if not block.groups.coming:
+        for micro_batch in states:
+            forward_in_place(block, micro_batch)
+        return
+    flows = Flows(partial(forward_in_place, block), states)
+    while flows.go_on() == GROUP:
+        block.groups.load()
 
 
 def forward_in_place(block: Block, micro_batch: torch.Tensor) -> None:
@@ -158,14 +249,47 @@ def forward_in_place(block: Block, micro_batch: torch.Tensor) -> None:
 
 
 @contextmanager
-def watched(block: Block, modules: Collection[str], arrived: Arrived) -> Iterator[None]:
-    """Calls `arrived` with the path and the inputs of each of the block's `modules`, before the module computes."""
+def watched(block: Block, names: Collection[str], arrived: Arrived, observe: Observe = Observe()) -> Iterator[None]:
+    """Calls `arrived` with each of the `names` of inputs of the block's matrices and the inputs, before it computes.
+
+    How experts are observed, `observe` says.
+    """
+    wanted = set(names)
 
     def before(path: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         arrived(path, inputs[0])
 
+    def saw(name: str, expert: int, inputs: torch.Tensor) -> None:
+        if f"{name}[{expert}]" in wanted:
+            arrived(f"{name}[{expert}]", inputs)
+
     with ExitStack() as stack:
-        for path in modules:
-            module = block.module.get_submodule(path)
-            stack.callback(module.register_forward_pre_hook(partial(before, path)).remove)
+        for path, module in block.module.named_modules():
+            if path in wanted:
+                stack.callback(module.register_forward_pre_hook(partial(before, path)).remove)
+            elif is_experts(module) and any(
+                name.startswith(f"{path}.") or name == path + OF_EXPERTS for name in wanted
+            ):
+                observers = module.__dict__.setdefault("observers", [])
+                observers.append(_Experts(path, wanted, arrived, observe))
+                stack.callback(observers.pop)
+        if any(name.startswith(f"{one}[") for one in block.stacks for name in wanted):
+            stack.enter_context(Watch(block.module, block.stacks, saw, block.cast_again))
         yield
+
+
+class _Experts:
+    """Tells what the experts at `path` are given."""
+
+    def __init__(self, path: str, wanted: Collection[str], arrived: Arrived, observe: Observe) -> None:
+        self.path, self.wanted, self._arrived, self._observe = path, wanted, arrived, observe
+        self.every = observe.every
+
+    def entered(self, hidden: torch.Tensor, index: torch.Tensor) -> None:
+        if (name := self.path + OF_EXPERTS) in self.wanted:
+            self._arrived(name, hidden)
+
+    def arrived(self, parameter: str, expert: int, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
+        if (name := f"{self.path}.{parameter}[{expert}]") in self.wanted:
+            weighted = inputs * weights if self._observe.weighted and weights is not None else inputs
+            self._arrived(name, weighted)

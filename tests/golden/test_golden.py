@@ -37,7 +37,7 @@ def test_no_bit_differs_from_the_papers_mask(shared, tmp_path, method, pattern, 
 @pytest.mark.parametrize(
     ("method", "pattern", "file", "least"),
     [
-        ("sparsegpt", "50%", "sparsegpt_unstructured", 0.9999),
+        ("sparsegpt", "50%", "sparsegpt_unstructured", 0.999),  # an Intel CPU: 0 bits differ, an AMD one 0.017 %
         ("sparsegpt", "2:4", "sparsegpt_2of4", 0.995),  # bits depend on the library and the number of threads
         ("wanda-variant", "50%", "wanda_variant_unstructured", 0.9999),
     ],

@@ -8,7 +8,8 @@ import torch
 
 from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.errors import CheckpointError, OutputError
-from lowmem_wanda.streaming.buffers import BlockBuffers, hidden_states
+from lowmem_wanda.streaming.buffers import BlockBuffers
+from lowmem_wanda.streaming.states import hidden_states
 
 CPU = torch.device("cpu")
 
@@ -20,8 +21,8 @@ def blocks(tmp_path):
     file.write_bytes(b"".join(np.full(8, index, "<f4").tobytes() for index in range(9)))
     return [
         [
-            Tensor("a", file, "F32", (2, 3), 32 * index, 24),
-            Tensor("b", file, "F32", (2,), 32 * index + 24, 8),
+            (Tensor("a", file, "F32", (2, 3), 32 * index, 24),),
+            (Tensor("b", file, "F32", (2,), 32 * index + 24, 8),),
         ]
         for index in range(9)
     ]
@@ -96,7 +97,7 @@ def test_what_the_writer_raises_ends_the_walk(blocks, hosts):
 def test_what_the_reader_raises_comes_with_its_block(blocks):
     seen = 0
     with pytest.raises(CheckpointError, match="cut short"), BlockBuffers(CPU, 128) as ring:
-        blocks[2][0].file.write_bytes(bytes(64))
+        blocks[2][0][0].file.write_bytes(bytes(64))
         for slot in ring.prefetch(blocks):
             seen += 1
             ring.release(slot, None)

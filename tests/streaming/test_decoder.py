@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import EXPERTS, FAMILIES, opened, save_tiny
+from helpers import EXPERTS, FAMILIES, opened
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_wanda import prune
 from lowmem_wanda.data.calibration import in_batches
-from lowmem_wanda.errors import ModelError
 from lowmem_wanda.streaming.head import Head
 from lowmem_wanda.streaming.placement import Workload, choose
 from lowmem_wanda.streaming.walk import advance, streamed
@@ -44,10 +43,11 @@ def whole_model_wanda(model, blocks, tokens, kept=2, of=4):
     return outputs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_streamed_logits_are_the_whole_models(tiny, token_file, family):
     path, tokens = tiny(family), np.load(token_file)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.set_experts_implementation("eager")
     streamed_model = opened(path, batch=BATCH)
     placement, _ = choose(Workload((streamed_model,), *tokens.shape))
     with streamed(streamed_model, batches=in_batches(tokens, BATCH), placement=placement) as stream:
@@ -73,9 +73,3 @@ def test_pruned_weights_are_a_whole_model_wandas(tiny, token_file, tmp_path, fam
     expected = model.state_dict()
     for name, weight in pruned.state_dict().items():
         assert torch.equal(weight, expected[name]), name
-
-
-@pytest.mark.parametrize("family", EXPERTS)
-def test_experts_are_refused_not_skipped(tmp_path, family):
-    with pytest.raises(ModelError, match="not supported yet"):
-        prune(save_tiny(tmp_path / "source", family), tmp_path / "out", method="magnitude")

@@ -16,10 +16,11 @@ from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.evaluation import likelihood
 from lowmem_wanda.evaluation.likelihood import Batch, token_likelihoods
 from lowmem_wanda.streaming import containers, walk
-from lowmem_wanda.streaming.buffers import BlockBuffers, hidden_states
+from lowmem_wanda.streaming.buffers import BlockBuffers
 from lowmem_wanda.streaming.model import find_dtype
 from lowmem_wanda.streaming.placement import Workload, choose
 from lowmem_wanda.streaming.resources import Peak, host_memory, limited
+from lowmem_wanda.streaming.states import hidden_states
 
 SECOND = torch.device("cuda", 1)
 
