@@ -33,10 +33,10 @@ THIRD = {  # a star: within a function, so that the package is needed only where
     "sparsity": {"torch", "numpy", "triton", "*triton"},
     "checkpoint": {"numpy", "blake3"},
     "data": {"numpy", "*compression", "*datasets", "*pyarrow", "*zstandard"},
-    "streaming": {"torch", "numpy", "transformers", "accelerate", "huggingface_hub", "psutil", "*peft"},
+    "streaming": {"torch", "numpy", "transformers", "accelerate", "huggingface_hub", "psutil", "*greenlet", "*peft"},
     "llamacpp": {"numpy", "torch", "*gguf"},
     "evaluation": {"torch", "numpy", "lm_eval", "jinja2", "tqdm"},
-    "pruning": {"torch", "numpy", "*greenlet"},
+    "pruning": {"torch", "numpy"},
     "cli": {"*rich", "*matplotlib", "*psutil"},
 }
 ONLY = {  # packages that some modules of a room alone may import

@@ -9,7 +9,7 @@ from lowmem_wanda.data.calibration import Calibration, calibrate, require_counts
 from lowmem_wanda.errors import CalibrationError, PatternError
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES
-from lowmem_wanda.pruning.passes import OfExperts
+from lowmem_wanda.pruning.experts import OfExperts
 from lowmem_wanda.sparsity import GROUPS
 from lowmem_wanda.sparsity.methods.known import find_method
 from lowmem_wanda.sparsity.methods.method import Method

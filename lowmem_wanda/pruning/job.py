@@ -26,7 +26,7 @@ from lowmem_wanda.pruning.choices import (
     require_use_of_norms,
 )
 from lowmem_wanda.pruning.demand import demand
-from lowmem_wanda.pruning.passes import MIN_TOKENS, OfExperts
+from lowmem_wanda.pruning.experts import MIN_TOKENS, OfExperts
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured
 from lowmem_wanda.sparsity.statistics import SquaredNorm

@@ -11,7 +11,6 @@ sequential   Each matrix is measured on the outputs of the matrices before it, w
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,33 +18,16 @@ import torch
 from torch import nn
 
 from lowmem_wanda.llamacpp.collect import InputSums
+from lowmem_wanda.pruning.experts import USUAL, OfExperts
 from lowmem_wanda.sparsity.methods.method import Statistic
 from lowmem_wanda.streaming.block import Block, Stop
 from lowmem_wanda.streaming.flows import GROUP, INPUTS, Flows, current, wait
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.resources import Clock
-from lowmem_wanda.streaming.walk import MicroBatches, Observe, advance, forward_in_place, watched
+from lowmem_wanda.streaming.walk import Arrived, MicroBatches, advance, forward_in_place, watched
 
 Prune = Callable[[Matrix, Any, dict[str, Any]], None]  # a matrix, the statistic of its inputs, notes for its record
 EYE = 256  # rows of an identity that are made at a time
-MIN_TOKENS = 8  # an expert that saw fewer is scored by more than its own
-
-
-@dataclass(frozen=True)
-class OfExperts:
-    """How experts are measured: below `min_tokens` by all tokens of their layer; for the rest see `Observe`."""
-
-    min_tokens: int = MIN_TOKENS
-    observe: Observe = Observe()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What of it can change the result, as it stands in job.json."""
-        return {
-            "min_tokens": self.min_tokens,
-            "all_experts": self.observe.every,
-            "gate_weighted": self.observe.weighted,
-        }
 
 
 class Passes:
@@ -54,8 +36,8 @@ class Passes:
     Matrices of the same inputs share a statistic (4 for the 7 matrices of a Llama block). A pass ends at the last
     inputs that are measured, unless the hidden states move on. With `apart` one statistic is held at a time, or those
     of one expert. `sums` listens to the block that moves them on: the pruned block, or in the dense order the dense
-    one. After `run`, `count` is the computing in matrices, in units of one pass of all sequences through the whole
-    block, and `clock` has the seconds of the parts measure, prune and onward.
+    one. After `run`, `count` is the computing in matrices, in passes of all sequences through the whole block, and
+    `clock` has the seconds of the parts measure, prune and onward.
     """
 
     def __init__(
@@ -67,7 +49,7 @@ class Passes:
         prune: Prune,
         sums: InputSums,
         apart: bool = False,
-        experts: OfExperts = OfExperts(),
+        experts: OfExperts = USUAL,
     ) -> None:
         self.block, self.states, self.prune, self.sums, self.apart = block, states, prune, sums, apart
         self.clock, self.experts = Clock(block.device), experts
@@ -110,8 +92,7 @@ class Passes:
         so all are those of the dense block, and the result is the same to the bit. Where there are experts, `apart`
         measures one after the other in one pass, in which all micro-batches wait for each.
         """
-        experts = any(matrices and matrices[0].expert is not None for matrices in self.groups.values())
-        if self.block.groups.coming or (self.apart and experts):
+        if self.block.groups.coming or (self.apart and any(name.endswith("]") for name in self.groups)):
             self._in_stages(self._stages(), False, moves_on, len(self.states))
         elif self.apart:
             for name in reversed(self.groups):
@@ -170,31 +151,14 @@ class Passes:
     ) -> None:
         """Measures the inputs stage after stage, and prunes their matrices before those of the next are measured.
 
-        A micro-batch runs to the first inputs of the next stage and waits there in a greenlet, or it is replayed from
-        the block's start. `on_arrival` it waits before it goes on with the matrices, which are pruned meanwhile, so
-        that all that follows is computed with pruned ones. Else it goes through the dense ones first. With `again` it
-        goes through the pruned block too, one stage behind, and the output replaces the hidden states.
+        A micro-batch runs to the first inputs of the next stage and waits there, or it is replayed from the start.
+        `on_arrival` it waits before it goes on with the matrices, which are pruned meanwhile. Else it goes through the
+        dense ones first, and with `again` through the pruned block too, one stage behind, whose output moves on.
         """
-        now, closed, last = set[str](), set[str](), stages[-1][-1]
+        now, closed, end = set[str](), set[str](), "" if on_arrival or moves_on else stages[-1][-1]
         measuring = Flows(self._forward, self.states[:held])
         following = Flows(self._forward, self.states if again else ())
-
-        def arrived(name: str, inputs: torch.Tensor) -> None:
-            flow = current()
-            if flow in following:
-                while name not in closed:
-                    wait(INPUTS)
-                return
-            if name in closed:
-                return
-            if not on_arrival and name not in now:
-                wait(INPUTS)
-            self._add(name, inputs)
-            if flow not in measuring or (not on_arrival and not moves_on and name == last):
-                raise Stop
-            if on_arrival:
-                wait(INPUTS)
-
+        arrived = self._arrival(measuring, following, (now, closed), on_arrival, end)
         with watched(self.block, self.groups, arrived, self.experts.observe):
             for stage in stages:
                 now.update(stage)
@@ -213,6 +177,33 @@ class Passes:
                 for micro_batch in self.states[held:] if moves_on else ():
                     self._forward(micro_batch)
                 measuring.end()
+
+    def _arrival(
+        self, measuring: Flows, following: Flows, stages: tuple[set[str], set[str]], on_arrival: bool, end: str
+    ) -> Arrived:
+        """What happens when inputs arrive, with those of this stage and of the ones before it in `stages`.
+
+        A forward that nothing follows stops at the inputs `end`, and so does a replay where it has measured.
+        """
+        now, closed = stages
+
+        def arrived(name: str, inputs: torch.Tensor) -> None:
+            flow = current()
+            if flow in following:
+                while name not in closed:
+                    wait(INPUTS)
+                return
+            if name in closed:
+                return
+            if not on_arrival and name not in now:
+                wait(INPUTS)
+            self._add(name, inputs)
+            if flow not in measuring or name == end:
+                raise Stop
+            if on_arrival:
+                wait(INPUTS)
+
+        return arrived
 
     def _go_on(self, flows: Flows, following: Flows | None = None, names: Collection[str] = ()) -> None:
         """Lets micro-batches go on to where inputs are measured, or to the end, and loads the groups they wait for.

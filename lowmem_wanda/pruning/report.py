@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from lowmem_wanda.checkpoint.checksum import checksum_in
 from lowmem_wanda.checkpoint.directory import seen_share
 from lowmem_wanda.checkpoint.output import FORMAT
+from lowmem_wanda.pruning.experts import OfExperts
 from lowmem_wanda.pruning.job import PruneJob
-from lowmem_wanda.pruning.passes import OfExperts
 from lowmem_wanda.pruning.records import Left, PruneReport, Summary
 from lowmem_wanda.streaming.model import versions
 from lowmem_wanda.streaming.resources import Peak

@@ -117,6 +117,12 @@ class StreamedModel:
         inside = {tensor.name for index in range(self.depth) for tensor in self.block_tensors(index)}
         return [tensor for tensor in self.checkpoint.tensors.values() if tensor.name not in inside]
 
+    def group_limits(self) -> list[int]:
+        """Sizes of groups of experts that are worth a try, in bytes: halves of the largest block, down to 1 %."""
+        whole, least = self.part_bytes(), self.part_bytes(1)
+        found = [whole >> halved for halved in range(2, 8) if whole >> halved > least]
+        return [*found, least] if least < whole // 2 else []
+
     @property
     def block_bytes(self) -> int:
         """The bytes that the largest block takes in a buffer."""

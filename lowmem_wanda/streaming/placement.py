@@ -69,11 +69,6 @@ class Workload:
         return self.models[-1]
 
     @property
-    def block_bytes(self) -> int:
-        """The bytes of the largest block of any model."""
-        return max(model.block_bytes for model in self.models)
-
-    @property
     def on_host(self) -> bool:
         """Whether the host computes."""
         return self.model.device.type == "cpu"
@@ -179,7 +174,7 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
     # held micro-batches are freed in another order than they were made, which leaves holes everywhere
     mapped = MAPPED if on_host and not work.holds_micro_batches else MAPPED[1:]
     parts = (False, True) if 0 < work.training_apart < work.training else (False,)
-    limits = (0, *_limits(work)) if not work.training else (0,)
+    limits = (0, *work.model.group_limits()) if not work.training else (0,)
     apart = (False, True) if 0 < work.statistics_apart < work.statistics else (False,)
     options = (
         Choice((budget.states,) if budget.states else places if work.sequences else ("device",), slower=40),
@@ -195,16 +190,8 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
     for option in product(*(choice.priced() for choice in options)):
         (where, slots, arriving, size, chunk, mapped_from, *rest), costs = zip(*option, strict=True)
         held = -(-work.sequences // size) * (1 + work.waits_twice) if work.holds_all or rest[-1] else 0
-        if arriving <= slots and (not rest[-1] or (slots > 1 and (on_host or arriving > 1))):
+        if arriving <= slots and (not rest[-1] or (slots > 1 and on_host) or arriving > 1):
             yield sum(costs), Placement(where, slots, arriving, size, held, chunk, mapped_from, *rest)
-
-
-def _limits(work: Workload) -> list[int]:
-    """Sizes of groups of experts that are worth a try: halves of the largest block, down to 1 %."""
-    whole = max(model.part_bytes() for model in work.models)
-    least = max(model.part_bytes(1) for model in work.models)
-    found = [whole >> halved for halved in range(2, 8) if whole >> halved > least]
-    return [*found, least] if least < whole // 2 else []
 
 
 class Sizes:
@@ -222,7 +209,7 @@ class Sizes:
         self.piece = min(PIECE, max(tensor.nbytes for tensor in tensors.values()))
         self.embedding = max((tensor.numel * size for tensor in outside), default=0) + 3 * self.piece
         self.state = work.length * skeleton.width * size  # of one sequence
-        self.heads = with_heads * head_bytes(work.block_bytes)
+        self.heads = with_heads * head_bytes(max(model.block_bytes for model in work.models))
         self.kept = with_heads * work.sequences * work.length * work.token_bytes
         self.inner = work.length * widest * size
         self.attention = skeleton.attention_heads * work.length**2 * (size + 8)

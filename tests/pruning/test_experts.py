@@ -14,7 +14,8 @@ from lowmem_wanda import check, evaluate, imatrix, prune, survive
 from lowmem_wanda.data.calibration import in_batches
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.llamacpp.imatrix import read
-from lowmem_wanda.pruning.passes import OfExperts, Passes
+from lowmem_wanda.pruning.experts import OfExperts
+from lowmem_wanda.pruning.passes import Passes
 from lowmem_wanda.sparsity.gram import Gram
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.placement import Workload, choose
