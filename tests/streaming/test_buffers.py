@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_no_hidden_states(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowmem_wanda.streaming.buffers.preallocate", full)
+    monkeypatch.setattr("lowmem_wanda.streaming.states.preallocate", full)
     with (
         pytest.raises(OutputError, match="the disk is full"),
         hidden_states("file", (4, 8), torch.float32, torch.device("cpu"), tmp_path, lambda nbytes: None),
