@@ -173,8 +173,23 @@ VARIANTS: dict[str, dict[str, Any]] = {  # forms of a type that its default is n
 }
 
 
-NEEDS_MORE = """vl:blip vl:blip-2 vl:instructblip vl:instructblipvideo vl:idefics vl:kosmos-2 vl:llama4 vl:pi0 vl:pix2struct
-    vl:pp_formulanet vl:t5gemma2 vl:udop vl:vision-encoder-decoder gemma4_assistant gemma4_unified_assistant""".split()
+NEEDS_MORE = [
+    "vl:blip",
+    "vl:blip-2",
+    "vl:instructblip",
+    "vl:instructblipvideo",
+    "vl:idefics",
+    "vl:kosmos-2",
+    "vl:llama4",
+    "vl:pi0",
+    "vl:pix2struct",
+    "vl:pp_formulanet",
+    "vl:t5gemma2",
+    "vl:udop",
+    "vl:vision-encoder-decoder",
+    "gemma4_assistant",
+    "gemma4_unified_assistant",
+]
 
 
 class NotBuilt(Exception):
