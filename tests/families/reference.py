@@ -34,6 +34,8 @@ def load(path: Path, images: bool) -> nn.Module:
     model, found = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(names) for key, names in found.items() if names and key != "unexpected_keys"}
     assert not wrong, f"transformers loads {path} with {wrong}"
+    for parameter in model.parameters():  # else a mapped file's, at any place: products with one row depend on it
+        parameter.data = parameter.data.clone()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval().requires_grad_(False)
