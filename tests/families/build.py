@@ -363,17 +363,17 @@ def _picked(name: str, value: Any, kept: list[int], depth: int) -> list[Any]:
     return [value[layer] if layer < len(value) else value[-1] for layer in kept]
 
 
-def build(path: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
-    """Saves a random checkpoint of a type in `path`, in small shards. Raises NotBuilt where that fails."""
+def build(path: Path, family: str, dtype: torch.dtype = torch.float32, shard: str = "100KB", **changes: Any) -> Path:
+    """Saves a random checkpoint of a type in `path`, in shards. Raises NotBuilt where that fails."""
     auto = AutoModelForImageTextToText if family.startswith(IMAGES) else AutoModelForCausalLM
     try:
         config = tiny_config(family, **changes)
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = auto.from_config(config, dtype=dtype)
         make_random(model)
         if family not in NEEDS_MORE:  # than text; these must be refused
             run(model)
-        model.save_pretrained(path, max_shard_size="100KB")
+        model.save_pretrained(path, max_shard_size=shard)
         saved = AutoConfig.from_pretrained(path)
         if type(saved) not in auto._model_mapping:
             raise ValueError(f"{auto.__name__} does not know {saved.model_type}, as what it is saved")

@@ -13,12 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from build import IMAGES, known
+from families.build import IMAGES, known
+from families.verify import CRASHED, verify_apart
 from transformers.utils import logging
-from verify import CRASHED, verify_apart
 
 SECONDS = 180  # that a type may take
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def main() -> int:
     """Runs the command line; gives the exit code, 1 where a type is wrong or crashes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help='such as "mixtral", or "vl:llava" for images and text (default: all)')
-    parser.add_argument("--out", type=Path, default=ROOT / "families.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "tests/families/families.json")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the files")
     parser.add_argument("--again", action="store_true", help="also those that --out has already")
     options = parser.parse_args()

@@ -1,7 +1,8 @@
 """One model type, proved: a tiny checkpoint is pruned by the library and compared with a plain whole-model Wanda.
 
 The outcome is "verified", "refused" (in the library's own sentence), "crashed" (with a traceback: a bug of ours),
-"WRONG" (with what differs), or "not built" (with what transformers says).
+"WRONG" (with what differs), "unproved" (transformers itself does not run the model on text), or "not built" (with what
+transformers says).
 """
 
 import json
@@ -14,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from build import IMAGES, SPECIAL, NotBuilt, build
-from reference import load, reference
+from families.build import IMAGES, NEEDS_MORE, SPECIAL, NotBuilt, build
+from families.reference import load, reference
 from safetensors import safe_open
 
 from lowmem_wanda import check, evaluate, prune
@@ -28,6 +29,7 @@ from lowmem_wanda.streaming.placement import Workload, choose
 from lowmem_wanda.streaming.walk import advance, streamed
 
 VERIFIED, REFUSED, CRASHED, WRONG, NOT_BUILT = "verified", "refused", "crashed", "WRONG", "not built"
+UNPROVED = "unproved"
 SEQUENCES, LENGTH, BATCH = 4, 32, 2
 Result = dict[str, Any]
 
@@ -38,7 +40,18 @@ def verify(family: str, folder: Path, dtype: torch.dtype = torch.float32, **chan
         path = build(folder / "source", family, dtype, **changes)
     except NotBuilt as error:
         return {"outcome": NOT_BUILT, "reason": str(error)}
-    return verify_checkpoint(path, folder, family.startswith(IMAGES))
+    found = verify_checkpoint(path, folder, family.startswith(IMAGES))
+    if family in NEEDS_MORE and found["outcome"] == CRASHED and "pruned" in found:
+        return found | {
+            "outcome": UNPROVED,
+            "reason": f"transformers itself does not run it on text alone: {last(found)}",
+        }
+    return found
+
+
+def last(found: Result) -> str:
+    """The last line of a traceback."""
+    return found["reason"].strip().splitlines()[-1]
 
 
 @torch.no_grad()
