@@ -23,7 +23,7 @@ NAMES = {
         text_hidden_size encoder_hidden_size hidden_size_global projection_dim image_text_hidden_size lru_width
         attention_hidden_size adapter_out_dim adapter_in_dim adapter_input_size output_dim decoder_hidden_size vision_hidden_size projector_output_dim
         projector_input_dim vision_output_dim patch_embed_hidden_size projector_hidden_size projection_hidden_dim
-        backbone_hidden_size input_embedding_size output_embedding_size projection_hidden_size merged_hidden_size hidden_sizes""",
+        backbone_hidden_size input_embedding_size output_embedding_size projection_hidden_size merged_hidden_size hidden_sizes moe_hidden_size""",
     48: "embedding_size moe_shared_expert_intermediate_size shared_expert_intermediate_size share_expert_dim "
         "shared_intermediate_size shared_experts_intermediate_size",
     96: """intermediate_size n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim dim_ff dff d_ff d_inner mlp_dim ffn_hidden_size

@@ -1,6 +1,7 @@
 """One model type, proved: a tiny checkpoint is pruned by the library and compared with a plain whole-model Wanda.
 
-The outcome is "verified", "refused" (in the library's own sentence), "crashed" (with a traceback: a bug of ours),
+The outcome is "verified", "refused" (in the library's own sentence), "crashed" (with a traceback, or refused
+after the work: a bug of ours),
 "WRONG" (with what differs), "unproved" (transformers itself does not run the model on text), or "not built" (with what
 transformers says).
 """
@@ -67,6 +68,8 @@ def verify_checkpoint(
             path, out, pattern="2:4", text=ids, sequences=SEQUENCES, length=LENGTH, batch=BATCH, device="cpu"
         )
     except LowmemError as error:
+        if out.exists():
+            return {"outcome": CRASHED, "reason": f"refused after the work: {error}"}
         return {"outcome": REFUSED, "reason": str(error)}
     except Exception:  # which the library must not raise
         return {"outcome": CRASHED, "reason": traceback.format_exc()}
