@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo quick test coverage lint faults fuzz soak benchmarks
+.PHONY: demo quick test coverage lint faults fuzz soak benchmarks families
 demo: $(VENV)/.demo
 	rm -rf demo-pruned demo-pruned-eval
 	$(VENV)/bin/python cli.py prune lowmem_wanda/data/demo demo-pruned --pattern 2:4
@@ -29,6 +29,10 @@ fuzz: $(VENV)/.test
 
 benchmarks: $(VENV)/.test
 	BENCHMARKS=1 $(VENV)/bin/python -m pytest tests/test_benchmarks.py
+
+families: $(VENV)/.test  # half an hour; types that tests/families/families.json has already are not run again
+	-$(VENV)/bin/python tests/families/run.py
+	$(VENV)/bin/python tests/families/table.py
 
 soak: $(VENV)/.test
 	SOAK=300 $(VENV)/bin/python -m pytest tests/test_soak.py
