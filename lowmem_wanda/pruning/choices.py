@@ -18,7 +18,8 @@ from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.flows import require_greenlet
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel
-from lowmem_wanda.streaming.walk import Observe, prunable
+from lowmem_wanda.streaming.walk import prunable
+from lowmem_wanda.streaming.watching import Observe
 
 ZEROS = ("exact", "signed-tiny")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_wanda.streaming.walk import Observe
+from lowmem_wanda.streaming.watching import Observe
 
 MIN_TOKENS = 8  # an expert that saw fewer is scored by more than its own
 

@@ -24,7 +24,8 @@ from lowmem_wanda.streaming.block import Block, Stop
 from lowmem_wanda.streaming.flows import GROUP, INPUTS, Flows, current, wait
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.resources import Clock
-from lowmem_wanda.streaming.walk import Arrived, MicroBatches, advance, forward_in_place, watched
+from lowmem_wanda.streaming.walk import MicroBatches, advance, forward_in_place
+from lowmem_wanda.streaming.watching import Arrived, watched
 
 Prune = Callable[[Matrix, Any, dict[str, Any]], None]  # a matrix, the statistic of its inputs, notes for its record
 EYE = 256  # rows of an identity that are made at a time
@@ -156,10 +157,11 @@ class Passes:
         dense ones first, and with `again` through the pruned block too, one stage behind, whose output moves on.
         """
         now, closed, end = set[str](), set[str](), "" if on_arrival or moves_on else stages[-1][-1]
-        measuring = Flows(self._forward, self.states[:held])
-        following = Flows(self._forward, self.states if again else ())
-        arrived = self._arrival(measuring, following, (now, closed), on_arrival, end)
-        with watched(self.block, self.groups, arrived, self.experts.observe):
+        with ExitStack() as stack:
+            measuring = stack.enter_context(Flows(self._forward, self.states[:held]))
+            following = stack.enter_context(Flows(self._forward, self.states if again else ()))
+            arrived = self._arrival(measuring, following, (now, closed), on_arrival, end)
+            stack.enter_context(watched(self.block, self.groups, arrived, self.experts.observe))
             for stage in stages:
                 now.update(stage)
                 with self.clock.part("measure"), self.sums.pausing(again):
@@ -176,7 +178,6 @@ class Passes:
                     self._go_on(flows)
                 for micro_batch in self.states[held:] if moves_on else ():
                     self._forward(micro_batch)
-                measuring.end()
 
     def _arrival(
         self, measuring: Flows, following: Flows, stages: tuple[set[str], set[str]], on_arrival: bool, end: str

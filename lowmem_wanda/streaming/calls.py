@@ -47,6 +47,10 @@ class Calls:
         """Whether this forward has called all blocks."""
         return len(self.now) == self.depth
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yields the tensors in this forward's calls."""
+        yield from (value for call in self.now for value in _leaves(call) if isinstance(value, torch.Tensor))
+
     def arrive(self, index: int, hidden: torch.Tensor, call: Call) -> None:
         """A block is called. Raises ModelError if it is not its turn, or if these are not the states of the one before.
 

@@ -15,11 +15,11 @@ from torch import nn
 
 from lowmem_wanda.errors import LowmemError, ModelError, first_line, limit_of_machine
 from lowmem_wanda.streaming.block import Block, Stop
-from lowmem_wanda.streaming.buffers import Scratch
 from lowmem_wanda.streaming.calls import Beside, Calls
-from lowmem_wanda.streaming.experts import expert_parameters, is_experts
-from lowmem_wanda.streaming.layout import View
+from lowmem_wanda.streaming.casts import Casts
+from lowmem_wanda.streaming.experts import expert_parameters
 from lowmem_wanda.streaming.model import StreamedModel
+from lowmem_wanda.streaming.numbers import require_known
 from lowmem_wanda.streaming.outside import Outside, get, put
 from lowmem_wanda.streaming.parts import Part, group_view
 from lowmem_wanda.streaming.resources import anonymous, free_memory
@@ -86,6 +86,7 @@ class Decoder:
         for tokens in batches:
             embedded = self._run(tokens)
             if not micro_batches:
+                require_known(self.model, [embedded, *self._calls.tensors()])
                 self._prove(tokens)
                 shape = (sum(tokens.size for tokens in batches), embedded.shape[-1])
                 states = allocate(shape, embedded.dtype) if allocate else embedded.new_empty(shape)
@@ -103,10 +104,10 @@ class Decoder:
         Raises ModelError where the model's own code fails.
         """
         self._final = hidden
-        width = self.skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
-        nothing = torch.zeros(*hidden.shape[:2], int(width), dtype=self.dtype, device=self.device)
-        try:  # with an input that takes no embedding
-            output = self.skeleton.model(inputs_embeds=nothing, use_cache=False)
+        any_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        try:
+            with self._outside.embedding_nothing():
+                output = self.skeleton.model(input_ids=any_ids, use_cache=False)
         except Exception as error:
             raise self._failed(error, "its head cannot be applied alone") from error
         finally:
@@ -117,28 +118,7 @@ class Decoder:
         """The block `index` with its file tensors `stored`, which lie on the device; others come with its `groups`."""
         module, views = self.skeleton.blocks[index], self.skeleton.views[index]
         trace = self.traces.get(index) or Trace(self.skeleton.matrices[index], (), None)
-        owners = {matrix.module for matrix in trace.matrices}
-        on_call: dict[str, dict[str, torch.Tensor]] = {}  # module -> its parameters that are cast at every call
-        small: dict[str, View] = {}
-        for name, view in views.items():
-            owner, _, last = name.rpartition(".")
-            if view.tensor not in stored:
-                continue
-            parameter = view.of(stored)
-            if self._computing(parameter.dtype) == parameter.dtype:
-                put(module, name, parameter)
-            elif owner in owners and parameter.ndim > 1:
-                put(module, name, parameter)
-                on_call.setdefault(owner, {})[last] = parameter
-            else:
-                small[name] = view
-        casts = self._casts.empty({name: (view.shape, self.dtype) for name, view in small.items()})
-        for name, view in small.items():
-            put(module, name, casts[name].copy_(view.of(stored)))
-        for owner, parameters in on_call.items():
-            linear = module.get_submodule(owner)
-            if not is_experts(linear):  # which cast one expert at a time
-                linear.forward = partial(self._cast_and_call, linear, parameters)  # type: ignore[method-assign]
+        self._casts.load(module, views, stored, {matrix.module for matrix in trace.matrices})
         for name, buffer in module.named_buffers():
             if name not in views:
                 put(module, name, buffer.to(self.device))
@@ -174,19 +154,7 @@ class Decoder:
             put(block.module, name, get(block.module, name).to("meta"))
         for module in block.module.modules():
             module.__dict__.pop("pauses", None)
-        for owner in {matrix.module for matrix in block.matrices}:
-            block.module.get_submodule(owner).__dict__.pop("forward", None)
-
-    def _cast_and_call(self, module: nn.Module, stored: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The output of a module's own forward on its weights, which are cast to the computing dtype in one buffer.
-
-        Casting all of a block at once takes two more blocks of memory (bfloat16 weights, float32 computing). Casting at
-        each call takes about 3 % of the time of a matrix product with 1024 tokens on a CPU.
-        """
-        weights = self._cast_weight.empty({name: (weight.shape, self.dtype) for name, weight in stored.items()})
-        for name, weight in stored.items():
-            put(module, name, weights[name].copy_(weight))
-        return type(module).forward(module, *args, **kwargs)
+        self._casts.release(block.module, {matrix.module for matrix in block.matrices})
 
     def _run(self, tokens: np.ndarray, last: torch.Tensor | None = None) -> torch.Tensor:
         """Runs the model's own forward on stubs, up to its head; gives the hidden states before the first block.
@@ -257,9 +225,9 @@ class Decoder:
         if self._final is None:
             self._calls.arrive(index, hidden, (args, kwargs))
             if index not in self.traces:
-                call, sizes = fresh((args, kwargs)), self.skeleton.sizes
+                call, shapes = fresh((args, kwargs)), self.skeleton.shapes
                 matrices, views = self.skeleton.matrices[index], self.skeleton.views[index]
-                self.traces[index] = trace(self.skeleton.blocks[index], matrices, views, sizes, hidden, call)
+                self.traces[index] = trace(self.skeleton.blocks[index], matrices, views, shapes, hidden, call)
         last = index == self.depth - 1
         if self._final is not None:
             output = self._final if last else hidden
@@ -279,10 +247,7 @@ class Decoder:
     def _ids(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self.device)
 
-    def _computing(self, stored: torch.dtype) -> torch.dtype:
-        return self.dtype if stored.is_floating_point else stored
-
     def empty(self) -> None:
         """Drops the weights that were loaded outside the blocks, and the casts of blocks."""
-        self._cast_weight, self._casts = Scratch(self.device), Scratch(self.device)
+        self._casts = Casts(self.device, self.dtype)
         self._outside.empty()

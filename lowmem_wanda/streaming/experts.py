@@ -32,6 +32,11 @@ class Observer(Protocol):
         """Inputs (tokens, columns) of an expert's matrix, each with its routing weight (tokens, 1), arrive."""
 
 
+def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states that a module is called with."""
+    return args[0] if args else kwargs["hidden_states"]  # type: ignore[no-any-return]
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether a module computes experts by the function that is registered here."""
     return all(hasattr(module, name) for name in PROMISED)

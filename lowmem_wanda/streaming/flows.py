@@ -14,7 +14,8 @@ GROUP, INPUTS = "group", "inputs"  # what flows wait for: that experts are loade
 class Flows:
     """Runs `run` on each of some micro-batches, in a greenlet each, so that it can wait within.
 
-    Whatever they wait for, all of them do, because a block computes every micro-batch alike.
+    Whatever they wait for, all of them do, because a block computes every micro-batch alike. Those that still wait when
+    the context is left are ended: a suspended greenlet would hold all that it works on.
     """
 
     def __init__(self, run: Callable[[torch.Tensor], None], states: Iterable[torch.Tensor]) -> None:
@@ -31,8 +32,10 @@ class Flows:
         self.groups += self.reason == GROUP
         return self.reason
 
-    def end(self) -> None:
-        """Ends those that still wait."""
+    def __enter__(self) -> "Flows":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         for flow in self._flows:
             flow.throw(self._greenlet.GreenletExit)
 

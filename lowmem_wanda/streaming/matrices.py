@@ -1,5 +1,6 @@
 """Matrices, the units of pruning: which weights of a block they are, and which of them have the same inputs."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,19 +58,21 @@ class Matrix:
         return part.view(columns, rows).t() if self.transposed else part.view(rows, columns)
 
 
-def find_matrices(block: nn.Module, views: Mapping[str, View], sizes: Mapping[str, int]) -> tuple[Matrix, ...]:
+def find_matrices(
+    block: nn.Module, views: Mapping[str, View], shapes: Mapping[str, Sequence[int]]
+) -> tuple[Matrix, ...]:
     """The matrices of linears and of experts in a block whose parameters, relative to it, are `views` of file tensors.
 
-    `sizes` are the numbers of values of the file tensors. Raises ModelError for a matrix that lies in no file tensor.
+    `shapes` are those of the file tensors. Raises ModelError for a matrix that lies in no file tensor.
     """
     found: list[Matrix] = []
     for path, module in block.named_modules():
         if isinstance(module, LINEARS) and min(module.weight.shape) > 1:
             view = views[f"{path}.weight"]
-            found += _matrices(path, "weight", None, isinstance(module, Conv1D), view, _starts(view, sizes))
+            found += _matrices(path, "weight", None, isinstance(module, Conv1D), view, _Places(view, shapes))
         elif is_experts(module):
             for parameter in expert_parameters(module):
-                found += stack_of(path, parameter, bool(module.is_transposed), views[f"{path}.{parameter}"], sizes)
+                found += stack_of(path, parameter, bool(module.is_transposed), views[f"{path}.{parameter}"], shapes)
     return tuple(found)
 
 
@@ -78,29 +81,35 @@ def own_forward(module: nn.Module) -> bool:
     return isinstance(module, LINEARS) and type(module).forward not in PLAIN
 
 
-def stack_of(path: str, parameter: str, turned: bool, view: View, sizes: Mapping[str, int]) -> Iterator[Matrix]:
+def stack_of(
+    path: str, parameter: str, turned: bool, view: View, shapes: Mapping[str, Sequence[int]]
+) -> Iterator[Matrix]:
     """Yields the matrices of a stack of experts, whose parameter holds (experts, outputs, inputs), or `turned`."""
-    starts = _starts(view, sizes)
+    places = _Places(view, shapes)
     for expert in range(view.shape[0]):
         one = replace(view, shape=view.shape[1:], stride=view.stride[1:], offset=view.offset + expert * view.stride[0])
-        yield from _matrices(path, parameter, expert, turned, one, starts)
+        yield from _matrices(path, parameter, expert, turned, one, places)
 
 
-def _starts(view: View, sizes: Mapping[str, int]) -> list[int]:
-    """Where each of a view's tensors begins in their memory, and where the last one ends."""
-    return list(accumulate((sizes[tensor] for tensor in view.tensors), initial=0))
+class _Places:
+    """Where each of a view's tensors begins in their memory, and where the last one ends; which are `flat` (2-D)."""
+
+    def __init__(self, view: View, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.starts = list(accumulate((math.prod(shapes[tensor]) for tensor in view.tensors), initial=0))
+        self.flat = [len(shapes[tensor]) == 2 for tensor in view.tensors]
 
 
 def _matrices(
-    path: str, parameter: str, expert: int | None, turned: bool, view: View, starts: Sequence[int]
+    path: str, parameter: str, expert: int | None, turned: bool, view: View, places: _Places
 ) -> Iterator[Matrix]:
     """Yields the matrices that a parameter, or one expert of it, is made of: one for each file tensor that has a part.
 
     A matrix is all of a file tensor, or consecutive values of it. It is named as the tensor, with the expert's index or
-    what computes with it in brackets where that holds several.
+    what computes with it in brackets where that holds several, or has three dimensions.
     """
     (rows, columns), (down, along) = (side[::-1] if turned else side for side in (view.shape, view.stride))
     transposed, done = down < along, 0
+    starts = places.starts
     while done < rows:
         at = view.offset + done * down
         place = bisect_right(starts, at) - 1
@@ -113,7 +122,8 @@ def _matrices(
                 f"tensor {tensor}: holds parts of {path}.{parameter} that are no matrix, which is not supported yet"
             )
         what = path.rpartition(".")[2] if expert is None else expert
-        name = tensor if shape[0] * columns == end - starts[place] else f"{tensor}[{what}]"
+        alone = shape[0] * columns == end - starts[place] and places.flat[place]
+        name = tensor if alone else f"{tensor}[{what}]"
         inputs = path if expert is None else f"{path}.{parameter}[{expert}]"
         yield Matrix(name, tensor, path, parameter, expert, transposed, shape, inputs, start)
         done += shape[0]

@@ -1,5 +1,7 @@
 """The weights outside the blocks: embeddings, final norm and others, each loaded when its module is called."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,8 @@ from lowmem_wanda.streaming.model import StreamedModel
 class Outside:
     """Loads what lies outside the blocks of a model's skeleton, in the computing dtype on the device.
 
-    The head is not loaded (see `Head`).
+    The head is not loaded (see `Head`). What is not loaded is NaN on the device, so that what a model computes with a
+    weight whose module it does not call is NaN.
     """
 
     def __init__(self, model: StreamedModel) -> None:
@@ -22,6 +25,7 @@ class Outside:
         self._filled: dict[str, torch.Tensor] = {}
         self._hooks: list[Any] = []
         self._own: dict[nn.Module, dict[str, View]] = {}
+        self._embeds = True
         outside = self.skeleton.outside()
         for path, module in self.skeleton.model.named_modules():
             prefix = f"{path}." if path else ""
@@ -36,6 +40,8 @@ class Outside:
         for name, buffer in self.skeleton.model.named_buffers():
             if name not in outside and not name.startswith(f"{self.skeleton.path}."):
                 put(self.skeleton.model, name, buffer.to(model.device))
+        self._embeddings = [module for module in self._own if isinstance(module, nn.Embedding)]
+        self._unload(outside)
 
     def load_embeddings(self) -> None:
         """Loads the input embeddings before they are called: models look where their weight is (llama4)."""
@@ -43,20 +49,43 @@ class Outside:
         if module in self._own:
             self._fill(self._own[module], module, ())
 
+    @contextmanager
+    def embedding_nothing(self) -> Iterator[None]:
+        """All embeddings are zeros within the context, and none is loaded."""
+        self._embeds = False
+        for module in self._embeddings:
+            module.forward = partial(self._zeros, module)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            self._embeds = True
+            for module in self._embeddings:
+                del module.forward
+
     def empty(self) -> None:
         """Drops all weights that were loaded."""
-        for name, view in self.skeleton.outside().items():
-            if not self._filled.keys().isdisjoint(view.tensors):
-                put(self.skeleton.model, name, get(self.skeleton.model, name).to("meta"))
+        outside = self.skeleton.outside()
+        self._unload(name for name, view in outside.items() if not self._filled.keys().isdisjoint(view.tensors))
         self._filled.clear()
 
     def close(self) -> None:
         """Drops all weights, and loads none again."""
         for hook in self._hooks:
             hook.remove()
-        self.empty()
+        self._filled.clear()
+        for name in self.skeleton.outside():
+            put(self.skeleton.model, name, get(self.skeleton.model, name).to("meta"))
+
+    def _unload(self, names: Iterable[str]) -> None:
+        for name in names:
+            put(self.skeleton.model, name, unloaded(get(self.skeleton.model, name), self.model.device))
+
+    def _zeros(self, module: nn.Embedding, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*ids.shape, module.embedding_dim, dtype=self.model.dtype, device=self.model.device)
 
     def _fill(self, own: dict[str, View], module: nn.Module, args: Any) -> None:
+        if not self._embeds and isinstance(module, nn.Embedding):
+            return
         for name, view in own.items():
             for tensor in view.tensors:
                 if tensor not in self._filled:
@@ -66,6 +95,13 @@ class Outside:
                     empty = torch.empty(file.shape, dtype=dtype, device=self.model.device)
                     self._filled[tensor] = read_cast(file, empty)
             put(module, name, view.made_of(self._filled))
+
+
+def unloaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """NaN in the shape and dtype of a tensor, which takes no memory; of integers, the tensor on `meta`."""
+    if not tensor.is_floating_point():
+        return tensor.to("meta")
+    return torch.full((), torch.nan, dtype=tensor.dtype, device=device).expand(tensor.shape)
 
 
 def get(module: nn.Module, name: str) -> torch.Tensor:

@@ -50,7 +50,7 @@ class Skeleton:
 
     `names` maps each parameter or buffer of the module to the file tensors it lies in; tied ones share them. `path` is
     that of the list of decoder blocks, and `blocks` are its members. `untouched` are file tensors that the model knows
-    but does not load. `sizes` are the numbers of values of all file tensors. `traces` are those of the blocks that were
+    but does not load. `shapes` are those of all file tensors. `traces` are those of the blocks that were
     called so far.
     """
 
@@ -59,7 +59,7 @@ class Skeleton:
     path: str
     blocks: tuple[nn.Module, ...]
     untouched: tuple[str, ...]
-    sizes: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
     traces: dict[int, Trace] = field(default_factory=dict)
 
     @cached_property
@@ -76,7 +76,7 @@ class Skeleton:
     def matrices(self) -> tuple[tuple[Matrix, ...], ...]:
         """The matrices of each block, as far as its modules show; `tracing` says which of them are pruned."""
         return tuple(
-            find_matrices(block, views, self.sizes) for block, views in zip(self.blocks, self.views, strict=True)
+            find_matrices(block, views, self.shapes) for block, views in zip(self.blocks, self.views, strict=True)
         )
 
     @cached_property
@@ -99,12 +99,18 @@ class Skeleton:
     @property
     def width(self) -> int:
         """The width of the hidden states."""
-        return int(self.model.config.get_text_config().hidden_size)  # type: ignore[operator, union-attr]
+        return self._number("hidden_size")
 
     @property
     def vocabulary(self) -> int:
         """The number of token ids."""
-        return int(self.model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+        return self._number("vocab_size")
+
+    def _number(self, key: str) -> int:
+        value = getattr(self.model.config.get_text_config(), key, None)  # type: ignore[operator, union-attr]
+        if type(value) is not int:
+            raise ModelError(f"{type(self.model).__name__}: its configuration has no {key}; it is not supported yet")
+        return value
 
     @property
     def head(self) -> nn.Module | None:
@@ -153,8 +159,22 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     names, unexpected = match(model, checkpoint)
     blocks = _find_blocks(model)
     untouched = account(model, checkpoint, names, unexpected, blocks)
-    sizes = {name: tensor.numel for name, tensor in checkpoint.tensors.items()}
-    return Skeleton(model, names, blocks, tuple(model.get_submodule(blocks)), untouched, sizes)  # type: ignore[arg-type]
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    skeleton = Skeleton(model, names, blocks, tuple(model.get_submodule(blocks)), untouched, shapes)  # type: ignore[arg-type]
+    _require_own_tensors(skeleton)
+    return skeleton
+
+
+def _require_own_tensors(skeleton: Skeleton) -> None:
+    """Raises ModelError where two blocks share a file tensor: pruned in the one, it would change in the other."""
+    owners: dict[str, int] = {}
+    for index, views in enumerate(skeleton.views):
+        for name in {name for view in views.values() for name in view.tensors}:
+            if owners.setdefault(name, index) != index:
+                raise ModelError(
+                    f"tensor {name}: is of both {skeleton.path}.{owners[name]} and {skeleton.path}.{index}; blocks "
+                    "that share weights are not supported"
+                )
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:

@@ -1,7 +1,8 @@
 """What a run of a block without weights and data shows: what its matrices are called with, and what chooses experts."""
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from lowmem_wanda.errors import ModelError
-from lowmem_wanda.streaming.experts import Watch, is_experts
+from lowmem_wanda.streaming.experts import Watch, entering, is_experts
 from lowmem_wanda.streaming.layout import View
 from lowmem_wanda.streaming.matrices import LINEARS, OF_EXPERTS, Matrix, own_forward, stack_of, unowned
 
@@ -41,15 +42,15 @@ def trace(
     block: nn.Module,
     matrices: tuple[Matrix, ...],
     views: Mapping[str, View],
-    sizes: Mapping[str, int],
+    shapes: Mapping[str, Sequence[int]],
     hidden: torch.Tensor,
     call: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> Trace:
     """The trace of a block, which is run without weights and data, on `hidden` and the other arguments of a `call`.
 
-    `views` say where its parameters lie, in file tensors of `sizes` values. Raises ModelError for a block that does not
-    run so, for a matrix whose module is called more than once, for experts whose router is not found, and where more
-    than 5 % of the weights are in matrices that are not understood.
+    `views` say where its parameters lie, in file tensors of the given `shapes`. Raises ModelError for a block that
+    does not run so, for a matrix whose module is called more than once, for experts whose router is not found, and
+    where more than 5 % of the weights are in matrices that are not understood.
     """
     tracer = Tracer(block, matrices)
     output = tracer.run(hidden, *call)
@@ -59,9 +60,9 @@ def trace(
             "it cannot be measured; it is not supported yet"
         )
     dense = _left_dense(tracer, views)
-    _require_understood(block, views, dense, sizes)
+    _require_understood(block, views, dense, shapes)
     known = []
-    for matrix in (*matrices, *_watched(tracer, views, sizes)):
+    for matrix in (*matrices, *_watched(tracer, views, shapes)):
         if matrix.tensor not in dense:
             inputs = matrix.inputs if matrix.expert is not None else tracer.first[matrix.module]
             known.append(replace(matrix, inputs=inputs))
@@ -86,7 +87,8 @@ class Tracer:
         self.chosen: list[tuple[str, torch.Tensor]] = []  # what modules put out that are integers, inner ones first
         stacks = dict(self.block.named_parameters())
         names = [name for name in unowned(self.block) if name in stacks and stacks[name].ndim == 3]
-        self.watch = Watch(self.block, names, lambda name, expert, inputs: self._arrived(f"{name}[{expert}]", inputs))
+        self.entered: dict[str, torch.Tensor] = {name.rpartition(".")[0]: torch.empty(0) for name in names}
+        self.watch = Watch(self.block, names, self._saw)
 
     def run(self, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's output on `meta`. Raises ModelError for a block that does not run so."""
@@ -96,6 +98,8 @@ class Tracer:
                 module.register_forward_pre_hook(partial(self._note, path))
             if is_experts(module):
                 module.__dict__["observers"] = [_Announced(self, path)]
+            if path in self.entered:
+                module.register_forward_pre_hook(partial(self._entered, path), with_kwargs=True)
             module.register_forward_hook(partial(self._chose, path))
         args, kwargs = _on_meta((args, kwargs))
         try:
@@ -139,6 +143,14 @@ class Tracer:
             self.first[path] = path
         self._arrived(self.first[path], inputs[0])
 
+    def _entered(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.entered[path] = entering(args, kwargs)
+
+    def _saw(self, name: str, expert: int, inputs: torch.Tensor) -> None:
+        path = name.rpartition(".")[0]
+        self._arrived(path + OF_EXPERTS, self.entered[path])
+        self._arrived(f"{name}[{expert}]", inputs)
+
     def _arrived(self, name: str, inputs: torch.Tensor) -> None:
         self.inputs.setdefault(name, inputs)
 
@@ -171,12 +183,12 @@ class _Announced:
         self.tracer.inputs.setdefault(f"{self.path}.{parameter}[{expert}]", inputs)
 
 
-def _watched(tracer: Tracer, views: Mapping[str, View], sizes: Mapping[str, int]) -> list[Matrix]:
+def _watched(tracer: Tracer, views: Mapping[str, View], shapes: Mapping[str, Sequence[int]]) -> list[Matrix]:
     """The matrices of the stacks whose products were seen."""
     found: list[Matrix] = []
     for name, turned in tracer.watch.turned.items():
         path, _, parameter = name.rpartition(".")
-        found += stack_of(path, parameter, turned, views[name], sizes)
+        found += stack_of(path, parameter, turned, views[name], shapes)
     return found
 
 
@@ -205,11 +217,11 @@ def _left_dense(tracer: Tracer, views: Mapping[str, View]) -> dict[str, str]:
 
 
 def _require_understood(
-    block: nn.Module, views: Mapping[str, View], dense: Mapping[str, str], sizes: Mapping[str, int]
+    block: nn.Module, views: Mapping[str, View], dense: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
 ) -> None:
     """Raises ModelError where much of a block is in matrices that no linear computes with."""
-    strange = {name: sizes[name] for name, why in dense.items() if why in (UNOWNED, UNCALLED)}
-    total = sum(sizes[name] for name in {name for view in views.values() for name in view.tensors})
+    strange = {name: math.prod(shapes[name]) for name, why in dense.items() if why in (UNOWNED, UNCALLED)}
+    total = sum(math.prod(shapes[name]) for name in {name for view in views.values() for name in view.tensors})
     if sum(strange.values()) > UNKNOWN * total:
         raise ModelError(
             f"{type(block).__name__}: {sum(strange.values()) / total:.0%} of its weights are in matrices outside "

@@ -3,25 +3,23 @@
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.buffers import BlockBuffers, Piece, Slot, Write
 from lowmem_wanda.streaming.containers import folder_on_disk
 from lowmem_wanda.streaming.decoder import Decoder
-from lowmem_wanda.streaming.experts import Watch, is_experts
 from lowmem_wanda.streaming.flows import GROUP, Flows
-from lowmem_wanda.streaming.matrices import OF_EXPERTS, Matrix
+from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
 from lowmem_wanda.streaming.parts import Part
@@ -33,16 +31,7 @@ from lowmem_wanda.streaming.tracing import Trace
 MicroBatches = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
 Source = Callable[[int], Mapping[str, Tensor] | None]  # block index -> the file tensors that are read for it, by name
 Step = Callable[[Block, MicroBatches], Write | None]
-Arrived = Callable[[str, torch.Tensor], None]  # path of a module, its inputs
 Notify = Callable[[dict[str, Any]], None]  # called with a record of what begins, or of a finished block
-
-
-@dataclass(frozen=True)
-class Observe:
-    """How experts are observed: `every` one on all tokens, or each on its own, `weighted` by its routing weight."""
-
-    every: bool = False
-    weighted: bool = False
 
 
 def ignore(record: dict[str, Any]) -> None:
@@ -238,58 +227,11 @@ def advance(block: Block, states: MicroBatches) -> None:
         for micro_batch in states:
             forward_in_place(block, micro_batch)
         return
-    flows = Flows(partial(forward_in_place, block), states)
-    while flows.go_on() == GROUP:
-        block.groups.load()
+    with Flows(partial(forward_in_place, block), states) as flows:
+        while flows.go_on() == GROUP:
+            block.groups.load()
 
 
 def forward_in_place(block: Block, micro_batch: torch.Tensor) -> None:
     """Replaces the hidden states of one micro-batch, on any device, by the block's output."""
     micro_batch.copy_(block(micro_batch), non_blocking=block.device.type == "cuda")
-
-
-@contextmanager
-def watched(block: Block, names: Collection[str], arrived: Arrived, observe: Observe = Observe()) -> Iterator[None]:
-    """Calls `arrived` with each of the `names` of inputs of the block's matrices and the inputs, before it computes.
-
-    How experts are observed, `observe` says.
-    """
-    wanted = set(names)
-
-    def before(path: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        arrived(path, inputs[0])
-
-    def saw(name: str, expert: int, inputs: torch.Tensor) -> None:
-        if f"{name}[{expert}]" in wanted:
-            arrived(f"{name}[{expert}]", inputs)
-
-    with ExitStack() as stack:
-        for path, module in block.module.named_modules():
-            if path in wanted:
-                stack.callback(module.register_forward_pre_hook(partial(before, path)).remove)
-            elif is_experts(module) and any(
-                name.startswith(f"{path}.") or name == path + OF_EXPERTS for name in wanted
-            ):
-                observers = module.__dict__.setdefault("observers", [])
-                observers.append(_Experts(path, wanted, arrived, observe))
-                stack.callback(observers.pop)
-        if any(name.startswith(f"{one}[") for one in block.stacks for name in wanted):
-            stack.enter_context(Watch(block.module, block.stacks, saw, block.cast_again))
-        yield
-
-
-class _Experts:
-    """Tells what the experts at `path` are given."""
-
-    def __init__(self, path: str, wanted: Collection[str], arrived: Arrived, observe: Observe) -> None:
-        self.path, self.wanted, self._arrived, self._observe = path, wanted, arrived, observe
-        self.every = observe.every
-
-    def entered(self, hidden: torch.Tensor, index: torch.Tensor) -> None:
-        if (name := self.path + OF_EXPERTS) in self.wanted:
-            self._arrived(name, hidden)
-
-    def arrived(self, parameter: str, expert: int, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
-        if (name := f"{self.path}.{parameter}[{expert}]") in self.wanted:
-            weighted = inputs * weights if self._observe.weighted and weights is not None else inputs
-            self._arrived(name, weighted)

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use its parent's threads
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch

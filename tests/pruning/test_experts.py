@@ -19,7 +19,8 @@ from lowmem_wanda.pruning.passes import Passes
 from lowmem_wanda.sparsity.gram import Gram
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.placement import Workload, choose
-from lowmem_wanda.streaming.walk import Observe, streamed
+from lowmem_wanda.streaming.walk import streamed
+from lowmem_wanda.streaming.watching import Observe
 
 BATCH = 4
 USUAL = OfExperts()
