@@ -1,11 +1,13 @@
 """A checkpoint's directory: which tensor lies in which safetensors file, and the small files beside them."""
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lowmem_wanda.checkpoint.cache import locate
-from lowmem_wanda.checkpoint.companions import ADAPTER, pieces_of, require_files
+from lowmem_wanda.checkpoint.companions import ADAPTER, differing, pieces_of, require_files
+from lowmem_wanda.checkpoint.quantized import KINDS, dequantized, kind_of
 from lowmem_wanda.checkpoint.reader import FLOATS, QUANTIZED, Tensor, opened, read_header, read_json
 from lowmem_wanda.errors import CheckpointError
 
@@ -23,6 +25,8 @@ class Checkpoint:
     Args:
         path: the folder of a Hugging Face checkpoint, with model.safetensors or with several shards and their index; or
             "org/name" of a model in the local Hugging Face cache.
+        dequantize: read what is quantized, as fp8 with block scales or MXFP4, as bfloat16 (default: False). Then
+            `dequantized` is True if something is.
 
     Raises:
         CheckpointError: the folder holds no safetensors, a shard is missing or truncated, a header is wrong, the index
@@ -34,8 +38,8 @@ class Checkpoint:
         (128,)
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = locate(path)
+    def __init__(self, path: str | Path, dequantize: bool = False) -> None:
+        self.path, self.dequantized = locate(path), False
         if self.path.is_file():
             raise CheckpointError(
                 f"{path}: is a file; give the folder of a safetensors checkpoint (`shrink`, `plan` and `check` take "
@@ -59,6 +63,9 @@ class Checkpoint:
                 )
         if not self.tensors:
             raise CheckpointError(f"{self.path}: its safetensors hold no tensor; download the checkpoint again")
+        self.dequantized = dequantize and bool(kind_of(self.config()))
+        if self.dequantized:
+            self.tensors = dequantized(self.tensors, read_json(self.path / CONFIG))
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +73,22 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def config(self) -> dict[str, Any]:
-        """The content of config.json. Raises CheckpointError if the file is missing or not a JSON object."""
-        return read_json(self.path / CONFIG)
+        """The content of config.json, without what it says of quantization where that is undone.
+
+        Raises CheckpointError if the file is missing or not a JSON object.
+        """
+        content = read_json(self.path / CONFIG)
+        if self.dequantized:
+            del content["quantization_config"]
+        return content
+
+    def differing(self, files: Collection[Path], target: Path) -> list[Path]:
+        """Those of its small files that are missing in `target`, or are not what is written of them."""
+        changed = Path(CONFIG) if self.dequantized else None
+        found = differing((file for file in files if file != changed), self.path, target)
+        if changed in files and not ((target / CONFIG).is_file() and read_json(target / CONFIG) == self.config()):
+            found.append(Path(CONFIG))
+        return found
 
     def _weight_map(self) -> dict[str, str]:
         """{tensor: shard} of the index; {} if one file holds everything. Raises CheckpointError."""
@@ -138,12 +159,10 @@ def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
             raise CheckpointError(
                 f"{CONFIG}: begins with a byte order mark, which transformers does not read; save it without"
             )
-    if config.get("quantization_config"):
-        kind = config["quantization_config"]
-        kind = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
-        raise CheckpointError(
-            f"{CONFIG}: quantization_config says {kind}; prune the unquantized checkpoint and quantize after"
-        )
+    if kind := kind_of(config):
+        move = "prune the unquantized checkpoint and quantize after"
+        move = f"give --dequantize to read it as bfloat16, or {move}" if kind in KINDS else move
+        raise CheckpointError(f"{CONFIG}: quantization_config says {kind}; {move}")
     if config.get("auto_map") and not trust_remote_code:
         raise CheckpointError(
             f"{CONFIG}: auto_map names Python code of the checkpoint's own; read it, then give --trust-remote-code"

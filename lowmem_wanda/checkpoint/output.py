@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowmem_wanda.checkpoint.checksum import checksum_in, matches
-from lowmem_wanda.checkpoint.companions import JOB, REPORT, differing
+from lowmem_wanda.checkpoint.companions import JOB, REPORT
 from lowmem_wanda.checkpoint.directory import CONFIG, INDEX, Checkpoint
 from lowmem_wanda.checkpoint.reader import opened, read_header, read_json, require_regular
 from lowmem_wanda.checkpoint.writer import PARTIAL, copy_file, explained, sync_directory, write_json
@@ -85,8 +85,8 @@ class Output:
         write_json(self.path / INDEX, index)
 
     def publish_config(self, source: Checkpoint) -> None:
-        """Writes config.json, which completes the checkpoint."""
-        self._copy(source, Path(CONFIG))
+        """Writes config.json, which completes the checkpoint; of a dequantized source without its quantization."""
+        self._copy(source, Path(CONFIG)) if not source.dequantized else write_json(self.path / CONFIG, source.config())
 
     def end(self) -> None:
         """Removes the file that only an unfinished job needs."""
@@ -106,7 +106,7 @@ class Output:
             raise OutputError(f"{self.path / wrong}: is not the shard that was written; {again}")
         if index != {name: shard for shard in shards for name in read_header(self.path / shard)}:
             raise OutputError(f"{self.path / INDEX}: does not say where the tensors are; {again}")
-        for file in differing(files, source.path, self.path):
+        for file in source.differing(files, self.path):
             raise OutputError(f"{self.path / file}: is not the source's; {again}")
         return report
 

@@ -44,6 +44,10 @@ class PartedShard:
                 self._file.write(piece)
                 self._left -= len(piece)
 
+    def close(self) -> None:
+        """Closes the file where it was not finished; it has no name yet."""
+        self._file.close()
+
     def finish(self) -> ShardFile:
         """Gives the file its name. Raises OutputError unless all of it was written."""
         if self._left:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowmem_wanda.checkpoint.checksum import MissingPackageError, matches
-from lowmem_wanda.checkpoint.companions import REPORT, companions, differing
+from lowmem_wanda.checkpoint.companions import REPORT, companions
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.output import require_finished
 from lowmem_wanda.checkpoint.pruned import (
@@ -115,7 +115,8 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     if against is not None:
         of_tensors = {promise.tensor or name: promise for name, promise in promises.items()}
         moved = set() if keeps_bits(report) else of_tensors.keys() | recovered_in(report)
-        _compare_source(checkpoint, Checkpoint(against), of_tensors, moved, findings)
+        dequantize = bool((report.get("arguments") or {}).get("dequantize"))
+        _compare_source(checkpoint, Checkpoint(against, dequantize), of_tensors, moved, findings)
     return findings
 
 
@@ -193,7 +194,7 @@ def _compare_source(
     for name in sorted(pruned.tensors.keys() & source.tensors.keys()):
         filled = bool(promises.get(name, NO_PROMISE).filled) and pruned.tensors[name].dtype in TINY
         _compare_tensor(pruned.tensors[name], source.tensors[name], filled, name in moved, findings)
-    for file in differing(companions(source.path).files, source.path, pruned.path):
+    for file in source.differing(companions(source.path).files, pruned.path):
         findings.problems.append(f"{file}: is missing or differs from the source's")
 
 

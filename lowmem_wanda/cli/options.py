@@ -7,7 +7,8 @@ from typing import Any
 from lowmem_wanda import DTYPES, READS, byte_size
 from lowmem_wanda.errors import BudgetError
 
-MACHINE = ("batch", "device", "dtype", "max_ram", "max_vram", "slots", "read", "trust_remote_code")
+MACHINE = ("batch", "device", "dtype", "max_ram", "max_vram", "slots", "read", "trust_remote_code",
+           "dequantize")  # fmt: skip
 
 
 def add_command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
@@ -74,6 +75,8 @@ def add_machine(command: argparse.ArgumentParser) -> None:
     add("--read", default="auto", choices=READS, help="how shards are read; auto maps them on local disks and reads "
         "them elsewhere (default: auto)")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="run, and copy, Python code that the checkpoint brings")
+    add("--dequantize", action="store_true",
+        help="read fp8 with block scales, and MXFP4, as bfloat16, which is what is written then")  # fmt: skip
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def evaluate(  # type: ignore[misc]
     read: str = "auto",
     states: str | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
     on_start: Notify = ignore,
     on_block: Notify = ignore,
     on_model: Notify = ignore,
@@ -126,6 +127,7 @@ def evaluate(  # type: ignore[misc]
         read: how shards are read, "mmap", "pread" or "auto" (default: "auto", mapped on local disks).
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
         trust_remote_code: run Python code that a checkpoint brings (default: False).
+        dequantize: read fp8 with block scales, and MXFP4, as bfloat16 (default: False).
         on_start: called before each model is measured on the text, with a record of what will be done.
         on_block: called with the record of each block when the block is done.
         on_model: called with the figures of each model when they are complete.
@@ -149,7 +151,8 @@ def evaluate(  # type: ignore[misc]
     folder = report_folder(report, "eval") if report else None
     sources = name_list(source)
     place = {"device": device, "dtype": dtype, "batch": batch, "trust_remote_code": trust_remote_code,
-             "max_ram": max_ram, "max_vram": max_vram, "slots": slots, "read": read}  # fmt: skip
+             "dequantize": dequantize, "max_ram": max_ram, "max_vram": max_vram, "slots": slots,
+             "read": read}  # fmt: skip
     size = {"length": length, "windows": windows, "stride": stride, "convention": convention}
     requests = {"tasks": list(tasks), "include_path": include_path, "limit": limit}
     machine = Machine.of(**place, states=states)  # type: ignore[arg-type]

@@ -65,6 +65,7 @@ def imatrix(
     read: str = "auto",
     states: str | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
     on_start: Notify = ignore,
     on_block: Notify = ignore,
 ) -> ImatrixReport:
@@ -89,6 +90,7 @@ def imatrix(
         read: how shards are read, "mmap", "pread" or "auto" (default: "auto", mapped on local disks).
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
         trust_remote_code: whether Python code that the checkpoint brings may run (default: False).
+        dequantize: read fp8 with block scales, and MXFP4, as bfloat16 (default: False).
         on_start: a function that is called once, before the work, with what will be done.
         on_block: a function that is called with each block's record when the block is done.
 
@@ -108,7 +110,16 @@ def imatrix(
     require_matrix_target(target, "out_file", Path(source))
     require_new(target)
     machine = Machine.of(
-        device, dtype, batch, trust_remote_code, max_ram, max_vram, slots=slots, read=read, states=states
+        device,
+        dtype,
+        batch,
+        trust_remote_code,
+        max_ram,
+        max_vram,
+        slots=slots,
+        read=read,
+        states=states,
+        dequantize=dequantize,
     )
     model = open_model(source, machine)
     size = {"sequences": sequences, "length": model.window(length), "seed": seed}

@@ -79,6 +79,7 @@ def compare(
     slots: int | None = None,
     read: str = "auto",
     trust_remote_code: bool = False,
+    dequantize: bool = False,
     on_block: Notify = ignore,
     on_report: Notify = ignore,
 ) -> ComparisonReport:
@@ -113,6 +114,7 @@ def compare(
         slots: the number of block buffers in host memory, 1 to 3 (default: 3 where they fit).
         read: how shards are read, "mmap", "pread" or "auto" (default: "auto", mapped on local disks).
         trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
+        dequantize: read fp8 with block scales, and MXFP4, as bfloat16 (default: False).
         on_block: called with each block's record, which names the `variant`.
         on_report: called with the report, just before it is written.
 
@@ -138,7 +140,8 @@ def compare(
     require_outside(target, source)
     chosen = variants_of(methods, patterns, groups, statistics, sequences, seeds)
     place = {"device": device, "dtype": dtype, "batch": batch, "trust_remote_code": trust_remote_code,
-             "max_ram": max_ram, "max_vram": max_vram, "slots": slots, "read": read}  # fmt: skip
+             "dequantize": dequantize, "max_ram": max_ram, "max_vram": max_vram, "slots": slots,
+             "read": read}  # fmt: skip
     machine = Machine.of(**place)  # type: ignore[arg-type]
     dense = open_model(source, machine)
     evaluated = windows_for(dense, text, length=length, windows=windows)

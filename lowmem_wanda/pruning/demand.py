@@ -16,8 +16,8 @@ def demand(job: "PruneJob") -> Workload:
     sequences, length = job.calibration.tokens.shape if job.calibration else (0, 0)
     matrices = [matrix for block in job.selected for matrix in block]
     tensors = job.model.checkpoint.tensors
-    summed, one = statistic_bytes(job) if job.measures else (0, 0)
     sequential = job.statistics == "sequential" and job.measures
+    summed, one = statistic_bytes(job, sequential) if job.measures else (0, 0)
     together, largest = trained_bytes(job) if job.recovers else (0, 0)
     return Workload(
         (job.model,),
@@ -31,16 +31,18 @@ def demand(job: "PruneJob") -> Workload:
         workspace=max(job.method.workspace(*one.shape, ITEMSIZE[tensors[one.tensor].dtype]) for one in matrices),
         chunk=suitable_chunk(job.model.device),
         score_bytes=SCORE_BYTES,
-        holds_micro_batches=sequential or job.one_by_one,
-        holds_all=job.one_by_one,
+        replays=sequential,
+        waits_at_experts=job.has_experts and (sequential or job.one_by_one),
+        one_by_one=job.one_by_one,
         waits_twice=job.statistics == "block" and job.measures,
     )
 
 
-def statistic_bytes(job: "PruneJob") -> tuple[int, int]:
-    """The bytes of the statistics of a block's inputs: of all at once, and of the largest, or of one expert's.
+def statistic_bytes(job: "PruneJob", sequential: bool) -> tuple[int, int]:
+    """The bytes of the statistics of a block's inputs: of all at once, and of the largest ones that are held together.
 
-    Those of all tokens that enter a layer of experts are held beside.
+    In the sequential order, and in a block without experts, these are those of one input. Else they are those of one
+    expert, or of all that is no expert. Those of all tokens that enter a layer of experts are held beside.
     """
     together = largest = 0
     for block in job.traced:
@@ -48,7 +50,8 @@ def statistic_bytes(job: "PruneJob") -> tuple[int, int]:
         layers = {}
         for matrix in reversed(block):
             nbytes = job.method.statistic.nbytes(matrix.shape[1]) if job.method.statistic else 0
-            unit = matrix.inputs if matrix.expert is None else (matrix.module, matrix.expert)
+            alone = sequential or not any(one.layer for one in block)
+            unit: Any = matrix.inputs if alone else (matrix.module, matrix.expert) if matrix.layer else ""
             units.setdefault(unit, {})[matrix.inputs] = nbytes
             if matrix.layer:
                 layers[matrix.layer] = nbytes

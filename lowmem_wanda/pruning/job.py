@@ -187,6 +187,7 @@ class PruneJob:
             ),
             "device": describe_device(self.model.device),
             "trust_remote_code": self.model.trust_remote_code,
+            **({"dequantize": True} if self.model.checkpoint.dequantized else {}),
             "small_files": {str(file): sha256_of(source.path / file) for file in self.companions.files},
             **{name.replace("-", "_"): running_on[name] for name in ("lowmem-wanda", "torch", "transformers")},
         }

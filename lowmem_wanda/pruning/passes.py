@@ -19,6 +19,7 @@ from torch import nn
 
 from lowmem_wanda.llamacpp.collect import InputSums
 from lowmem_wanda.pruning.experts import USUAL, OfExperts
+from lowmem_wanda.pruning.stages import experts_come_first, stages_of
 from lowmem_wanda.sparsity.methods.method import Statistic
 from lowmem_wanda.streaming.block import Block, Stop
 from lowmem_wanda.streaming.flows import GROUP, INPUTS, Flows, current, wait
@@ -67,8 +68,8 @@ class Passes:
         """Measures and prunes in one of the orders and, if it `moves_on`, replaces the hidden states by the output.
 
         In the sequential order at most `held` micro-batches wait with their activations; the others are run again from
-        the block's start. Their number changes time and memory, but not a bit of the result. Nor do groups of experts,
-        for each of which all micro-batches wait.
+        the block's start. From the first experts on all of them wait, because experts are many. This changes time and
+        memory, but not a bit of the result. Nor do groups of experts, for each of which all micro-batches wait.
         """
         in_groups = bool(self.block.groups.coming)
         with self._counting():
@@ -82,7 +83,9 @@ class Passes:
                 if order == "sequential":
                     self._in_stages([[name] for name in self.groups], True, moves_on, held)
                 elif order == "block":
-                    self._in_stages(self._stages(), False, False, held, again=moves_on)
+                    self._in_stages(
+                        stages_of(self.block, self.groups, self.apart), False, False, len(self.states), again=moves_on
+                    )
                 else:
                     self._measure_dense(moves_on)
 
@@ -94,35 +97,12 @@ class Passes:
         measures one after the other in one pass, in which all micro-batches wait for each.
         """
         if self.block.groups.coming or (self.apart and any(name.endswith("]") for name in self.groups)):
-            self._in_stages(self._stages(), False, moves_on, len(self.states))
+            self._in_stages(stages_of(self.block, self.groups, self.apart), False, moves_on, len(self.states))
         elif self.apart:
             for name in reversed(self.groups):
                 self._measure([name], through=False)
         else:
             self._measure([*self.groups], through=moves_on)
-
-    def _stages(self) -> list[list[str]]:
-        """The inputs, in stages that are measured together: one at a time, or those of one expert.
-
-        Where experts come in groups and statistics are small, those of a group are together, and all beside experts.
-        """
-        starts = {
-            (part.path, expert): part for part in self.block.groups.coming for expert in range(part.first, part.stop)
-        }
-        stages: list[list[str]] = []
-        units: list[Any] = []
-        for name, matrices in self.groups.items():
-            matrix = matrices[0] if matrices else None
-            unit: Any = name if self.apart else ""
-            if matrix is not None and matrix.expert is not None:
-                known = starts.get((matrix.module, matrix.expert))
-                unit = (matrix.module, known.first if known and not self.apart else matrix.expert)
-            if stages and unit == units[-1]:
-                stages[-1].append(name)
-            else:
-                stages.append([name])
-                units.append(unit)
-        return stages
 
     def _measure(self, names: Collection[str], through: bool) -> None:
         """Measures some inputs, then prunes. If `through`, the outputs replace the hidden states."""
@@ -152,31 +132,38 @@ class Passes:
     ) -> None:
         """Measures the inputs stage after stage, and prunes their matrices before those of the next are measured.
 
-        A micro-batch runs to the first inputs of the next stage and waits there, or it is replayed from the start.
+        A micro-batch runs to the first inputs of the next stage and waits there, or it is replayed from the start, up
+        to the first experts.
         `on_arrival` it waits before it goes on with the matrices, which are pruned meanwhile. Else it goes through the
         dense ones first, and with `again` through the pruned block too, one stage behind, whose output moves on.
         """
         now, closed, end = set[str](), set[str](), "" if on_arrival or moves_on else stages[-1][-1]
         with ExitStack() as stack:
-            measuring = stack.enter_context(Flows(self._forward, self.states[:held]))
+            measuring, replayed = stack.enter_context(Flows(self._forward, self.states[:held])), self.states[held:]
             following = stack.enter_context(Flows(self._forward, self.states if again else ()))
             arrived = self._arrival(measuring, following, (now, closed), on_arrival, end)
             stack.enter_context(watched(self.block, self.groups, arrived, self.experts.observe))
             for stage in stages:
+                if replayed and experts_come_first(self.block, stage):
+                    measuring.add(replayed)
+                    replayed = []
                 now.update(stage)
                 with self.clock.part("measure"), self.sums.pausing(again):
                     self._go_on(measuring, following, stage)
                     with self.sums.pausing():
-                        for micro_batch in self.states[held:]:
+                        for micro_batch in replayed:
                             self._forward(micro_batch)
                 for name in stage:
                     self._prune(name)
                 closed.update(stage)
                 self._follow(following)
             with self.clock.part("onward"):
+                if self.block.groups.coming:
+                    measuring.add(replayed)
+                    replayed = []
                 for flows in [following] if again else [measuring] if moves_on else []:
                     self._go_on(flows)
-                for micro_batch in self.states[held:] if moves_on else ():
+                for micro_batch in replayed if moves_on else ():
                     self._forward(micro_batch)
 
     def _arrival(

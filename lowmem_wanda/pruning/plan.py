@@ -78,6 +78,7 @@ def plan(
     states: str | None = None,
     held: int | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
     vram: float | str | None = None,
     ram: float | str | None = None,
     flops: float | str | None = None,
@@ -128,6 +129,7 @@ def plan(
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
         held: the number of micro-batches that may wait for a matrix in the sequential order (default: as many as fit).
         trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
+        dequantize: read fp8 with block scales, and MXFP4, as bfloat16, and write that (default: False).
         vram: the memory of a GPU that is not here, in bytes or as "24GB" (default: this machine).
         ram: the host memory that is free on that machine (default: what is free here).
         flops: the operations of that machine in a second, in the computing dtype, such as "80T" (default: none).
@@ -156,7 +158,18 @@ def plan(
             "a machine with --ram alone has no GPU: give its --vram too, or leave --device, --max-vram out"
         )
     machine = Machine.of(
-        device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held, free=absent.memory
+        device,
+        dtype,
+        batch,
+        trust_remote_code,
+        max_ram,
+        max_vram,
+        slots,
+        read,
+        states,
+        held,
+        free=absent.memory,
+        dequantize=dequantize,
     )
     job = prepare(
         source, method=method, refine=refine, update=update, variant=variant, quality=quality, recover=recover,

@@ -1,6 +1,7 @@
 """`prune`: a job is begun or resumed, walked through its blocks, and published."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def prune(
     states: str | None = None,
     held: int | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
     on_start: Notify = ignore,
     on_block: Notify = ignore,
     on_report: Notify = ignore,
@@ -119,6 +121,7 @@ def prune(
         states: where hidden states lie, "device", "host" or "file" (default: the first that fits).
         held: the number of micro-batches that may wait for a matrix in the sequential order (default: as many as fit).
         trust_remote_code: run, and copy, Python code that the checkpoint brings (default: False).
+        dequantize: read fp8 with block scales, and MXFP4, as bfloat16, and write that (default: False).
         on_start: called once before the work, with a record of what will be done.
         on_block: called with each block's record when its shard is written, by the thread that writes.
         on_report: called with the report, just before it is written.
@@ -145,7 +148,8 @@ def prune(
     require_target(target, source)
     if imatrix:
         require_matrix_target(imatrix, "--imatrix", Path(source), Path(target))
-    machine = Machine.of(device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held)
+    machine = Machine.of(device, dtype, batch, trust_remote_code, max_ram, max_vram, slots, read, states, held,
+                         dequantize=dequantize)  # fmt: skip
     job = prepare(
         source, method=method, refine=refine, update=update, variant=variant, quality=quality, recover=recover,
         recover_steps=recover_steps, allocation=allocation, min_tokens=min_tokens, all_experts=all_experts,
@@ -191,7 +195,7 @@ def run(
         if job.allocation == "owl":
             job = replace(job, shares=owl_shares(job, plan.layout, target))
         walk = PruningWalk(job, output, plan.layout, on_block)
-        with streamed(job.model, batches=walk.batches, placement=plan.layout, folder=target) as stream:
+        with closing(walk), streamed(job.model, batches=walk.batches, placement=plan.layout, folder=target) as stream:
             walk.through(stream)
             timing = {**stream.timing(), "expected": expected}
         arguments = {name: value for name, value in output.arguments.items() if name != "format"}

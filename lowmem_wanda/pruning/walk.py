@@ -9,6 +9,7 @@ import torch
 
 from lowmem_wanda.checkpoint.output import Output, shard_names
 from lowmem_wanda.checkpoint.parted import PartedShard
+from lowmem_wanda.checkpoint.quantized import Quantized
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
 from lowmem_wanda.checkpoint.writer import require_new, write_shard
 from lowmem_wanda.data.calibration import in_batches
@@ -42,6 +43,11 @@ class PruningWalk:
         self.parted: dict[int, PartedShard] = {}  # shards of blocks whose experts come in groups
         self.targets: MicroBatches | None = None  # what the dense block puts out, if pruned blocks are recovered
         self.last = time.perf_counter()  # when the last shard was written
+
+    def close(self) -> None:
+        """Closes shards that were not finished."""
+        for shard in self.parted.values():
+            shard.close()
 
     def through(self, stream: Stream) -> None:
         """Writes all shards that are missing."""
@@ -90,7 +96,8 @@ class PruningWalk:
         outside = self.job.model.outside
         start = time.perf_counter()
         used = {name for view in self.job.model.skeleton.names.values() for name in view.tensors}
-        shard = write_shard(self.output.path / self.shared, [(tensor, None) for tensor in outside], finite=used)
+        contents = [(tensor, _made(tensor)) for tensor in outside]
+        shard = write_shard(self.output.path / self.shared, contents, finite=used)
         add_seconds(self.spent, {"copy": time.perf_counter() - start})
         names = [tensor.name for tensor in outside]
         self.output.add(self.shared, {"nbytes": shard.nbytes, **shard.checksum, "tensors": names})
@@ -122,6 +129,11 @@ class PruningWalk:
         record["seconds"], self.last = now - self.last, now
         self.output.add(name, record)
         self.on_block(dict(record))
+
+
+def _made(tensor: Tensor) -> Iterator[memoryview] | None:
+    """The bytes of a tensor that is not in its file as it is written; None for one that is copied."""
+    return map(memoryview, tensor.pieces()) if isinstance(tensor, Quantized) else None
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:

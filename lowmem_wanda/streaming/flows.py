@@ -19,11 +19,17 @@ class Flows:
     """
 
     def __init__(self, run: Callable[[torch.Tensor], None], states: Iterable[torch.Tensor]) -> None:
-        self._greenlet = require_greenlet()
-        self._flows = [self._greenlet.greenlet(partial(run, state)) for state in states]
-        self._known = set(self._flows)
+        self._greenlet, self._run = require_greenlet(), run
+        self._flows: list[Any] = []
+        self._known = set[Any]()
+        self.add(states)
         self.reason: str | None = None  # what they wait for
         self.groups = 0  # that they have come to so far
+
+    def add(self, states: Iterable[torch.Tensor]) -> None:
+        """Lets more micro-batches run, from their start to where the others will wait next."""
+        self._flows += [self._greenlet.greenlet(partial(self._run, state)) for state in states]
+        self._known = set(self._flows)
 
     def go_on(self) -> str | None:
         """Lets each run to the next place where it waits, or to its end; gives what they wait for, None at the end."""

@@ -49,7 +49,8 @@ UNLIMITED = Budget()
 class Machine:
     """Where a model is computed ("auto", "cpu", "cuda", "cuda:N", "mps"), in which dtype, how many sequences at a time.
 
-    A `batch` of None means as many as fit. `trust_remote_code` runs Python code that the checkpoint brings.
+    A `batch` of None means as many as fit. `trust_remote_code` runs Python code that the checkpoint brings. With
+    `dequantize` a quantized checkpoint is read as bfloat16.
     """
 
     device: str = "auto"
@@ -57,6 +58,7 @@ class Machine:
     batch: int | None = None
     trust_remote_code: bool = False
     budget: Budget = UNLIMITED
+    dequantize: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -78,13 +80,15 @@ class Machine:
         states: str | None = None,
         held: int | None = None,
         free: tuple[int, int] | tuple[None, None] = (None, None),
+        dequantize: bool = False,
     ) -> "Machine":
         """The machine of the flat parameters that the library's functions share. A size may be a text such as "8GB".
 
         `free` is the memory of a machine that is not here, on the host and on its GPU.
         """
         ram, vram = size_of("max_ram", max_ram), size_of("max_vram", max_vram)
-        return cls(device, dtype, batch, trust_remote_code, Budget(ram, vram, slots, read, states, held, *free))
+        budget = Budget(ram, vram, slots, read, states, held, *free)
+        return cls(device, dtype, batch, trust_remote_code, budget, dequantize)
 
 
 ANY = Machine()

@@ -144,7 +144,7 @@ def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
     Raises CheckpointError or ModelError where it holds no model that can be walked, or the device is not available.
     """
     map_blocks_from(SMALL)  # a walk before this one may have left a larger limit
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, machine.dequantize)
     require_prunable(checkpoint, machine.trust_remote_code)
     elsewhere = machine.budget.free_vram  # of a machine that is not here
     device = find_device(machine.device) if elsewhere is None else torch.device("cuda" if elsewhere else "cpu")

@@ -41,9 +41,10 @@ class Workload:
     where it may be held alone (0: it may not). `training` are the bytes of what is trained in a block, beside its
     activations, and `training_apart` those of the largest part of it; then `targets` says that hidden states are kept
     twice. Pruning one matrix takes `workspace` bytes, and `score_bytes` for each of the at most `chunk` weights that
-    are scored at a time. `needs_logits` says that the head is applied, `holds_micro_batches` that micro-batches wait
-    for each other within a block, and `holds_all` that all of them do, for one expert after the other. Where experts
-    are in groups, micro-batches wait as the dense and as the pruned block computes them if it `waits_twice`.
+    are scored at a time. `needs_logits` says that the head is applied. If it `replays`, micro-batches wait for each
+    other within a block, or are replayed; all of them wait where it `waits_at_experts`, as they do where experts are in
+    groups. Then they wait as the dense and as the pruned block computes them if it `waits_twice`. With `one_by_one` the
+    statistics of one expert are held at a time.
     """
 
     models: tuple[StreamedModel, ...]
@@ -59,8 +60,9 @@ class Workload:
     chunk: int = 0
     score_bytes: int = 0
     needs_logits: bool = False
-    holds_micro_batches: bool = False
-    holds_all: bool = False
+    replays: bool = False
+    waits_at_experts: bool = False
+    one_by_one: bool = False
     waits_twice: bool = False
 
     @property
@@ -80,11 +82,12 @@ class Placement:
 
     Hidden `states` lie on the "device", on the "host" (beside a GPU, page-locked) or in a "file". There are `slots`
     block buffers on the host and `arriving` ones on the GPU. `batch` sequences are computed at a time, and `held` such
-    micro-batches may wait in the sequential order. `chunk` weights are scored at a time (0: nothing is scored).
-    Allocations of at least `mapped` bytes give their pages back when they are freed. With `apart` one statistic is held
-    at a time, which takes a pass through the block for each. With `trained_apart` the parts of a block are trained one
-    after the other; that changes the result, so a resumed job keeps it. Where `part` is not 0, the experts of a block
-    are read, computed and written in groups of at most so many bytes, and all micro-batches wait for each.
+    micro-batches may wait for a matrix in the sequential order. `chunk` weights are scored at a time (0: nothing is
+    scored). Allocations of at least `mapped` bytes give their pages back when they are freed. With `apart` one
+    statistic is held at a time, which takes a pass through the block for each. With `trained_apart` the parts of a
+    block are trained one after the other; that changes the result, so a resumed job keeps it. Where `part` is not 0,
+    the experts of a block are read, computed and written in groups of at most so many bytes, and all micro-batches wait
+    for each.
     """
 
     states: str
@@ -172,7 +175,7 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
     places = ("device", "file") if on_host else ("device", "host", "file")
     chunks = (work.chunk, work.chunk // 4, work.chunk // 16) if work.chunk else (0,)
     # held micro-batches are freed in another order than they were made, which leaves holes everywhere
-    mapped = MAPPED if on_host and not work.holds_micro_batches else MAPPED[1:]
+    mapped = MAPPED if on_host and not (work.replays or work.waits_at_experts) else MAPPED[1:]
     parts = (False, True) if 0 < work.training_apart < work.training else (False,)
     limits = (0, *work.model.group_limits()) if not work.training else (0,)
     apart = (False, True) if 0 < work.statistics_apart < work.statistics else (False,)
@@ -183,15 +186,14 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
         Choice(batches, slower=6),
         Choice(chunks, slower=1),
         Choice(mapped, slower=8),
-        Choice((True,) if work.holds_all else apart, slower=50),
+        Choice((True,) if work.one_by_one else apart, slower=50),
         Choice(parts if trained_apart is None else (trained_apart,), slower=70),
         Choice(limits, slower=25),
     )
     for option in product(*(choice.priced() for choice in options)):
         (where, slots, arriving, size, chunk, mapped_from, *rest), costs = zip(*option, strict=True)
-        held = -(-work.sequences // size) * (1 + work.waits_twice) if work.holds_all or rest[-1] else 0
         if arriving <= slots and (not rest[-1] or (slots > 1 and on_host) or arriving > 1):
-            yield sum(costs), Placement(where, slots, arriving, size, held, chunk, mapped_from, *rest)
+            yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from, *rest)
 
 
 class Sizes:
@@ -226,10 +228,24 @@ class Sizes:
         """The bytes that a waiting micro-batch holds.
 
         At the last matrix they are the inputs of the matrix, those of its layer, and the residual; at attention's last
-        matrix they are the projections. Where hidden states lie elsewhere, their copy on the device is added.
+        matrix they are the projections.
         """
-        moved = self.state * (placement.states != "device" and not self.work.on_host)
-        return placement.batch * (max(self.inner + 2 * self.state, 5 * self.state) + moved)
+        return placement.batch * (max(self.inner + 2 * self.state, 5 * self.state) + self._moved(placement))
+
+    def at_experts(self, placement: Placement) -> int:
+        """The bytes that all micro-batches hold while they wait at experts, if they do.
+
+        Each holds its residual, what enters the experts, their sum so far, and less than another state of routing
+        weights.
+        """
+        if not (placement.part or self.work.waits_at_experts):
+            return 0
+        times = 1 + (self.work.waits_twice and bool(placement.part))
+        return times * self.work.sequences * (4 * self.state + self._moved(placement))
+
+    def _moved(self, placement: Placement) -> int:
+        """The bytes of a sequence's hidden states on the device, where they lie elsewhere."""
+        return self.state * (placement.states != "device" and not self.work.on_host)
 
     def need(self, placement: Placement) -> Need:
         """What a placement needs at its worst moment."""
@@ -252,8 +268,9 @@ class Sizes:
         scores = work.workspace + work.score_bytes * max(placement.chunk, self.columns)
         if not work.sequences:
             return blocks + scores
-        moved = placement.batch * self.state if placement.states != "device" and not work.on_host else 0
-        computing = max(self.activations(placement) + moved, scores) + placement.held * self.waiting(placement)
+        moved = placement.batch * self._moved(placement)
+        computing = max(self.activations(placement) + moved, scores)
+        computing += max(placement.held * self.waiting(placement), self.at_experts(placement))
         computing += work.statistics_apart if placement.apart else work.statistics
         if work.training:
             trained = work.training_apart if placement.trained_apart else work.training
@@ -263,8 +280,9 @@ class Sizes:
 
 def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Placement:
     """The placement with as many waiting micro-batches as fit in `free` bytes."""
-    if not work.holds_micro_batches or work.holds_all or placement.part:
+    if not work.replays:
         return placement
+    free += sizes.at_experts(placement)  # which is free again before and behind them
     micro_batches = -(-work.sequences // placement.batch)
     spare = SPARE_HELD if work.on_host else SPARE_HELD_DEVICE
     fitting = int(free * spare) // max(1, sizes.waiting(placement))
@@ -274,7 +292,7 @@ def _hold(work: Workload, placement: Placement, sizes: Sizes, free: int) -> Plac
 
 def _share_held(work: Workload, placement: Placement) -> float:
     """The share of the micro-batches that do not have to be replayed."""
-    if not work.holds_micro_batches or work.holds_all or placement.part:
+    if not work.replays:
         return 1.0
     return min(1.0, placement.held * placement.batch / work.sequences)
 
@@ -291,6 +309,8 @@ def _too_small(work: Workload, tried: list[tuple[Need, Placement]], ram: int, vr
         flag, least, limited = flag.replace("max-", ""), int(least / SPARE), True
     move = f"give {flag} {-(-least // 10**6)}MB" if limited else "end other programs"
     shorter = ", or fewer or shorter sequences (--sequences, --length)" if work.sequences else ""
+    if work.waits_twice and placement.part:
+        shorter += ", or --statistics sequential, with which half as many tokens wait at experts"
     return BudgetError(
         f"{flag}: {free / 1e6:.0f} MB {'cannot be kept' if limited else 'is all that is free'}, {least / 1e6:.0f} MB "
         f"would fit with {placement}: {move}{shorter}"

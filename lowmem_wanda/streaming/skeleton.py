@@ -184,6 +184,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         raise ModelError(f"config.json: {declared[0]} is not a causal language model; only those are pruned")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code)
+        if checkpoint.dequantized:
+            del config.quantization_config
         _require_sane(config, checkpoint)
         if getattr(config, "_attn_implementation", None) not in PLAIN:
             config._attn_implementation = None  # an optional package, or code that would be looked up on the network

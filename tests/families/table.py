@@ -15,14 +15,14 @@ INTRO = """# Families
 Which model types `prune` takes. This page is made by a test run (`make families`), with transformers {transformers} and
 torch {torch}, for every type that transformers knows as a causal or an image-text language model.
 
-Of each type a tiny random checkpoint is made, in the layout in which it is published, with one layer of each kind that it mixes.
-It is pruned 2:4 on text. **verified** means all of: its zeros are those of a plain whole-model Wanda, bit for bit; nothing else
+Of each type a tiny random checkpoint is made, in the layout in which it is published, with one
+layer of each kind that it mixes. It is pruned 2:4 on text. **verified** means all of: its zeros are those of a plain whole-model Wanda, bit for bit; nothing else
 changed; names, shapes, dtypes and config.json are the source's; `check` finds nothing; the streamed logits of the dense
 model are the whole model's, bit for bit; the output loads in transformers, and `eval` gives its perplexity. Random
 tiny weights prove the plumbing, not the quality of a pruned model.
 
-"refused" types are refused in words before work, and leave nothing behind. "unproved" are pruned, but transformers itself does not run
-them on text. Of image-text models the language model is pruned, on text; all else is copied byte for byte.
+"refused" types are refused in words before work, and leave nothing behind. "unproved" are pruned, but transformers
+itself does not run them on text. Of image-text models the language model is pruned, on text; all else is copied byte for byte.
 "left dense" is what stays as it is within blocks, beside norms and biases; the report of a job names it, too.
 """
 
