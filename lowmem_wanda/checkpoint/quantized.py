@@ -19,23 +19,10 @@ from lowmem_wanda.checkpoint.reader import PIECE, Tensor
 from lowmem_wanda.errors import CheckpointError
 
 KINDS = ("fp8", "mxfp4")
-CHUNK = 1 << 19  # values that are dequantized at a time, few enough for a CPU's cache
+CHUNK = 1 << 17  # values that are dequantized at a time, few enough for a CPU's cache
 SCALES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E8M0": "u1"}
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 GROUP = 32  # inputs of MXFP4 that share a scale
-
-
-def _fp8() -> np.ndarray:
-    """The values of the 256 numbers of F8_E4M3, float32."""
-    bits = np.arange(256)
-    exponent, fraction = bits >> 3 & 15, bits & 7
-    size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8 + fraction, exponent - 10))
-    size[bits & 127 == 127] = np.nan
-    signed: np.ndarray = np.where(bits < 128, size, -size).astype(np.float32)
-    return signed
-
-
-FP8 = _fp8()
 
 
 @dataclass(frozen=True)
@@ -93,7 +80,7 @@ class Quantized(Tensor):
             number = np.arange(start, stop)
             scale = scales[number // rows * each + number % rows // down]
             packed = b"".join(self.packed.pieces(spans=[(start * columns, stop * columns)]))
-            values = FP8[np.frombuffer(packed, np.uint8)].reshape(-1, columns)
+            values = _from_fp8(np.frombuffer(packed, np.int8)).reshape(-1, columns)
             values *= np.repeat(scale, along, axis=1)[:, :columns]
             yield _rounded(values)
 
@@ -129,6 +116,19 @@ def _floats(tensor: Tensor) -> np.ndarray:
     return values.astype(np.float32)
 
 
+def _from_fp8(numbers: np.ndarray) -> np.ndarray:
+    """The values of F8_E4M3 numbers, float32: their bits, in the place of float32's, are the value times 2^-120."""
+    bits = numbers.astype(np.int32)
+    bits <<= 20
+    bits &= np.int32(-0x78100000)  # the sign, four bits of exponent and three of fraction
+    values: np.ndarray = bits.view(np.float32)
+    values *= np.float32(2.0**120)
+    wrong = numbers & 127 == 127
+    if wrong.any():
+        values[wrong] = np.nan
+    return values
+
+
 def _rounded(values: np.ndarray) -> np.ndarray:
     """The bits of float32 values, rounded to the nearest bfloat16, to the even one of two."""
     bits = values.view(np.uint32)
@@ -139,7 +139,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 def kind_of(config: Mapping[str, Any]) -> str:
     """How config.json says that weights are quantized; "" where they are not."""
     found = config.get("quantization_config")
-    kind = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+    kind = found.get("quant_method", "unknown") if found and isinstance(found, dict) else found
     return str(kind) if kind else ""
 
 

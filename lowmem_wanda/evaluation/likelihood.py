@@ -13,9 +13,9 @@ from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.head import Head, head_bytes, head_linear
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
-from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, anonymous, wait
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, advance, ignore, streamed
+from lowmem_wanda.streaming.workload import Placement
 
 TOKEN_BYTES = 64  # that are kept for each target: its softmax, its id, its divergence
 

@@ -14,9 +14,10 @@ from lowmem_wanda.errors import ModelError
 from lowmem_wanda.evaluation.likelihood import TOKEN_BYTES, Batch, token_likelihoods
 from lowmem_wanda.streaming.head import head_linear
 from lowmem_wanda.streaming.model import StreamedModel, describe_device
-from lowmem_wanda.streaming.placement import Workload, choose
+from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.resources import return_freed
 from lowmem_wanda.streaming.walk import Notify, ignore
+from lowmem_wanda.streaming.workload import Workload
 
 
 def evaluate_model(

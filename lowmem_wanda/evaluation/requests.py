@@ -13,8 +13,9 @@ from lowmem_wanda.data.token_ids import require_ids
 from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.evaluation.likelihood import TOKEN_BYTES, Batch, token_likelihoods
 from lowmem_wanda.streaming.model import StreamedModel
-from lowmem_wanda.streaming.placement import Placement, Workload, choose
+from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.walk import Notify, ignore
+from lowmem_wanda.streaming.workload import Placement, Workload
 
 LEAST = 16384  # tokens of a sweep: with fewer, reading the model takes longer than computing with it
 

@@ -21,10 +21,11 @@ from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model
-from lowmem_wanda.streaming.placement import Workload, choose
+from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.resources import anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, advance, ignore, prunable, streamed
 from lowmem_wanda.streaming.watching import watched
+from lowmem_wanda.streaming.workload import Workload
 
 PARTS = ("#keys", "#values")  # behind a matrix's name: the parts that llama.cpp splits it into
 

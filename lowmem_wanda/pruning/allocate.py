@@ -18,8 +18,8 @@ from lowmem_wanda.sparsity.selection import row_chunks, suitable_chunk
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.matrices import Matrix
-from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.walk import MicroBatches, streamed
+from lowmem_wanda.streaming.workload import Placement
 
 FILE = "allocation.json"
 OUTLIER = 5.0  # times the mean score of a block: M of OWL

@@ -19,9 +19,9 @@ from lowmem_wanda.sparsity.patterns import Pattern
 from lowmem_wanda.sparsity.selection import Score
 from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.matrices import Matrix
-from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, add_seconds
 from lowmem_wanda.streaming.walk import MicroBatches, advance
+from lowmem_wanda.streaming.workload import Placement
 
 SAMPLE = 1 << 16  # weights of a matrix whose scores are sampled for the report
 PERCENT = (1, 10, 50, 90, 99)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem_wanda.checkpoint.reader import FLOATS, ITEMSIZE
 from lowmem_wanda.pruning.recover import STATE_BYTES
 from lowmem_wanda.sparsity.selection import SCORE_BYTES, suitable_chunk
-from lowmem_wanda.streaming.placement import Workload
+from lowmem_wanda.streaming.workload import Workload
 
 if TYPE_CHECKING:
     from lowmem_wanda.pruning.job import PruneJob

@@ -21,8 +21,8 @@ from lowmem_wanda.sparsity.selection import Scaled
 from lowmem_wanda.streaming.buffers import DTYPES
 from lowmem_wanda.streaming.containers import folder_on_disk
 from lowmem_wanda.streaming.machine import size_of
-from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import free_memory, wait
+from lowmem_wanda.streaming.workload import Placement
 
 if TYPE_CHECKING:
     from lowmem_wanda.pruning.plan import Plan

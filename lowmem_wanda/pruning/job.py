@@ -33,9 +33,9 @@ from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.machine import ANY, Machine
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
-from lowmem_wanda.streaming.placement import Workload
 from lowmem_wanda.streaming.tracing import Trace
 from lowmem_wanda.streaming.walk import require_chain
+from lowmem_wanda.streaming.workload import Workload
 
 STEPS = 200  # of a block's recovery
 FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "text", "statistics", "dtype", "batch",

@@ -14,8 +14,9 @@ from lowmem_wanda.pruning.report import started
 from lowmem_wanda.sparsity.gram import TILE, Gram
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.streaming.machine import Machine
-from lowmem_wanda.streaming.placement import Placement, choose
+from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.walk import Notify, ignore, prunable
+from lowmem_wanda.streaming.workload import Placement
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from lowmem_wanda.pruning.block import move_on, prune_block
 from lowmem_wanda.pruning.job import PruneJob
 from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.buffers import Slot, Write, raw
-from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import add_seconds, anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream
+from lowmem_wanda.streaming.workload import Placement
 
 
 class PruningWalk:

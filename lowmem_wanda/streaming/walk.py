@@ -23,10 +23,10 @@ from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
 from lowmem_wanda.streaming.parts import Part
-from lowmem_wanda.streaming.placement import Placement
 from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, limited, return_freed, timing
 from lowmem_wanda.streaming.states import hidden_states
 from lowmem_wanda.streaming.tracing import Trace
+from lowmem_wanda.streaming.workload import Placement
 
 MicroBatches = list[torch.Tensor]  # hidden states, each (sequences, length, width), as many as are computed at a time
 Source = Callable[[int], Mapping[str, Tensor] | None]  # block index -> the file tensors that are read for it, by name

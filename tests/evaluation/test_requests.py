@@ -21,7 +21,7 @@ from lowmem_wanda.evaluation.requests import (
     sweep_size,
     sweep_slices,
 )
-from lowmem_wanda.streaming.placement import Placement
+from lowmem_wanda.streaming.workload import Placement
 
 IN_MEMORY = Placement("device", 3, 1, 2, 0, 1 << 20, 1 << 20)
 

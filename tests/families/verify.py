@@ -26,8 +26,9 @@ from lowmem_wanda.errors import LowmemError
 from lowmem_wanda.streaming.head import Head
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.model import open_model
-from lowmem_wanda.streaming.placement import Workload, choose
+from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.walk import advance, streamed
+from lowmem_wanda.streaming.workload import Workload
 
 VERIFIED, REFUSED, CRASHED, WRONG, NOT_BUILT = "verified", "refused", "crashed", "WRONG", "not built"
 UNPROVED = "unproved"

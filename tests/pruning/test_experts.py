@@ -18,9 +18,10 @@ from lowmem_wanda.pruning.experts import OfExperts
 from lowmem_wanda.pruning.passes import Passes
 from lowmem_wanda.sparsity.gram import Gram
 from lowmem_wanda.sparsity.statistics import SquaredNorm
-from lowmem_wanda.streaming.placement import Workload, choose
+from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.walk import streamed
 from lowmem_wanda.streaming.watching import Observe
+from lowmem_wanda.streaming.workload import Workload
 
 BATCH = 4
 USUAL = OfExperts()

@@ -10,8 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_wanda import prune
 from lowmem_wanda.data.calibration import in_batches
 from lowmem_wanda.streaming.head import Head
-from lowmem_wanda.streaming.placement import Workload, choose
+from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.walk import advance, streamed
+from lowmem_wanda.streaming.workload import Workload
 
 BATCH = 4  # does not divide the six sequences
 

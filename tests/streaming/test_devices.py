@@ -18,9 +18,10 @@ from lowmem_wanda.evaluation.likelihood import Batch, token_likelihoods
 from lowmem_wanda.streaming import containers, walk
 from lowmem_wanda.streaming.buffers import BlockBuffers
 from lowmem_wanda.streaming.model import find_dtype
-from lowmem_wanda.streaming.placement import Workload, choose
+from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.resources import Peak, host_memory, limited
 from lowmem_wanda.streaming.states import hidden_states
+from lowmem_wanda.streaming.workload import Workload
 
 SECOND = torch.device("cuda", 1)
 
