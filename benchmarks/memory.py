@@ -2,7 +2,8 @@
 
 Makes random Llama checkpoints of one width and 8, 16, 32 and 64 blocks, prunes each in a process of its own, and reads
 that process's RssAnon and RssFile from /proc every 2 ms. Measures the workspace of masking one large matrix, too.
-Writes results/memory.json and prints a Markdown table.
+Writes results/memory.json and prints a Markdown table. With `--experts 16 64 256` the checkpoints are mixtures of so
+many experts in each of two blocks, all within the first of the budgets.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import ROOT, commit, follow, llama, machine, random_tokens, size_of
+from checkpoints import random_experts
+from measure import ROOT, VOCABULARY, commit, follow, llama, machine, random_tokens, size_of
 
 WORKSPACE = """
 import sys, torch
@@ -39,33 +41,43 @@ def main() -> None:
         "--max-ram", nargs="*", default=["410MB"], help="budgets within which the deepest is pruned, too"
     )
     parser.add_argument("--no-workspace", action="store_true", help="do not mask the large matrix")
+    parser.add_argument("--experts", type=int, nargs="*", default=[], help="experts of a block, instead of blocks")
+    parser.add_argument("--statistics", default="block", help="the order in which matrices are measured")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/memory.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cases = [(blocks, "") for blocks in arguments.blocks]
         cases += [(arguments.blocks[-1], budget) for budget in arguments.max_ram]
+        if arguments.experts:
+            cases = [(experts, arguments.max_ram[0]) for experts in arguments.experts]
         rows = [measure(Path(folder), *case, arguments) for case in cases]
     result = {"machine": machine(), "commit": commit(), "command": " ".join(sys.argv), "rows": rows}
-    print("| blocks | budget | checkpoint MB | anonymous MB | mapped MB | predicted MB | seconds |")
+    kind = "experts" if arguments.experts else "blocks"
+    print(f"| {kind} | budget | checkpoint MB | anonymous MB | mapped MB | predicted MB | seconds |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
-    deepest = rows[len(arguments.blocks) - 1]
+    deepest = rows[len(arguments.experts or arguments.blocks) - 1]
     growth = deepest["anonymous_mb"] / rows[0]["anonymous_mb"]
-    print(f"\n{deepest['blocks']} blocks hold {growth:.3f} times the anonymous memory of {rows[0]['blocks']}")
-    if not arguments.no_workspace:
+    print(f"\n{deepest['number']} hold {growth:.3f} times the anonymous memory of {rows[0]['number']}")
+    if not arguments.no_workspace and not arguments.experts:
         result["workspace_mb"] = workspace()
         print("workspace of masking 28672 x 8192 bfloat16, MB:", result["workspace_mb"])
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(folder: Path, blocks: int, budget: str, arguments: argparse.Namespace) -> dict[str, float | str]:
+def measure(folder: Path, number: int, budget: str, arguments: argparse.Namespace) -> dict[str, float | str]:
     """The peaks of one pruning, as the kernel counts them from outside. The checkpoint is removed again."""
-    source = llama(folder / f"{blocks}", arguments.width, blocks)
+    if arguments.experts:
+        shape = {"width": arguments.width, "hidden": 3 * arguments.width // 2, "blocks": 2, "vocab": VOCABULARY}
+        source = random_experts(folder / f"{number}", experts=number, **shape)
+    else:
+        source = llama(folder / f"{number}", arguments.width, number)
     tokens = random_tokens(folder / "tokens.npy", arguments.sequences, arguments.length)
     command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json",
-               "--text", str(tokens), "--sequences", str(arguments.sequences)]  # fmt: skip
+               "--text", str(tokens), "--sequences", str(arguments.sequences),
+               "--statistics", arguments.statistics]  # fmt: skip
     command += ["--max-ram", budget] if budget else []
     output = folder / "report.json"  # a pipe would fill up
     with output.open("wb") as file:
@@ -74,7 +86,7 @@ def measure(folder: Path, blocks: int, budget: str, arguments: argparse.Namespac
     size = size_of(source)
     subprocess.run(["rm", "-r", str(source), str(folder / "out")], check=True)
     return {
-        "blocks": blocks,
+        "number": number,
         "max_ram": budget,
         "checkpoint_mb": round(size / 1e6),
         "anonymous_mb": round(usage.anonymous / 1e6, 1),

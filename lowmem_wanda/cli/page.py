@@ -240,13 +240,33 @@ def _settings(report: Record) -> Iterator[Section]:
 
 
 def _by_kind(blocks: Sequence[Record]) -> dict[str, dict[int, Any]]:
-    """{kind of matrix: {block: its record}}; a kind is the tensor's name from the block's number on."""
-    kinds: dict[str, dict[int, Any]] = {}
+    """{kind of matrix: {block: its record}}; a kind is the tensor's name from the block's number on.
+
+    The experts of a layer are of one kind, whose record has the means of theirs.
+    """
+    kinds: dict[str, dict[int, list[Record]]] = {}
     for block in blocks:
         for name, linear in block["linears"].items():
             kind = re.split(rf"\.{block['index']}\.", name, maxsplit=1)[-1].removesuffix(".weight")
-            kinds.setdefault(kind, {})[block["index"]] = linear
-    return kinds
+            if "expert" in linear:
+                kind = re.sub(rf"(?<=[.\[]){linear['expert']}(?=[.\]])", "*", kind, count=1)
+            kinds.setdefault(kind, {}).setdefault(block["index"], []).append(linear)
+    return {kind: {at: _mean(records) for at, records in line.items()} for kind, line in kinds.items()}
+
+
+def _mean(records: Sequence[Record]) -> Record:
+    """The record of one matrix, or the means of what several have."""
+    if len(records) == 1:
+        return records[0]
+    made: dict[str, Any] = {}
+    for key in ("sparsity", "error"):
+        if known := [record[key] for record in records if key in record]:
+            made[key] = sum(known) / len(known)
+    if scores := [record["score"] for record in records if record.get("score")]:
+        of = [score["quantiles"] for score in scores]
+        quantiles = {percent: sum(one[percent] for one in of) / len(of) for percent in of[0]}
+        made["score"] = {"quantiles": quantiles, "lost": sum(score["lost"] for score in scores) / len(scores)}
+    return made
 
 
 def _grid(kinds: Kinds, blocks: Sequence[Record], value: Callable[[Any], float]) -> tuple[list[str], list[list[float]]]:

@@ -4,6 +4,7 @@ This needs numpy and the gguf package, but neither torch nor transformers. The t
 memory mapping, some rows at a time.
 """
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lowmem_wanda.llamacpp.quant_types import KEEPS, TYPES, Survival, advice
 Importance = Callable[[str], np.ndarray]  # name of a matrix -> factor of errors in its columns, (columns,) or (1,)
 CHUNK = 1 << 18  # weights that are dequantized at a time
 SAMPLE = 1 << 20  # weights that a prediction quantizes, in all matrices together
+LOOKED_AT = 256  # matrices, each of which takes 20 ms
 SEEN, COLUMNS = 64, 512  # rows and columns that are compared to find the order in which rows are stored
 ALIKE = 0.5  # a row and its quantized self have at least this cosine; two different rows have about 0.05
 
@@ -72,13 +74,8 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
     matrices = {name: matrix for name, matrix in matrices.items() if name not in left_out}
     importance = _importance(imatrix, matrices, names)
     tiny = any(matrix.promise.tiny for matrix in matrices.values())
-    report: SurvivalReport = {
-        "format": FORMAT,
-        "kind": "survive",
-        "path": str(path),
-        "imatrix": str(imatrix) if imatrix else None,
-        "left_out": left_out,
-    }
+    report: SurvivalReport = {"format": FORMAT, "kind": "survive", "path": str(path), "left_out": left_out,
+                              "imatrix": str(imatrix) if imatrix else None}  # fmt: skip
     if model is None:
         report |= {"types": predict_types(matrices, importance), "advice": advice(tiny=tiny)}
     else:
@@ -121,11 +118,13 @@ def _importance(
 def outlook(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, Any]:
     """The prediction for a checkpoint that was just pruned, from a quarter of the rows that `survive` takes.
 
-    Without the gguf package it has only the rules of the types.
+    Of many matrices `LOOKED_AT` are taken. Without the gguf package it has only the rules of the types.
     """
     matrices = pruned_matrices(checkpoint, report)
+    some = set(random.Random(0).sample(list(matrices), min(len(matrices), LOOKED_AT)))
     try:
-        types = predict_types(matrices, lambda name: np.ones(1), SAMPLE // 4)
+        seen = {name: matrix for name, matrix in matrices.items() if name in some}
+        types = predict_types(seen, lambda name: np.ones(1), SAMPLE // 4)
     except LowmemError:
         types = [{"type": kind, "bits": known.bits, "grid": known.grid} for kind, known in TYPES.items()]
     return {"types": types, "advice": advice(tiny=any(matrix.promise.tiny for matrix in matrices.values()))}

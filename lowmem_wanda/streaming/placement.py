@@ -104,7 +104,9 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
     )
     for option in product(*(choice.priced() for choice in options)):
         (where, slots, arriving, size, chunk, mapped_from, *rest), costs = zip(*option, strict=True)
-        if arriving <= slots and (not rest[-1] or (slots > 1 and on_host) or arriving > 1):
+        # where micro-batches wait for groups of experts, no memory of theirs may leave holes
+        for_groups = (slots > 1 and mapped_from == SMALL) if on_host else arriving > 1
+        if arriving <= slots and (not rest[-1] or for_groups):
             yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from, *rest)
 
 
