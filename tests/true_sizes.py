@@ -52,9 +52,13 @@ PUBLISHED = {
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def headers(folder: Path, name: str) -> Path:
-    """The folder of a checkpoint of bfloat16 tensors, one shard for each block, with the names of the published files."""
+def headers(folder: Path, name: str, blocks: int | None = None) -> Path:
+    """The folder of a checkpoint of bfloat16 tensors, one shard for each block, with the names of the published files.
+
+    It has the published number of blocks, or the first `blocks` of them.
+    """
     made = dict(PUBLISHED[name])
+    made["num_hidden_layers"] = blocks or made["num_hidden_layers"]
     config = AutoConfig.for_model(made.pop("model_type"), **made)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -136,6 +136,13 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     return (bits >> 16).astype("<u2")
 
 
+def source_bytes(tensor: Tensor) -> int:
+    """The bytes that a tensor takes in its file, with its scales where it is quantized."""
+    if isinstance(tensor, Quantized) and tensor.packed and tensor.scales:
+        return tensor.packed.nbytes + tensor.scales.nbytes
+    return tensor.nbytes
+
+
 def kind_of(config: Mapping[str, Any]) -> str:
     """How config.json says that weights are quantized; "" where they are not."""
     found = config.get("quantization_config")

@@ -274,5 +274,5 @@ def plan_table(plan: Any, facts: Mapping[str, Any]) -> Any:
     table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
     if plan.device_peak:
         table.add_row("device memory", f"{size(plan.device_peak)} predicted at most")
-    table.add_row("disk", size(plan.disk))
+    table.add_row("disk", f"{size(plan.disk)}: {size(plan.read)} are read, {size(plan.written)} written")
     return table

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowmem_wanda.checkpoint.quantized import source_bytes
 from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
 from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
@@ -23,6 +24,8 @@ from lowmem_wanda.streaming.workload import Placement
 class Plan:
     """Counts, bytes and floating-point operations of a pruning; `device_peak` is 0 where the host computes.
 
+    `read` are the bytes of tensors that are read of the source, and `written` those that are written. That shards which
+    are written in groups of experts are read once more for their checksums is not counted.
     `seconds` are those from the first block to the last, by the `rates` of products (operations), masks (weights),
     reading and writing (bytes), each in a second; None for a machine that is not here and whose rates are not given.
     """
@@ -38,6 +41,8 @@ class Plan:
     host_peak: int
     device_peak: int
     disk: int
+    read: int
+    written: int
     layout: Placement
     seconds: float | None = None
     rates: dict[str, float] | None = None
@@ -211,6 +216,8 @@ def predict(job: PruneJob, batch: int | None = None, trained_apart: bool | None 
         host_peak=need.host,
         device_peak=need.device,
         disk=checkpoint.nbytes + small + need.disk + (1 << 20),
+        read=sum(source_bytes(tensor) for tensor in checkpoint.tensors.values()),
+        written=checkpoint.nbytes,
         layout=placement,
     )
 

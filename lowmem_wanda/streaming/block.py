@@ -52,9 +52,15 @@ class Block:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output (sequences, length, width), on its device, for hidden states of that shape on any."""
-        args, kwargs = self.arguments(hidden)
-        hidden = hidden.to(self.device, non_blocking=self.device.type == "cuda")
-        output = self.module(hidden, *args, **kwargs)
+        if self.groups.parking is not None:
+            with self.groups.parking.of(hidden, self.device) as moved:
+                return self._output(moved, hidden)
+        return self._output(hidden.to(self.device, non_blocking=self.device.type == "cuda"), hidden)
+
+    def _output(self, moved: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The output for states that are moved to the device."""
+        args, kwargs = self.arguments(states)
+        output = self.module(moved, *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[no-any-return]
 
     def arguments(self, states: torch.Tensor) -> Call:

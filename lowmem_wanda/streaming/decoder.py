@@ -123,7 +123,9 @@ class Decoder:
             if name not in views:
                 put(module, name, buffer.to(self.device))
         for part in groups.coming:
-            module.get_submodule(part.path).__dict__.setdefault("pauses", set()).add(part.first)
+            experts = module.get_submodule(part.path).__dict__
+            experts.setdefault("pauses", set()).add(part.first)
+            experts["parking"] = groups.parking
         block = Block(index, module, stored, trace, self._calls, views, self.device, self.dtype, groups)
         groups.block = block
         return block
@@ -153,7 +155,8 @@ class Decoder:
         for name in block.views:
             put(block.module, name, get(block.module, name).to("meta"))
         for module in block.module.modules():
-            module.__dict__.pop("pauses", None)
+            for name in ("pauses", "parking"):
+                module.__dict__.pop(name, None)
         self._casts.release(block.module, {matrix.module for matrix in block.matrices})
 
     def _run(self, tokens: np.ndarray, last: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,6 +5,7 @@ not are watched: a product with a stack of matrices says which expert it is of, 
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -67,10 +68,11 @@ def one_by_one(
     flat = top_k_index.t().reshape(-1)
     counts = torch.bincount(flat, minlength=self.num_experts).tolist()  # the one time that a GPU is waited for
     order, start = torch.argsort(flat, stable=True), 0
-    pauses: set[int] = self.__dict__.get("pauses", set())
+    pauses, parking = self.__dict__.get("pauses", set()), self.__dict__.get("parking")
     for expert, count in enumerate(counts[: self.num_experts]):  # what is beyond them is no expert
         if expert in pauses:  # until the group that begins with it is loaded
-            wait(GROUP)
+            with parking.parked(hidden_states, out) if parking else nullcontext():
+                wait(GROUP)
         places = order[start : start + count]
         token, place = places % len(hidden_states), places // len(hidden_states)
         weights = top_k_weights[token, place, None]

@@ -23,6 +23,7 @@ from lowmem_wanda.streaming.workload import Need, Placement, Workload
 LEAST_TRAINED = 4  # micro-batches at least where a block is trained on them, one of which is held out
 BACKWARD = 3  # times the activations of a forward, which the way back needs
 CPU_TOKENS, DEVICE_TOKENS = 512, 2048  # of a micro-batch; more make the products hardly faster
+ROUTING = 12  # bytes of a token for each expert: its logit, its score, and what chooses, float32
 # Bytes that torch and transformers take on the host for their first products. CUDA took 652 MB (torch 2.11, H100).
 LATE, LATE_CUDA = 36 << 20, 640 << 20
 SLACK = 128 << 20  # bytes of a GPU, for the workspace of its products (H100: 104 MB) and its allocator's rounding up
@@ -101,12 +102,14 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
         Choice((True,) if work.one_by_one else apart, slower=50),
         Choice(parts if trained_apart is None else (trained_apart,), slower=70),
         Choice(limits, slower=25),
+        Choice((False,) if on_host else (False, True), slower=150),
     )
     for option in product(*(choice.priced() for choice in options)):
         (where, slots, arriving, size, chunk, mapped_from, *rest), costs = zip(*option, strict=True)
         # where micro-batches wait for groups of experts, no memory of theirs may leave holes
+        part, parked = rest[-2:]
         for_groups = (slots > 1 and mapped_from == SMALL) if on_host else arriving > 1
-        if arriving <= slots and (not rest[-1] or for_groups):
+        if arriving <= slots and (not part or for_groups) and (not parked or (part and where != "device")):
             yield sum(costs), Placement(where, slots, arriving, size, 0, chunk, mapped_from, *rest)
 
 
@@ -128,6 +131,8 @@ class Sizes:
         self.heads = with_heads * head_bytes(max(model.block_bytes for model in work.models))
         self.kept = with_heads * work.sequences * work.length * work.token_bytes
         self.inner = work.length * widest * size
+        experts = max((matrix.expert for matrix in matrices if matrix.expert is not None), default=-1) + 1
+        self.routing = work.length * max(ROUTING * experts, skeleton.width * size // 8)
         self.attention = skeleton.attention_heads * work.length**2 * (size + 8)
 
     def activations(self, placement: Placement) -> int:
@@ -149,13 +154,21 @@ class Sizes:
     def at_experts(self, placement: Placement) -> int:
         """The bytes that all micro-batches hold while they wait at experts, if they do.
 
-        Each holds its residual, what enters the experts, their sum so far, and less than another state of routing
-        weights.
+        Each holds its residual, what enters the experts, their sum so far, and what its router made. What is parked is
+        the residual's alone on the device.
         """
         if not (placement.part or self.work.waits_at_experts):
             return 0
-        times = 1 + (self.work.waits_twice and bool(placement.part))
-        return times * self.work.sequences * (4 * self.state + self._moved(placement))
+        held = self.state if placement.parked else 3 * self.state + self._moved(placement)
+        return self._waiting_there(placement) * (held + self.routing)
+
+    def parked(self, placement: Placement) -> int:
+        """The bytes of what is parked on the host: what enters the experts, and their sum so far."""
+        return self._waiting_there(placement) * 2 * self.state * placement.parked
+
+    def _waiting_there(self, placement: Placement) -> int:
+        """The number of sequences that wait at experts, twice those that wait as the dense and the pruned block."""
+        return self.work.sequences * (1 + (self.work.waits_twice and bool(placement.part)))
 
     def _moved(self, placement: Placement) -> int:
         """The bytes of a sequence's hidden states on the device, where they lie elsewhere."""
@@ -173,7 +186,7 @@ class Sizes:
         rest = 2 * min(COPIED_PIECE, self.piece)  # for the shard outside the blocks, which is written meanwhile
         if work.on_host:
             return Need(self.base + LATE + rest + working, 0, disk)
-        held = blocks + (states if placement.states == "host" else 0)
+        held = blocks + (states if placement.states == "host" else 0) + self.parked(placement)
         return Need(self.base + LATE_CUDA + rest + max(held, 3 * self.piece), working + SLACK, disk)
 
     def _working(self, placement: Placement, blocks: int) -> int:

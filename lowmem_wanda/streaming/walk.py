@@ -22,8 +22,9 @@ from lowmem_wanda.streaming.flows import GROUP, Flows
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.numbers import blamed
+from lowmem_wanda.streaming.parking import Parking
 from lowmem_wanda.streaming.parts import Part
-from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, limited, return_freed, timing
+from lowmem_wanda.streaming.resources import Clock, Peak, add_seconds, host_memory, limited, return_freed, timing
 from lowmem_wanda.streaming.states import hidden_states
 from lowmem_wanda.streaming.tracing import Trace
 from lowmem_wanda.streaming.workload import Placement
@@ -44,8 +45,15 @@ class Groups:
     `write` is the function that writes a group when it has been computed; None for one that is not written.
     """
 
-    def __init__(self, decoder: Decoder, parts: Sequence[Part], slots: Iterator[Slot], buffers: BlockBuffers) -> None:
-        self.coming = deque(parts)
+    def __init__(
+        self,
+        decoder: Decoder,
+        parts: Sequence[Part],
+        slots: Iterator[Slot],
+        buffers: BlockBuffers,
+        parking: Parking | None,
+    ) -> None:
+        self.coming, self.parking = deque(parts), parking if parts else None
         self.write: Callable[[Part], Write] | None = None
         self.loaded: Callable[[], None] = lambda: None  # called when a group is loaded
         self.loads = 0
@@ -94,8 +102,10 @@ class Stream:
         peak: Peak,
         allocate: Any,
         limit: int,
+        parking: Parking | None = None,
     ) -> None:
         self.decoders, self.batches, self.buffers, self.peak, self.limit = decoders, batches, buffers, peak, limit
+        self.parking = parking
         self.states: list[MicroBatches] = []
         self.spent: dict[str, float] = {}
         self._allocate, self._start = allocate, time.perf_counter()
@@ -122,7 +132,7 @@ class Stream:
         slots = self.buffers.prefetch(pieces())
         for decoder, states, step, index in visits:
             slot = next(slots)
-            groups = Groups(decoder, coming.popleft()[1:], slots, self.buffers)
+            groups = Groups(decoder, coming.popleft()[1:], slots, self.buffers, self.parking)
             block = decoder.load(index, slot.stored, groups)
             with blamed(decoder.model, index):
                 write = step(block, states)
@@ -183,6 +193,9 @@ def streamed(
             states = hidden_states(placement.states, shape, dtype, device, place, peak.count_not_locked)
             return stack.enter_context(states)
 
+        def place(nbytes: int) -> torch.Tensor:
+            return stack.enter_context(host_memory(nbytes, device, peak.count_not_locked))
+
         stack.enter_context(torch.no_grad())
         stack.enter_context(limited(device, budget.max_vram, placement.mapped))
         peak = stack.enter_context(Peak(device))
@@ -190,7 +203,9 @@ def streamed(
         nbytes = max(model.part_bytes(placement.part) for model in models)
         number = placement.slots, placement.arriving
         buffers = BlockBuffers(device, nbytes, *number, budget.read, peak.count_not_locked)
-        yield Stream(decoders, batches, stack.enter_context(buffers), peak, allocate, placement.part)
+        stack.enter_context(buffers)
+        parking = Parking(place) if placement.parked else None
+        yield Stream(decoders, batches, buffers, peak, allocate, placement.part, parking)
 
 
 def prunable(model: StreamedModel) -> tuple[tuple[Matrix, ...], ...]:

@@ -60,7 +60,7 @@ class Placement:
     statistic is held at a time, which takes a pass through the block for each. With `trained_apart` the parts of a
     block are trained one after the other; that changes the result, so a resumed job keeps it. Where `part` is not 0,
     the experts of a block are read, computed and written in groups of at most so many bytes, and all micro-batches wait
-    for each.
+    for each, with most of their memory on the host if it is `parked` there.
     """
 
     states: str
@@ -73,6 +73,7 @@ class Placement:
     apart: bool = False
     trained_apart: bool = False
     part: int = 0
+    parked: bool = False
 
     def __str__(self) -> str:
         where = {"device": "in memory", "host": "on the host", "file": "in a file"}[self.states]
@@ -80,6 +81,7 @@ class Placement:
         apart = ", statistics one after the other" if self.apart else ""
         apart += ", attention and MLP trained one after the other" if self.trained_apart else ""
         apart += f", experts in groups of {self.part / 1e6:.0f} MB" if self.part else ""
+        apart += ", what waits for them on the host" if self.parked else ""
         return (
             f"hidden states {where}, {buffers}, {self.batch} sequence" + "s" * (self.batch > 1) + " at a time" + apart
         )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from helpers import digests
 
 from lowmem_wanda import check, evaluate, imatrix, prune
@@ -23,10 +24,10 @@ def in_groups(monkeypatch):
     """A function: has all that follows read experts in groups of at most so many bytes, 0 for none."""
     choose = placement.choose
 
-    def set_limit(limit):
+    def set_limit(limit, **more):
         def chosen(work, *args, **kwargs):
             found, need = choose(work, *args, **kwargs)
-            return replace(found, part=limit, slots=2, held=1000 if limit else found.held), need
+            return replace(found, part=limit, slots=2, **more), need
 
         for module in ("pruning.plan", "evaluation.perplexity", "llamacpp.collect"):
             monkeypatch.setattr(f"lowmem_wanda.{module}.choose", chosen)
@@ -58,6 +59,19 @@ def test_the_bytes_are_those_of_whole_blocks(tmp_path, tiny, token_file, in_grou
         made[limit] = digests(tmp_path / f"{limit}") | ({"sums": sums.read_bytes()} if sums else {})
     assert made[1] == made[0] and made[30000] == made[0]
     assert not check(tmp_path / "1", against=tiny(family)).problems
+
+
+@pytest.mark.parametrize("way", [{}, {"statistics": "sequential"}, {"method": "sparsegpt"}], ids=str)
+def test_the_bytes_are_the_same_where_what_waits_is_parked(tmp_path, tiny, token_file, in_groups, monkeypatch, way):
+    moved = []
+    resize = torch.UntypedStorage.resize_
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", lambda self, size: moved.append(size) or resize(self, size))
+    for parked in (False, True):
+        in_groups(1, parked=parked, states="file" if parked else "device", held=2)
+        prune(tiny("deepseek_v3"), tmp_path / f"{parked}", text=[token_file], batch=4, **way)
+        assert bool(moved) is parked
+    assert digests(tmp_path / "True") == digests(tmp_path / "False")
+    assert moved.count(0) == len(moved) / 2  # all of it has come back
 
 
 def test_figures_are_those_of_whole_blocks(tmp_path, tiny, token_file, in_groups):
