@@ -104,6 +104,11 @@ def unloaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.full((), torch.nan, dtype=tensor.dtype, device=device).expand(tensor.shape)
 
 
+def is_loaded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory of its own, unlike what `unloaded` gives."""
+    return not tensor.is_meta and (tensor.numel() < 2 or any(tensor.stride()))
+
+
 def get(module: nn.Module, name: str) -> torch.Tensor:
     """The parameter or buffer of a path."""
     owner, _, last = name.rpartition(".")

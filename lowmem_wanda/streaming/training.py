@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 
 from lowmem_wanda.streaming.block import Block
-from lowmem_wanda.streaming.outside import get
+from lowmem_wanda.streaming.outside import get, is_loaded
 
 
 class TrainableBlock:
@@ -60,5 +60,6 @@ class TrainableBlock:
             self.block.stored[name].copy_(weight.detach())
         for path, view in self.block.views.items():
             cast, stored = get(self.block.module, path), view.of(self.block.stored)
-            if not self.weights.keys().isdisjoint(view.tensors) and cast.data_ptr() != stored.data_ptr():
+            trained = not self.weights.keys().isdisjoint(view.tensors)
+            if trained and is_loaded(cast) and cast.data_ptr() != stored.data_ptr():
                 cast.copy_(stored)

@@ -189,3 +189,9 @@ def test_a_browser_shows_it_on_a_phone(reports, tmp_path, kind):
         subprocess.run([*command, *look, f"file://{tmp_path}/page.html"], capture_output=True, timeout=120)
         grey = imread(shot)[..., :3].mean(axis=2)
         assert np.median(grey) == pytest.approx(paper, abs=0.03) and (abs(grey - paper) > 0.3).mean() > 0.005
+
+
+def test_experts_of_a_layer_are_one_kind_of_matrix(tiny, token_file, tmp_path):
+    report = prune(tiny("qwen3_moe"), tmp_path / "out", text=[str(token_file)])
+    shown = set(re.findall(r"mlp\.experts\.[^<]+", unescape(page(json.loads(json.dumps(report))))))
+    assert shown == {f"mlp.experts.*.{part}_proj" for part in ("gate", "up", "down")}

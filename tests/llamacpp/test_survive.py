@@ -26,7 +26,7 @@ from lowmem_wanda.llamacpp.gguf_values import ARRAY, STRING, Field
 from lowmem_wanda.llamacpp.imatrix import About, Entry, read, write
 from lowmem_wanda.llamacpp.names import gguf_names
 from lowmem_wanda.llamacpp.quant_types import TYPES, advice
-from lowmem_wanda.llamacpp.survive import survive
+from lowmem_wanda.llamacpp.survive import outlook, survive
 from lowmem_wanda.pruning.job import prepare
 
 KIND = gguf.GGMLQuantizationType
@@ -256,6 +256,12 @@ def test_the_report_of_a_pruning_says_it(pruned, tiny, token_file, tmp_path, mon
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     bare = prune(tiny("llama"), tmp_path / "out", text=[str(token_file)])["quantization"]
     assert [one["type"] for one in bare["types"]] == list(TYPES) and "zero" not in bare["types"][0]
+
+
+def test_the_report_of_a_pruning_looks_at_some_of_many_matrices(pruned, monkeypatch):
+    monkeypatch.setattr("lowmem_wanda.llamacpp.survive.LOOKED_AT", 3)
+    found = outlook(Checkpoint(pruned), json.loads((pruned / "report.json").read_text()))
+    assert next(one["linears"] for one in found["types"] if one["type"] == "Q4_1") == 3
 
 
 def test_the_command_shows_tensors_types_and_advice(pruned, tmp_path, capsys):
