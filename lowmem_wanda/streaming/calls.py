@@ -5,7 +5,9 @@ every block once, in order, with the very output of the one before, and its head
 prove it: each hands on random numbers, which must arrive unchanged at the next one.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +22,21 @@ class Beside:
     """What a stub gives where its block gives more than hidden states. No block may be called with one."""
 
 
+@dataclass(frozen=True)
+class Board:
+    """Stands for an empty mapping that a model hands to several blocks, where some write what later ones read.
+
+    Gemma 4 and Gemma 3n share keys and values of attention so.
+    """
+
+    number: int
+
+
 class Calls:
     """The calls of the `depth` blocks at `path`, for all micro-batches.
 
     Micro-batches of one shape share them, but for arguments that depend on the tokens: those are kept for each
-    micro-batch, and take `own_bytes` bytes so far.
+    micro-batch, and take `own_bytes` bytes so far. Each micro-batch has boards of its own.
     """
 
     def __init__(self, path: str, depth: int, device: torch.device) -> None:
@@ -34,11 +46,14 @@ class Calls:
         self._shared: dict[tuple[int, ...], list[Call]] = {}
         self._own: dict[int, list[Call]] = {}
         self._storages: set[int] = set()
+        self._empty: list[Any] = []  # boards on which nothing is written
+        self._boards: dict[tuple[int, int], Any] = {}
         self.begin()
 
     def begin(self) -> None:
         """A forward of the model begins."""
         self.now: list[Call] = []
+        self._seen: list[Any] = []  # the boards of this forward
         self.handed: torch.Tensor | None = None
         self.first: torch.Tensor | None = None
 
@@ -74,7 +89,25 @@ class Calls:
             )
         if self.first is None:
             self.first = hidden
-        self.now.append(fresh(call))
+        args, kwargs = call
+        self.now.append(
+            fresh((tuple(map(self._marked, args)), {key: self._marked(one) for key, one in kwargs.items()}))
+        )
+
+    def _marked(self, value: Any) -> Any:
+        """The argument of a block, or what stands for it if it is a board. Raises ModelError."""
+        number = next((number for number, board in enumerate(self._seen) if board is value), len(self._seen))
+        if number == len(self._seen) and (not isinstance(value, MutableMapping) or value):
+            return value
+        if value:
+            raise ModelError(
+                f"{self.path}.{len(self.now)}: is called with a mapping that the model itself writes on between its "
+                "blocks, which is not supported yet"
+            )
+        if number == len(self._seen):
+            self._seen.append(value)
+            self._empty += [copy.copy(value)] if number == len(self._empty) else []
+        return Board(number)
 
     def hand_on(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the stub that was called last puts out: random numbers in the shape of `hidden`."""
@@ -106,13 +139,13 @@ class Calls:
                 self._count(call, known)
         self.begin()
 
-    def require_room(self, done: int, count: int, left: Callable[[], int]) -> None:
+    def require_room(self, done: int, count: int, left: Callable[[], int], boards: int) -> None:
         """Raises BudgetError if arguments that depend on the tokens will take more than half of the memory `left`.
 
-        They are kept for `done` of `count` micro-batches so far.
+        They are kept for `done` of `count` micro-batches so far; `boards` are the bytes of what blocks will write.
         """
-        needed = self.own_bytes * count // done
-        if needed and needed * (count - done) // count > max(left(), 0) // 2:
+        needed = self.own_bytes * count // done + boards
+        if needed and self.own_bytes * (count - done) // done + boards > max(left(), 0) // 2:
             raise BudgetError(
                 f"{self.path}: its blocks are called with values for each token, which take {needed / 1e6:.0f} MB in "
                 "all, more than half of the memory that is left: give fewer or shorter sequences (--sequences --length)"
@@ -121,13 +154,29 @@ class Calls:
     def of(self, states: torch.Tensor, index: int) -> Call:
         """What a block is called with for a micro-batch."""
         calls = self._own.get(states.data_ptr()) or self._shared[tuple(states.shape[:2])]
-        call: Call = fresh(calls[index])
-        return call
+        return self.with_boards(calls[index], states.data_ptr())
+
+    def with_boards(self, call: Call, whose: int = 0) -> Call:
+        """A call with the boards of a micro-batch, or those of blocks that are traced."""
+
+        def board(value: Any) -> Any:
+            if not isinstance(value, Board):
+                return value
+            return self._boards.setdefault((whose, value.number), copy.copy(self._empty[value.number]))
+
+        args, kwargs = fresh(call)
+        return tuple(map(board, args)), {key: board(value) for key, value in kwargs.items()}
+
+    def traced_bytes(self) -> int:
+        """The bytes of what traced blocks have written on their boards."""
+        written = (value for (whose, _), board in self._boards.items() if not whose for value in _leaves(dict(board)))
+        return sum(value.nbytes for value in written if isinstance(value, torch.Tensor))
 
     def clear(self) -> None:
         """Forgets all calls."""
         self._shared.clear()
         self._own.clear()
+        self._boards.clear()
         self.begin()
 
     def _count(self, call: Call, known: set[int]) -> None:

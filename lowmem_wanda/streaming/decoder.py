@@ -6,6 +6,7 @@ the model would have passed. `calls` has what is proved meanwhile.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from lowmem_wanda.streaming.numbers import require_known
 from lowmem_wanda.streaming.outside import Outside, get, put
 from lowmem_wanda.streaming.parts import Part, group_view
 from lowmem_wanda.streaming.resources import anonymous, free_memory
-from lowmem_wanda.streaming.stubs import Stub, fresh, same_values
+from lowmem_wanda.streaming.stubs import Stub, same_values
 from lowmem_wanda.streaming.tracing import Trace, trace
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
@@ -93,7 +94,8 @@ class Decoder:
             micro_batches.append(states[start : start + tokens.size].view(embedded.shape).copy_(embedded))
             self._calls.keep(micro_batches[-1])
             start += tokens.size
-            self._calls.require_room(len(micro_batches), len(batches), self._left)
+            boards = sum(trace.written for trace in self.traces.values()) * sum(tokens.size for tokens in batches)
+            self._calls.require_room(len(micro_batches), len(batches), self._left, boards)
         self.empty()
         return micro_batches
 
@@ -228,9 +230,7 @@ class Decoder:
         if self._final is None:
             self._calls.arrive(index, hidden, (args, kwargs))
             if index not in self.traces:
-                call, shapes = fresh((args, kwargs)), self.skeleton.shapes
-                matrices, views = self.skeleton.matrices[index], self.skeleton.views[index]
-                self.traces[index] = trace(self.skeleton.blocks[index], matrices, views, shapes, hidden, call)
+                self.traces[index] = self._traced(index, hidden)
         last = index == self.depth - 1
         if self._final is not None:
             output = self._final if last else hidden
@@ -240,6 +240,14 @@ class Decoder:
             output = self._calls.hand_on(hidden) if self._last is None or not last else self._last
         beside = self.traces[index].beside
         return output if beside is None else (output, *(None if none else Beside() for none in beside))
+
+    def _traced(self, index: int, hidden: torch.Tensor) -> Trace:
+        """The trace of a block that has just been called."""
+        call, before = self._calls.with_boards(self._calls.now[index]), self._calls.traced_bytes()
+        matrices, views = self.skeleton.matrices[index], self.skeleton.views[index]
+        found = trace(self.skeleton.blocks[index], matrices, views, self.skeleton.shapes, hidden, call)
+        written = (self._calls.traced_bytes() - before) // hidden.shape[:2].numel()
+        return replace(found, written=max(0, written))
 
     def _reached(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Ends a forward on stubs where the head is called."""

@@ -27,7 +27,7 @@ class Trace:
     `beside` is None where the block gives hidden states alone. Where it gives them within a tuple, it says of each
     further value whether that is None. `dense` are file tensors that are left as they are, {name: why}, and `stacks`
     the parameters of experts whose products are watched. `shares` are {module of experts: the share of its experts that
-    each token is given to}.
+    each token is given to}. `written` are the bytes that it writes for each token where later blocks read them.
     """
 
     matrices: tuple[Matrix, ...]
@@ -36,6 +36,7 @@ class Trace:
     dense: Mapping[str, str] = field(default_factory=dict)
     stacks: tuple[str, ...] = ()
     shares: Mapping[str, float] = field(default_factory=dict)
+    written: int = 0
 
 
 def trace(

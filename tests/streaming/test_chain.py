@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lowmem_wanda import evaluate, prune
 from lowmem_wanda.errors import BudgetError, ModelError
+from lowmem_wanda.streaming.calls import Calls
 from lowmem_wanda.streaming.decoder import Decoder
 
 
@@ -130,12 +131,32 @@ def test_values_for_each_token_are_kept_for_each_micro_batch(token_file, tmp_pat
         decoder.embed([ids[None] for ids in np.load(token_file)])
 
 
-def test_what_blocks_leave_for_others_is_refused(token_file, tmp_path):
+def test_what_blocks_leave_for_others_is_kept_for_each_micro_batch(token_file, tmp_path, monkeypatch):
     """Gemma 4's last layers attend to keys and values of layers before them."""
     path = save_tiny(tmp_path / "gemma4", "gemma4_text", **{**GEMMA4, "num_kv_shared_layers": 1,
                      "layer_types": ["full_attention"] * 3})  # fmt: skip
-    with pytest.raises(ModelError, match="does not run without data"):
-        prune(path, tmp_path / "out", text=[str(token_file)])
+    made = []
+    for name, way in {"4": {"batch": 4}, "6": {"batch": 6}, "0": {"batch": 4, "held": 0}, "9": {"batch": 4}}.items():
+        order = {"statistics": "sequential"} if name in "09" else {}
+        prune(path, tmp_path / name, text=[str(token_file)], **way, **order)
+        made.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.safetensors")})
+    assert made[0] == made[1] and made[2] == made[3]
+    model = opened(path)
+    with torch.no_grad(), Decoder(model) as decoder:
+        decoder.embed([ids[None] for ids in np.load(token_file)])
+    assert [model.skeleton.traces[index].written for index in range(3)] == [0, 2 * 2 * 8 * 4, 0]  # keys, values
+    monkeypatch.setattr("lowmem_wanda.streaming.decoder.free_memory", lambda _: 6 * 16 * 2 * 2 * 8 * 4)
+    with pytest.raises(BudgetError, match="values for each token"), torch.no_grad(), Decoder(model) as decoder:
+        decoder.embed([ids[None] for ids in np.load(token_file)])
+
+
+def test_a_mapping_that_the_model_writes_on_between_blocks_is_refused():
+    board = {}
+    calls = Calls("model.layers", 2, torch.device("cpu"))
+    calls.arrive(0, torch.zeros(1, 2, 3), ((board,), {}))
+    board["mask"] = torch.zeros(1)
+    with pytest.raises(ModelError, match=r"model\.layers\.1: is called with a mapping that the model itself writes on"):
+        calls.arrive(1, calls.hand_on(torch.zeros(1, 2, 3)), ((board,), {}))
 
 
 @pytest.mark.parametrize(
