@@ -171,7 +171,8 @@ def dequantized(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dic
 
 
 def _of_fp8(packed: Tensor, scales: Tensor, config: Mapping[str, Any]) -> Tensor:
-    block = config.get("quantization_config", {}).get("weight_block_size")
+    said = config.get("quantization_config")
+    block = said.get("weight_block_size") if isinstance(said, dict) else None
     match block:
         case [int(down), int(along)] if down > 0 and along > 0 and len(packed.shape) in (2, 3):
             grid = (*packed.shape[:-2], -(-packed.shape[-2] // down), -(-packed.shape[-1] // along))

@@ -207,6 +207,19 @@ def test_other_kinds_are_refused(source, tmp_path, kind):
         plan(tmp_path / "x")
 
 
+def test_what_has_no_scales_is_refused(source, tmp_path):
+    shutil.copytree(source, tmp_path / "x")
+    edit(tmp_path / "x", lambda tensors: {k: v for k, v in to_fp8(tensors).items() if "up_proj.weight_s" not in k}, {})
+    edit(tmp_path / "x", dict, {"quantization_config": FP8})
+    with pytest.raises(
+        CheckpointError, match=r"up_proj.weight is F8_E4M3, and no tensor .*up_proj.weight_scale_inv has"
+    ):
+        plan(tmp_path / "x", dequantize=True)
+    edit(tmp_path / "x", dict, {"quantization_config": "fp8"})
+    with pytest.raises(CheckpointError, match=r"not a scale for each block \(None\)"):
+        plan(tmp_path / "x", dequantize=True)
+
+
 def test_scales_of_another_grid_are_refused(tmp_path):
     weight, grid = fp8(torch.randn(32, 32))
     save_file({"x": weight, "x_scale_inv": grid[:1]}, tmp_path / "model.safetensors")
