@@ -171,8 +171,8 @@ def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
         packed = tensor.dtype not in FLOATS and len(tensor.shape) == 2 and "weight" in tensor.name.rsplit(".", 1)[-1]
         if checkpoint.dequantized and tensor.dtype in QUANTIZED:
             raise CheckpointError(
-                f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, and no tensor {tensor.name}_scale_inv has "
-                "its scales; download it again, or get or make the bf16 checkpoint"
+                f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, and no tensor {tensor.name}_scale_inv "
+                "has its scales; download it again, or get or make the bf16 checkpoint"
             )
         if tensor.dtype in QUANTIZED or packed:
             raise CheckpointError(
