@@ -187,10 +187,11 @@ def _of_fp8(packed: Tensor, scales: Tensor, config: Mapping[str, Any]) -> Tensor
 
 
 def _of_fp4(packed: Tensor, scales: Tensor) -> Tensor:
-    if packed.shape[:-1] != scales.shape or len(packed.shape) != 4 or packed.shape[-1] != GROUP // 2:
+    four = len(packed.shape) == 4 and packed.shape[-1] == GROUP // 2
+    if packed.shape[:-1] != scales.shape or not four or (packed.dtype, scales.dtype) != ("U8", "U8"):
         raise CheckpointError(
-            f"{packed.file.name}: tensor {packed.name} is {list(packed.shape)} with scales {list(scales.shape)}, not "
-            "MXFP4 as gpt-oss has it; get or make the bf16 checkpoint"
+            f"{packed.file.name}: tensor {packed.name} is {packed.dtype} {list(packed.shape)} with scales "
+            f"{scales.dtype} {list(scales.shape)}, not MXFP4 as gpt-oss has it; get or make the bf16 checkpoint"
         )
     experts, outputs, groups, _ = packed.shape
     return _made(packed, scales, packed.name[:-7], (experts, groups * GROUP, outputs), (1, GROUP))

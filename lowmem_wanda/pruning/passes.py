@@ -56,8 +56,8 @@ class Passes:
         self.block, self.states, self.prune, self.sums, self.apart = block, states, prune, sums, apart
         self.clock, self.experts = Clock(block.device), experts
         self.columns = {matrix.inputs: matrix.shape[1] for matrix in matrices}
-        first = {matrix.layer: matrix.shape[1] for matrix in reversed([*matrices]) if matrix.layer in block.inputs}
-        self.columns |= first  # all tokens that enter a layer of experts
+        entering = (matrix for matrix in matrices if matrix.layer in block.inputs and self._enters(matrix))
+        self.columns |= {matrix.layer: matrix.shape[1] for matrix in entering}  # all tokens of a layer of experts
         order = [name for name in block.inputs if name in self.columns]
         self.groups = {name: [matrix for matrix in matrices if matrix.inputs == name] for name in order}
         self.statistic, self.statistics = statistic, dict[str, Statistic]()
@@ -242,7 +242,7 @@ class Passes:
         if statistic is not None and tokens >= self.experts.min_tokens:
             return statistic, notes
         layer = self.statistics.get(matrix.layer)
-        if layer is not None and self.columns[matrix.layer] == matrix.shape[1] and self._enters(matrix):
+        if layer is not None and self._enters(matrix):
             return layer, notes | {"scored_by": "all tokens of the layer"}
         if statistic is not None and tokens:
             return statistic, notes | {"scored_by": "few tokens"}

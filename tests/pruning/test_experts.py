@@ -283,3 +283,11 @@ def test_layers_that_predict_further_tokens_are_copied(tmp_path, token_file):
     report = prune(source, out, text=[token_file], batch=BATCH)
     assert sorted(report["untouched"]) == sorted([*more, "model.layers.3.eh_proj.weight"])
     assert not check(out, against=source).problems and report["summary"]["linears"] == 72
+
+
+@pytest.mark.parametrize("statistics", ["block", "sequential", "dense"])
+def test_last_matrices_alone_can_be_pruned(tmp_path, tiny, token_file, statistics):
+    """Not all of a layer's matrices are chosen, so nothing that enters the layer is measured."""
+    report = prune(tiny("mixtral"), tmp_path / "out", text=[token_file], include=["*.w2*"], statistics=statistics)
+    assert report["summary"]["linears"] == 3 * 4
+    assert not check(tmp_path / "out", against=tiny("mixtral")).problems
