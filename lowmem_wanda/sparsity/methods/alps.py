@@ -14,6 +14,7 @@ PENALTY = 0.1  # at first
 EVERY = 3  # rounds with one penalty
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # where more than a share of the kept weights changed: times so much
 MOST = 100  # rounds with a penalty each
+STABLE = 0.001  # a smaller share of the kept weights changes: the support stays (the paper waits for 0)
 
 
 @costs(weight_bytes=24, square_bytes=12, products=2.0 * EVERY * 30 + 60, cubes=30.0)
@@ -21,7 +22,7 @@ def alps(weight: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
     """Prunes a weight (rows, columns) to the pattern and changes what is kept, in place (algorithm 1 and 2).
 
     min tr((W - W0) X^T X (W - W0)^T) is split into W, which fits, and D, which holds the pattern; V pulls them
-    together with a penalty that grows until the support of D stays. Then the kept weights are fitted by `fit`. All is
+    together with a penalty that grows until the support of D stays, but for a thousandth. Then the kept weights are fitted by `fit`. All is
     done on inputs that are scaled to length 1 each. The notes hold the number of `rounds`.
     """
     products, scale = inputs.made("alps", lambda: _scaled(inputs))
@@ -57,7 +58,7 @@ def _split(dense: torch.Tensor, products: torch.Tensor, pattern: Pattern) -> tup
             sparse.masked_fill_(gone, 0)
             pull += penalty * (free - sparse)
         changed = int((gone ^ before).sum()) / 2 / max(1, gone.numel() - int(gone.sum()))
-        if not changed:
+        if changed < STABLE:
             break
         before = gone
         penalty *= next(growth for share, growth in GROWTH if changed > share)
