@@ -3,7 +3,8 @@
 Makes random Llama checkpoints of one width and 8, 16, 32 and 64 blocks, prunes each in a process of its own, and reads
 that process's RssAnon and RssFile from /proc every 2 ms. Measures the workspace of masking one large matrix, too.
 Writes results/memory.json and prints a Markdown table. With `--experts 16 64 256` the checkpoints are mixtures of so
-many experts in each of two blocks, all within the first of the budgets.
+many experts in each of two blocks, all within the first of the budgets. With `--ways "--method alps" ...` the first
+checkpoint is pruned in each of these ways, without a budget and within 80 % of the peak that was then measured.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints import random_experts
@@ -42,6 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--no-workspace", action="store_true", help="do not mask the large matrix")
     parser.add_argument("--experts", type=int, nargs="*", default=[], help="experts of a block, instead of blocks")
+    parser.add_argument("--ways", nargs="*", default=[], metavar="FLAGS", help="flags of prune, instead of blocks")
     parser.add_argument("--statistics", default="block", help="the order in which matrices are measured")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/memory.json")
     arguments = parser.parse_args()
@@ -50,13 +53,19 @@ def main() -> None:
         cases += [(arguments.blocks[-1], budget) for budget in arguments.max_ram]
         if arguments.experts:
             cases = [(experts, arguments.max_ram[0]) for experts in arguments.experts]
-        rows = [measure(Path(folder), *case, arguments) for case in cases]
+        if arguments.ways:
+            rows = [row for way in arguments.ways for row in with_less(Path(folder), way, arguments)]
+        else:
+            rows = [measure(Path(folder), *case, arguments) for case in cases]
     result = {"machine": machine(), "commit": commit(), "command": " ".join(sys.argv), "rows": rows}
-    kind = "experts" if arguments.experts else "blocks"
+    kind = "way" if arguments.ways else "experts" if arguments.experts else "blocks"
     print(f"| {kind} | budget | checkpoint MB | anonymous MB | mapped MB | predicted MB | seconds |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    if arguments.ways:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        return
     deepest = rows[len(arguments.experts or arguments.blocks) - 1]
     growth = deepest["anonymous_mb"] / rows[0]["anonymous_mb"]
     print(f"\n{deepest['number']} hold {growth:.3f} times the anonymous memory of {rows[0]['number']}")
@@ -67,7 +76,21 @@ def main() -> None:
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(folder: Path, number: int, budget: str, arguments: argparse.Namespace) -> dict[str, float | str]:
+def with_less(folder: Path, way: str, arguments: argparse.Namespace) -> list[dict[str, float | str]]:
+    """The peaks of one way of pruning, and those within 80 % of what it took; none where nothing fits into that."""
+    free = measure(folder, arguments.blocks[0], "", arguments, way.split())
+    rows = [{**free, "number": way}]
+    try:
+        less = measure(folder, arguments.blocks[0], f"{0.8 * float(free['anonymous_mb']):.0f}MB", arguments, way.split())
+        rows.append({**less, "number": way})
+    except subprocess.CalledProcessError:  # the budget was refused
+        print(f"{way}: nothing fits into 80 %", file=sys.stderr)
+    return rows
+
+
+def measure(
+    folder: Path, number: int, budget: str, arguments: argparse.Namespace, way: Sequence[str] = ()
+) -> dict[str, float | str]:
     """The peaks of one pruning, as the kernel counts them from outside. The checkpoint is removed again."""
     if arguments.experts:
         shape = {"width": arguments.width, "hidden": 3 * arguments.width // 2, "blocks": 2, "vocab": VOCABULARY}
@@ -77,14 +100,16 @@ def measure(folder: Path, number: int, budget: str, arguments: argparse.Namespac
     tokens = random_tokens(folder / "tokens.npy", arguments.sequences, arguments.length)
     command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json",
                "--text", str(tokens), "--sequences", str(arguments.sequences),
-               "--statistics", arguments.statistics]  # fmt: skip
+               "--statistics", arguments.statistics, *way]  # fmt: skip
     command += ["--max-ram", budget] if budget else []
-    output = folder / "report.json"  # a pipe would fill up
-    with output.open("wb") as file:
-        usage = follow(command, 0.002, stdout=file, stderr=subprocess.DEVNULL)
+    output, size = folder / "report.json", size_of(source)  # a pipe would fill up
+    try:
+        with output.open("wb") as file:
+            usage = follow(command, 0.002, stdout=file, stderr=subprocess.DEVNULL)
+    finally:
+        subprocess.run(["rm", "-rf", str(source), str(folder / "out")], check=True)
     predicted = json.loads(output.read_bytes())["peak_memory"]["host_predicted"]
-    size = size_of(source)
-    subprocess.run(["rm", "-r", str(source), str(folder / "out")], check=True)
+    print(*way, budget, usage, predicted, file=sys.stderr, flush=True)
     return {
         "number": number,
         "max_ram": budget,

@@ -87,8 +87,8 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
     batches = (most,) if batch else tuple(most >> halved for halved in range(most.bit_length()))
     places = ("device", "file") if on_host else ("device", "host", "file")
     chunks = (work.chunk, work.chunk // 4, work.chunk // 16) if work.chunk else (0,)
-    # held micro-batches are freed in another order than they were made, which leaves holes everywhere
-    mapped = MAPPED if on_host and not (work.replays or work.waits_at_experts) else MAPPED[1:]
+    # held micro-batches are freed in another order than they were made, and workspaces have many sizes: holes
+    mapped = MAPPED if on_host and not (work.replays or work.waits_at_experts or work.workspace) else MAPPED[1:]
     parts = (False, True) if 0 < work.training_apart < work.training else (False,)
     limits = (0, *work.model.group_limits()) if not work.training else (0,)
     apart = (False, True) if 0 < work.statistics_apart < work.statistics else (False,)

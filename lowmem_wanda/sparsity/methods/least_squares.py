@@ -11,7 +11,7 @@ ENOUGH = 1e-4  # of the squared gradient at the beginning; then there is little 
 CHUNK = 1 << 22  # weights that are fitted at a time; rounding depends on it, so it is the same everywhere
 
 
-@costs(weight_bytes=0, square_bytes=0, products=2.0 * STEPS)
+@costs(weight_bytes=32, at_a_time=CHUNK, products=2.0 * STEPS)
 def least_squares(weight: torch.Tensor, dense: torch.Tensor, inputs: Gram) -> None:
     """Changes the kept weights, in place, towards min tr((W - W0) X^T X (W - W0)^T) with pruned ones held at zero.
 
@@ -26,24 +26,23 @@ def least_squares(weight: torch.Tensor, dense: torch.Tensor, inputs: Gram) -> No
 
 def fit(weight: torch.Tensor, dense: torch.Tensor, products: torch.Tensor, steps: int = STEPS) -> torch.Tensor:
     """`weight` (rows, columns) after at most `steps` steps towards `dense`, in float32; its zeros are held."""
-    kept = weight != 0
+    kept, fitted, spare = weight != 0, weight.clone(), torch.sub(dense, weight)
     diagonal = products.diagonal()
     scale = torch.where(diagonal > 0, diagonal.reciprocal(), torch.zeros_like(diagonal))
-    left = ((dense - weight) @ products).mul_(kept)  # half the negative gradient
+    left = (spare @ products).mul_(kept)  # half the negative gradient
     direction = left * scale
-    squares = (left * direction).sum(dim=1, keepdim=True)
-    enough = ENOUGH * squares.sum()
-    fitted = weight.clone()
+    squares = torch.mul(left, direction, out=spare).sum(dim=1, keepdim=True)
+    enough, moved = ENOUGH * squares.sum(), torch.empty_like(left)
     for _ in range(steps):
         if not bool(squares.sum() > enough):
             break
-        moved = (direction @ products).mul_(kept)
-        length = _ratio(squares, (direction * moved).sum(dim=1, keepdim=True))
-        fitted += length * direction
-        left -= length * moved
-        scaled = left * scale
-        before, squares = squares, (left * scaled).sum(dim=1, keepdim=True)
-        direction = scaled + _ratio(squares, before) * direction
+        torch.mm(direction, products, out=moved).mul_(kept)
+        length = _ratio(squares, torch.mul(direction, moved, out=spare).sum(dim=1, keepdim=True))
+        fitted.addcmul_(direction, length)
+        left.addcmul_(moved, length, value=-1)
+        scaled = torch.mul(left, scale, out=moved)
+        before, squares = squares, torch.mul(left, scaled, out=spare).sum(dim=1, keepdim=True)
+        direction.mul_(_ratio(squares, before)).add_(scaled)
     return fitted
 
 

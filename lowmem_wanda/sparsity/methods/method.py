@@ -38,7 +38,7 @@ class Statistic(Protocol):
 class Cost:
     """What a function takes for a matrix: bytes for each weight, bytes for each pair of inputs, and operations.
 
-    A solver that `keeps_bits` changes no weight that it keeps. `products` are the operations for each weight and each
+    It works on the rows of `at_a_time` weights, one row at least (0: of all). A solver that `keeps_bits` changes no weight that it keeps. `products` are the operations for each weight and each
     input of its row (a product of all rows with X^T X has 2), `cubes` those for each input cubed (a Cholesky
     factorization has 1/3).
     """
@@ -47,11 +47,13 @@ class Cost:
     square_bytes: int = 0
     products: float = 0.0
     cubes: float = 0.0
+    at_a_time: int = 0
     keeps_bits: bool = False
 
     def nbytes(self, rows: int, columns: int) -> int:
         """The bytes of workspace for a matrix."""
-        return rows * columns * self.weight_bytes + columns * columns * self.square_bytes
+        weights = min(rows * columns, max(self.at_a_time, columns) if self.at_a_time else rows * columns)
+        return weights * self.weight_bytes + columns * columns * self.square_bytes
 
     def flops(self, rows: int, columns: int) -> float:
         """The operations for a matrix."""

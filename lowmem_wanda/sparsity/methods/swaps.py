@@ -12,7 +12,7 @@ SHARE = 8  # a row is swapped at most columns / SHARE times
 CHUNK = 1 << 22  # weights that are worked on at a time
 
 
-@costs(weight_bytes=0, square_bytes=0, products=2.0 + 2.0 / SHARE)
+@costs(weight_bytes=56, at_a_time=CHUNK, products=2.0 + 2.0 / SHARE)
 def swaps(weight: torch.Tensor, dense: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
     """Swaps kept for pruned weights, in place, wherever that lowers tr((W - W0) X^T X (W - W0)^T).
 
