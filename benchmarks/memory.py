@@ -81,7 +81,9 @@ def with_less(folder: Path, way: str, arguments: argparse.Namespace) -> list[dic
     free = measure(folder, arguments.blocks[0], "", arguments, way.split())
     rows = [{**free, "number": way}]
     try:
-        less = measure(folder, arguments.blocks[0], f"{0.8 * float(free['anonymous_mb']):.0f}MB", arguments, way.split())
+        less = measure(
+            folder, arguments.blocks[0], f"{0.8 * float(free['anonymous_mb']):.0f}MB", arguments, way.split()
+        )
         rows.append({**less, "number": way})
     except subprocess.CalledProcessError:  # the budget was refused
         print(f"{way}: nothing fits into 80 %", file=sys.stderr)

@@ -17,6 +17,7 @@ FLOORS = (  # from the ground up: a room imports rooms on floors below its own
     {"streaming", "data"},
     {"evaluation", "llamacpp"},
     {"pruning"},
+    {"shrinking"},
     {"cli"},
 )
 ROOMS = {  # beside `errors`
@@ -27,6 +28,7 @@ ROOMS = {  # beside `errors`
     "llamacpp": {"checkpoint", "data", "sparsity", "streaming"},
     "evaluation": {"checkpoint", "data", "streaming"},
     "pruning": {"checkpoint", "sparsity", "data", "streaming", "llamacpp", "evaluation"},
+    "shrinking": {"checkpoint", "sparsity", "data", "streaming", "llamacpp", "pruning"},
     "cli": {"checkpoint.writer"},
 }
 THIRD = {  # a star: within a function, so that the package is needed only where it is used
@@ -37,6 +39,7 @@ THIRD = {  # a star: within a function, so that the package is needed only where
     "llamacpp": {"numpy", "torch", "*gguf"},
     "evaluation": {"torch", "numpy", "lm_eval", "jinja2", "tqdm"},
     "pruning": {"torch", "numpy"},
+    "shrinking": {"torch", "numpy"},
     "cli": {"*rich", "*matplotlib", "*psutil"},
 }
 ONLY = {  # packages that some modules of a room alone may import

@@ -1,6 +1,7 @@
 """A checkpoint's directory: which tensor lies in which safetensors file, and the small files beside them."""
 
 import hashlib
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,20 @@ class Checkpoint:
             del content["quantization_config"]
         return content
 
+    def written_config(self) -> bytes | None:
+        """The config.json that is written beside its tensors; None where it is a copy."""
+        if not self.dequantized:
+            return None
+        return (json.dumps(self.config(), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
     def differing(self, files: Collection[Path], target: Path) -> list[Path]:
         """Those of its small files that are missing in `target`, or are not what is written of them."""
-        changed = Path(CONFIG) if self.dequantized else None
+        config, changed = self.written_config(), Path(CONFIG)
+        if config is None or changed not in files:
+            return differing(files, self.path, target)
         found = differing((file for file in files if file != changed), self.path, target)
-        if changed in files and not ((target / CONFIG).is_file() and read_json(target / CONFIG) == self.config()):
-            found.append(Path(CONFIG))
+        if not ((target / CONFIG).is_file() and read_json(target / CONFIG) == self.config()):
+            found.append(changed)
         return found
 
     def _weight_map(self) -> dict[str, str]:

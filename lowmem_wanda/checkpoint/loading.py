@@ -21,7 +21,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lowmem_wanda.checkpoint.quantized import Quantized
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, advise, changed, fill, opened
 from lowmem_wanda.checkpoint.writer import library
 
@@ -88,7 +87,7 @@ def _kind_above(path: str, lines: Sequence[str]) -> str:
 
 def _copied(file: BinaryIO, tensor: Tensor, out: np.ndarray, way: str, may_fail: bool) -> str:
     """Copies a tensor in a way, and by reading where it cannot be mapped and this `may_fail`; gives the way taken."""
-    if isinstance(tensor, Quantized):
+    if tensor.is_made:
         done = 0
         for piece in tensor.pieces():
             out[done : done + len(piece)] = np.frombuffer(piece, np.uint8)

@@ -6,7 +6,6 @@ in the middle of a save leaves both. `config.json` is written last, so no progra
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -18,13 +17,13 @@ from typing import Any, BinaryIO
 from lowmem_wanda.checkpoint.checksum import checksum_in, matches
 from lowmem_wanda.checkpoint.companions import JOB, REPORT
 from lowmem_wanda.checkpoint.directory import CONFIG, INDEX, Checkpoint
-from lowmem_wanda.checkpoint.reader import opened, read_header, read_json, require_regular
-from lowmem_wanda.checkpoint.writer import PARTIAL, copy_file, explained, sync_directory, write_json
+from lowmem_wanda.checkpoint.progress import entries_in, line_of
+from lowmem_wanda.checkpoint.reader import read_header, read_json, require_regular
+from lowmem_wanda.checkpoint.writer import PARTIAL, copy_file, explained, sync_directory, write_bytes, write_json
 from lowmem_wanda.errors import CheckpointError, OutputError
 
 FORMAT = 1  # the format number of job.json and report.json
 PROGRESS, LOCK = ".progress.jsonl", ".lock"
-MOST_PROGRESS = 1 << 30  # bytes of a progress file that are read; those of 126 blocks take 200 KB
 PACKAGES = ("lowmem_wanda", "torch", "transformers")  # arguments of a job that are versions
 
 
@@ -55,9 +54,8 @@ class Output:
 
     def add(self, shard: str, entry: dict[str, Any]) -> None:
         """Records a finished shard. `entry` holds its nbytes and checksum and goes into the report."""
-        text = json.dumps({"shard": shard, **entry}).encode()
         with explained(self.path / PROGRESS), _appended(self.path / PROGRESS) as file:
-            file.write(b"\n" + text + b" " + _sum(text) + b"\n")  # a kill may have cut the last line
+            file.write(line_of({"shard": shard, **entry}))
             os.fsync(file.fileno())
             if not self.finished:
                 sync_directory(self.path)
@@ -85,8 +83,11 @@ class Output:
         write_json(self.path / INDEX, index)
 
     def publish_config(self, source: Checkpoint) -> None:
-        """Writes config.json, which completes the checkpoint; of a dequantized source without its quantization."""
-        self._copy(source, Path(CONFIG)) if not source.dequantized else write_json(self.path / CONFIG, source.config())
+        """Writes config.json, which completes the checkpoint: as it is, or as it describes what was made."""
+        if made := source.written_config():
+            write_bytes(self.path / CONFIG, made)
+        else:
+            self._copy(source, Path(CONFIG))
 
     def end(self) -> None:
         """Removes the file that only an unfinished job needs."""
@@ -118,8 +119,7 @@ class Output:
         """Finds the finished shards of an interrupted run and removes its half-written files."""
         for partial in list(self.path.rglob(f".*{PARTIAL}")):
             partial.unlink()
-        for line in _lines(self.path / PROGRESS):
-            entry = _entry(line)
+        for entry in entries_in(self.path / PROGRESS):
             name = str(entry.pop("shard", "")) if isinstance(entry, dict) else ""
             if name in shards and matches(self.path / name, entry):
                 self.finished[name] = entry
@@ -274,24 +274,6 @@ def _appended(path: Path) -> BinaryIO:
         os.close(handle)
         raise OutputError(str(error)) from None
     return open(handle, "ab", buffering=0)  # type: ignore[return-value]
-
-
-def _lines(progress: Path) -> list[bytes]:
-    """The lines of a progress file; none where there is no file."""
-    if not progress.exists():
-        return []
-    with opened(progress) as file:
-        return file.read(MOST_PROGRESS).splitlines()
-
-
-def _sum(text: bytes) -> bytes:
-    return hashlib.sha256(text).hexdigest().encode()
-
-
-def _entry(line: bytes) -> Any:
-    """What a line of the progress says; None for one that a kill cut short, or that is not what was written."""
-    text, _, checksum = line.rpartition(b" ")
-    return json.loads(text) if text and _sum(text) == checksum else None
 
 
 def _brief(value: Any) -> str:

@@ -186,8 +186,11 @@ def _promise(record: Mapping[str, Any]) -> Promise:
 
 def _floats(tensor: Tensor) -> np.ndarray:
     """The values of a tensor, float32 in its shape."""
-    raw = b"".join(tensor.pieces())
-    if tensor.dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
-    kind = f"<f{FLOATS[tensor.dtype]}"
-    return np.frombuffer(raw, kind).astype(np.float32).reshape(tensor.shape)
+    return as_floats(b"".join(tensor.pieces()), tensor.dtype).reshape(tensor.shape)
+
+
+def as_floats(raw: bytes | bytearray, dtype: str) -> np.ndarray:
+    """Whole values of a floating-point dtype, as bytes, in float32 (values,)."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, f"<f{FLOATS[dtype]}").astype(np.float32)

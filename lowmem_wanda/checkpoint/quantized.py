@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.checkpoint.reader import PIECE, Tensor
+from lowmem_wanda.checkpoint.reader import PIECE, Tensor, in_pieces
 from lowmem_wanda.errors import CheckpointError
 
 KINDS = ("fp8", "mxfp4")
@@ -36,21 +36,17 @@ class Quantized(Tensor):
     scales: Tensor | None = None
     block: tuple[int, int] = (1, GROUP)
 
+    @property
+    def is_made(self) -> bool:
+        """True: its bytes are computed."""
+        return True
+
     def pieces(self, size: int = PIECE, spans: Sequence[tuple[int, int]] | None = None) -> Iterator[bytearray]:
         """Yields the bytes of the values as `Tensor` does."""
         assert self.packed is not None and self.scales is not None
         begin = self.offset - self.packed.offset
         for start, stop in ((0, self.nbytes),) if spans is None else spans:
-            made = self._bytes(begin + start, begin + stop)
-            left = memoryview(b"")
-            for at in range(start, stop, size):
-                piece, done = bytearray(min(size, stop - at)), 0
-                while done < len(piece):
-                    left = left or memoryview(next(made))
-                    count = min(len(left), len(piece) - done)
-                    piece[done : done + count] = left[:count]
-                    done, left = done + count, left[count:]
-                yield piece
+            yield from in_pieces(self._bytes(begin + start, begin + stop), stop - start, size)
 
     def _bytes(self, start: int, stop: int) -> Iterator[bytes]:
         """Yields the bytes from `start` up to `stop`, of all values of `packed`."""

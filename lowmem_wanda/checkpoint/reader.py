@@ -54,6 +54,11 @@ class Tensor:
     stamp: tuple[int, ...] | None = None
 
     @property
+    def is_made(self) -> bool:
+        """Whether its bytes do not lie in the file as they are, one after the other."""
+        return False
+
+    @property
     def numel(self) -> int:
         """The number of values."""
         return math.prod(self.shape)
@@ -76,6 +81,19 @@ class Tensor:
         """Raises CheckpointError if the open file has changed since its header was read."""
         if self.stamp is not None and stamp(file) != self.stamp:
             raise changed(self)
+
+
+def in_pieces(made: Iterator[bytes | bytearray], nbytes: int, size: int) -> Iterator[bytearray]:
+    """Yields the first `nbytes` bytes of what comes in parts of any size, at most `size` at a time."""
+    left = memoryview(b"")
+    for at in range(0, nbytes, size):
+        piece, done = bytearray(min(size, nbytes - at)), 0
+        while done < len(piece):
+            left = left or memoryview(next(made))
+            count = min(len(left), len(piece) - done)
+            piece[done : done + count] = left[:count]
+            done, left = done + count, left[count:]
+        yield piece
 
 
 def read_header(file: Path) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -78,7 +78,27 @@ def chosen_score(score: str | None, scores_from: Any, plan: Any, imatrix_out: An
     return score
 
 
-def numbers(experts: ExpertLayers, drop: str | float | None, keep: int | None, plan: Path | None) -> tuple[int, Ids]:
+class HasExperts(Protocol):
+    """Layers with experts."""
+
+    @property
+    def count(self) -> int:
+        """The experts of each layer."""
+
+    @property
+    def groups(self) -> int:
+        """The groups that they lie in."""
+
+    @property
+    def layers(self) -> Collection[int]:
+        """The numbers of the layers."""
+
+    @property
+    def predicting(self) -> Collection[int]:
+        """The numbers of those that predict further tokens (MTP)."""
+
+
+def numbers(experts: HasExperts, drop: str | float | None, keep: int | None, plan: Path | None) -> tuple[int, Ids]:
     """How many experts each layer keeps, and which, if a plan says so. Raises PatternError."""
     if plan is None:
         return kept_count(experts.count, drop, keep), {}
@@ -94,8 +114,8 @@ def numbers(experts: ExpertLayers, drop: str | float | None, keep: int | None, p
     if len(sizes) > 1:
         (one, first), (other, second) = list(sizes.items())[:2]
         raise PatternError(
-            f"{plan}: keeps {one} experts in layer {first} and {other} in layer {second}; llama.cpp loads only models "
-            "with one number for all layers"
+            f"{plan}: keeps {one} experts in layer {first} and {other} in layer {second}; only models with one "
+            "number for all layers are loaded"
         )
     (count,) = sizes
     if (drop is not None or keep is not None) and kept_count(experts.count, drop, keep) != count:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_wanda.checkpoint.reader import Tensor
-from lowmem_wanda.errors import ModelError, PatternError
+from lowmem_wanda.errors import ModelError
 from lowmem_wanda.llamacpp.gguf_file import GGUF
 from lowmem_wanda.llamacpp.gguf_values import U32, Field
 from lowmem_wanda.llamacpp.names import package
+from lowmem_wanda.sparsity.experts import require_kept
 
 IN_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 SEPARATE = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")  # one tensor for each expert, until 2024
@@ -56,24 +57,7 @@ class ExpertLayers:
 
     def require(self, keep: int) -> None:
         """Raises PatternError if a model with `keep` experts would not work, or would be this one."""
-        groups, each = self.groups, keep / self.groups
-        if not 0 < keep < self.count:
-            raise PatternError(
-                f"{keep} of {self.count} experts would be kept; give a number from 1 to {self.count - 1}"
-            )
-        if keep < self.used:
-            raise PatternError(
-                f"{keep} experts would be kept, but the router chooses {self.used} for every token: keep at least that"
-            )
-        if groups > 1 and (keep % groups or each < 2 or self.groups_used * each < self.used):
-            least = max(2, -(-self.used // max(1, self.groups_used)))
-            fitting = [groups * size for size in range(least, self.count // groups)]
-            near = sorted(fitting, key=lambda number: abs(number - keep))[:2]
-            raise PatternError(
-                f"{keep} experts would be kept, but they lie in {groups} groups, which must stay equal and have at "
-                f"least {least} each: " + (f"--keep-experts {' or '.join(map(str, sorted(near)))}" if near else
-                "no smaller number does this")
-            )  # fmt: skip
+        require_kept(self.count, keep, self.used, self.groups, self.groups_used)
 
 
 def routing_facts(keep: int) -> dict[str, bool]:

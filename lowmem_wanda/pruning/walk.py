@@ -9,7 +9,6 @@ import torch
 
 from lowmem_wanda.checkpoint.output import Output, shard_names
 from lowmem_wanda.checkpoint.parted import PartedShard
-from lowmem_wanda.checkpoint.quantized import Quantized
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
 from lowmem_wanda.checkpoint.writer import require_new, write_shard
 from lowmem_wanda.data.calibration import in_batches
@@ -133,7 +132,7 @@ class PruningWalk:
 
 def _made(tensor: Tensor) -> Iterator[memoryview] | None:
     """The bytes of a tensor that is not in its file as it is written; None for one that is copied."""
-    return map(memoryview, tensor.pieces()) if isinstance(tensor, Quantized) else None
+    return map(memoryview, tensor.pieces()) if tensor.is_made else None
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:

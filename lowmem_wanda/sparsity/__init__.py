@@ -6,3 +6,5 @@ REFINEMENTS = ("none", "swaps")
 UPDATES = ("none", "lsq")
 GROUPS = ("row", "matrix")  # what is compared for a share; SparseGPT has its own, "columns"
 EXPERT_SCORES = ("ean", "frequency", "aimer", "random")  # of `experts`; the first is the default where data is given
+MEASURED = ("reap", "weighted", "squares", "ean", "man", "msan", "frequency")  # scores of what experts put out
+CHECKPOINT_SCORES = (*MEASURED, "aimer", "random")

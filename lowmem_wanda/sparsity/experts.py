@@ -5,6 +5,7 @@ router chooses among (DeepSeek-V3); then each group keeps as many.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -27,6 +28,29 @@ def kept_count(count: int, drop: str | float | None = None, keep: int | None = N
     if kept < 1:
         raise PatternError(f"of {count} experts in each layer, none would be kept: drop fewer")
     return kept
+
+
+def require_kept(count: int, keep: int, used: int, groups: int = 1, groups_used: int = 1) -> None:
+    """Raises PatternError if a model that keeps `keep` of `count` experts would not work, or would be the same.
+
+    The router chooses `used` of them for a token, from `groups_used` of `groups` groups.
+    """
+    each = keep / groups
+    if not 0 < keep < count:
+        raise PatternError(f"{keep} of {count} experts would be kept; give a number from 1 to {count - 1}")
+    if keep < used:
+        raise PatternError(
+            f"{keep} experts would be kept, but the router chooses {used} for every token: keep at least that"
+        )
+    if groups > 1 and (keep % groups or each < 2 or groups_used * each < used):
+        least = max(2, -(-used // max(1, groups_used)))
+        fitting = [groups * size for size in range(least, count // groups)]
+        near = sorted(fitting, key=lambda number: abs(number - keep))[:2]
+        numbers = " or ".join(map(str, sorted(near)))
+        raise PatternError(
+            f"{keep} experts would be kept, but they lie in {groups} groups, which must stay equal and have at "
+            f"least {least} each: " + (f"--keep-experts {numbers}" if near else "no smaller number does this")
+        )
 
 
 def _dropped(drop: str | float, count: int) -> int:
@@ -59,6 +83,31 @@ def output_norms(counts: np.ndarray, squares: np.ndarray, columns: np.ndarray) -
     the sum of activation norms (EAN, a baseline of arXiv 2510.13999).
     """
     return np.asarray(counts * np.sqrt((squares * columns).sum(axis=1)))
+
+
+def measured(sums: Mapping[str, Sequence[float]], score: str) -> np.ndarray:
+    """The scores of a layer's experts, float64 (experts,), from sums of what they put out (see `expert_sums`).
+
+    reap          mean of g |f| over its tokens (arXiv 2510.13999, equation 9)
+    weighted      sum of g |f|
+    squares       sum of (g |f|)^2, what the layer's output loses where those of experts are not correlated
+    ean           sum of |f|
+    man, msan     mean of |f|, of |f|^2 (arXiv 2606.15716)
+    frequency     number of tokens
+
+    An expert without tokens has 0.
+    """
+    known = {name: np.asarray(values, np.float64) for name, values in sums.items()}
+    tokens = np.maximum(known["tokens"], 1)
+    return {
+        "reap": known["gated"] / tokens,
+        "weighted": known["gated"],
+        "squares": known["gated_squares"],
+        "ean": known["norms"],
+        "man": known["norms"] / tokens,
+        "msan": known["squares"] / tokens,
+        "frequency": known["tokens"],
+    }[score]
 
 
 def aimer(absolute: np.ndarray, squares: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -54,8 +54,9 @@ def one_by_one(
     """The output of experts (tokens, width), bit for bit that of transformers' "eager".
 
     `hidden_states` are (tokens, width), `top_k_index` and `top_k_weights` (tokens, k). Experts are computed in their
-    order, the tokens of each in the order of their place among the k, as transformers does. On `meta` nothing is
-    computed, and observers are told of every expert.
+    order, the tokens of each in the order of their place among the k, as transformers does. Listeners are told what
+    each puts out for its tokens, and their routing weights. On `meta` nothing is computed, and observers are told of
+    every expert.
     """
     observers: list[Observer] = self.__dict__.get("observers", [])
     out = torch.zeros_like(hidden_states)
@@ -80,6 +81,8 @@ def one_by_one(
             _through(self, expert, hidden_states, None, on_all)
         if count or on_own:
             made = _through(self, expert, hidden_states[token], weights, on_own)
+            for listener in self.__dict__.get("listeners", ()):
+                listener(expert, made, weights)
             out.index_add_(0, token, (made * weights).to(out.dtype))
         start += count
     return out

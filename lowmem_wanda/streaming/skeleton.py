@@ -155,7 +155,8 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     Raises ModelError for what is not a causal language model or cannot be walked yet, CheckpointError for tensors that
     are missing, of other shapes, or without a place in the model.
     """
-    model = _build(checkpoint, dtype, trust_remote_code)
+    made = checkpoint.written_config() is not None
+    model = build_model(checkpoint, dtype, trust_remote_code, checkpoint.config() if made else None)
     names, unexpected = match(model, checkpoint)
     blocks = _find_blocks(model)
     untouched = account(model, checkpoint, names, unexpected, blocks)
@@ -177,15 +178,21 @@ def _require_own_tensors(skeleton: Skeleton) -> None:
                 )
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, content: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The model of a checkpoint's config.json, or of another `content` of it, with every parameter on `meta`.
+
+    Raises ModelError.
+    """
     declared = checkpoint.config().get("architectures") or []
     declared = declared if isinstance(declared, list) else [declared]
     if declared and not any(GENERATES.search(str(name)) for name in declared):
         raise ModelError(f"config.json: {declared[0]} is not a causal language model; only those are pruned")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code)
-        if checkpoint.dequantized:
-            del config.quantization_config
+        if content is not None:
+            config = type(config).from_dict(dict(content))
         _require_sane(config, checkpoint)
         if getattr(config, "_attn_implementation", None) not in PLAIN:
             config._attn_implementation = None  # an optional package, or code that would be looked up on the network

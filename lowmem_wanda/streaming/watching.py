@@ -13,6 +13,8 @@ from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.experts import Watch, entering, is_experts
 from lowmem_wanda.streaming.matrices import OF_EXPERTS
 
+# path of a module of experts, an expert, its outputs (tokens, width), their routing weights (tokens, 1)
+Heard = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 Arrived = Callable[[str, torch.Tensor], None]  # path of a module, its inputs
 
 
@@ -58,6 +60,18 @@ def watched(block: Block, names: Collection[str], arrived: Arrived, observe: Obs
             stack.callback(hook.remove)
         if any(name.startswith(f"{one}[") for one in block.stacks for name in wanted):
             stack.enter_context(Watch(block.module, block.stacks, saw, block.cast_again))
+        yield
+
+
+@contextmanager
+def outputs_heard(block: Block, heard: Heard) -> Iterator[None]:
+    """Calls `heard` with what each expert of the block puts out for its tokens."""
+    with ExitStack() as stack:
+        for path, module in block.module.named_modules():
+            if is_experts(module):
+                listeners = module.__dict__.setdefault("listeners", [])
+                listeners.append(partial(heard, path))
+                stack.callback(listeners.pop)
         yield
 
 

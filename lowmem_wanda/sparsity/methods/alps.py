@@ -22,8 +22,8 @@ def alps(weight: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
     """Prunes a weight (rows, columns) to the pattern and changes what is kept, in place (algorithm 1 and 2).
 
     min tr((W - W0) X^T X (W - W0)^T) is split into W, which fits, and D, which holds the pattern; V pulls them
-    together with a penalty that grows until the support of D stays, but for a thousandth. Then the kept weights are fitted by `fit`. All is
-    done on inputs that are scaled to length 1 each. The notes hold the number of `rounds`.
+    together with a penalty that grows until the support of D stays, but for a thousandth. Then the kept weights are
+    fitted by `fit`. All is done on inputs that are scaled to length 1 each. The notes hold the number of `rounds`.
     """
     products, scale = inputs.made("alps", lambda: _scaled(inputs))
     dense = weight.float() * scale

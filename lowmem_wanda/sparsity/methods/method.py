@@ -38,9 +38,9 @@ class Statistic(Protocol):
 class Cost:
     """What a function takes for a matrix: bytes for each weight, bytes for each pair of inputs, and operations.
 
-    It works on the rows of `at_a_time` weights, one row at least (0: of all). A solver that `keeps_bits` changes no weight that it keeps. `products` are the operations for each weight and each
-    input of its row (a product of all rows with X^T X has 2), `cubes` those for each input cubed (a Cholesky
-    factorization has 1/3).
+    It works on the rows of `at_a_time` weights, one row at least (0: of all). A solver that `keeps_bits` changes no
+    weight that it keeps. `products` are the operations for each weight and each input of its row (a product of all rows
+    with X^T X has 2), `cubes` those for each input cubed (a Cholesky factorization has 1/3).
     """
 
     weight_bytes: int = 12

@@ -1,0 +1,201 @@
+"""A removal of experts that is ready to start: everything that is chosen and checked before a weight is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_wanda.checkpoint.checksum import sha256_of
+from lowmem_wanda.checkpoint.companions import Companions, companions
+from lowmem_wanda.checkpoint.directory import Checkpoint, fingerprint
+from lowmem_wanda.checkpoint.quantized import KINDS, kind_of
+from lowmem_wanda.data.calibration import Calibration, name_list, require_counts
+from lowmem_wanda.errors import ModelError, PatternError
+from lowmem_wanda.llamacpp.expert_choice import LayerChoice, numbers
+from lowmem_wanda.pruning.choices import choose_calibration
+from lowmem_wanda.shrinking.choice import Sums, choose, chosen_score, read_scores
+from lowmem_wanda.sparsity import MEASURED
+from lowmem_wanda.sparsity.experts import require_kept
+from lowmem_wanda.streaming.expert_layout import ExpertLayout, expert_layout
+from lowmem_wanda.streaming.experts import is_experts
+from lowmem_wanda.streaming.machine import ANY, Machine
+from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
+from lowmem_wanda.streaming.skeleton import build_skeleton
+from lowmem_wanda.streaming.workload import Workload
+
+MTP = ("keep", "drop")  # what becomes of layers that predict further tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkJob:
+    """One removal of experts, ready to start: which checkpoint, how many are kept in each layer, and what decides.
+
+    `source` is the checkpoint as it is stored and `layout` where its experts lie. `model` computes, from values that
+    are dequantized where `source` is quantized. `planned` are {layer: kept ids} of a plan, and `known` the sums of
+    layers that were measured before. `given` are the checksums of files that decide.
+    """
+
+    source: Checkpoint
+    layout: ExpertLayout
+    model: StreamedModel
+    keep: int
+    score: str
+    seed: int
+    planned: Mapping[int, tuple[int, ...]]
+    known: Mapping[int, Sums]
+    given: Mapping[str, str]
+    calibration: Calibration | None
+    mtp: str
+    verify_source: bool
+
+    @property
+    def measures(self) -> bool:
+        """Whether experts are measured in a forward pass."""
+        return self.calibration is not None
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that keep experts."""
+        return self.layout.layers if self.mtp == "keep" else self.layout.running
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what is computed with has the bytes of the source, so that it can be written."""
+        return self.source.tensors == self.model.checkpoint.tensors
+
+    def choose(self, layer: int, sums: Sums | None) -> LayerChoice:
+        """The choice of a layer, from its sums where the score is of what experts put out."""
+        if layer in self.planned:
+            return LayerChoice(self.planned[layer], "plan", None)
+        return choose(self.layout, layer, self.keep, self.score, sums, self.model.checkpoint, self.seed)
+
+    @cached_property
+    def companions(self) -> Companions:
+        """The small files that are copied, and those that are left out."""
+        return companions(self.source.path, code=self.model.trust_remote_code)
+
+    @cached_property
+    def workload(self) -> Workload:
+        """What goes through the model, and the memory that this takes."""
+        sequences, length = self.calibration.tokens.shape if self.calibration else (0, 0)
+        return Workload((self.model,), sequences, length)
+
+    @property
+    def batch(self) -> int | None:
+        """The number of sequences at a time that was asked for, at most all of them; None: as many as fit."""
+        return self.model.batch and min(self.model.batch, self.workload.sequences or 1)
+
+    @property
+    def source_sums(self) -> dict[str, str]:
+        """{file of the source: its checksum}."""
+        return {file.name: sha256_of(file) for file in self.source.files}
+
+    def arguments(self, batch: int) -> dict[str, Any]:
+        """All that can change a bit of the result, as it stands in job.json."""
+        running_on, model = versions(), self.model
+        measured = self.calibration and {
+            "text": list(self.calibration.sources),
+            "calibration_shape": list(self.calibration.tokens.shape),
+            "calibration_sha256": self.calibration.sha256,
+            "statistics": "dense",
+            "dtype": model.dtype_name,
+            "batch": batch,
+            "threads": torch.get_num_threads() if model.device.type == "cpu" else 0,
+        }
+        return {
+            "source_fingerprint": fingerprint(self.source),
+            **({"source_sha256": self.source_sums} if self.verify_source else {}),
+            "experts": self.layout.count,
+            "keep_experts": self.keep,
+            "score": self.score,
+            **self.given,
+            **({"seed": self.seed} if self.calibration or self.score == "random" else {}),
+            **(measured or {}),
+            "mtp": self.mtp if self.layout.predicting else "none",
+            "device": describe_device(model.device),
+            "trust_remote_code": model.trust_remote_code,
+            **({"dequantize": True} if self.source.dequantized else {}),
+            "small_files": {str(file): sha256_of(self.source.path / file) for file in self.companions.files},
+            **{name.replace("-", "_"): running_on[name] for name in ("lowmem-wanda", "torch", "transformers")},
+        }  # fmt: skip
+
+
+def prepare(
+    source: str | Path | StreamedModel,
+    *,
+    drop_experts: str | float | None = None,
+    keep_experts: int | None = None,
+    score: str | None = None,
+    plan: str | Path | None = None,
+    scores_from: str | Path | None = None,
+    mtp: str = "keep",
+    text: str | Path | Sequence[str | Path] = (),
+    sequences: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    verify_source: bool = False,
+    calibration: Calibration | None = None,
+    machine: Machine = ANY,
+) -> ShrinkJob:
+    """The job of removing experts of a checkpoint, after all that can be checked beforehand has been checked.
+
+    Raises a LowmemError that says what is wrong.
+    """
+    text = name_list(text)
+    decides = chosen_score(score, plan, None)
+    if mtp not in MTP:
+        raise PatternError(f"--mtp {mtp}: give one of {', '.join(MTP)}")
+    require_counts({"--sequences": sequences, "--length": length})
+    model = source if isinstance(source, StreamedModel) else open_model(source, replace(machine, dequantize=True))
+    stored = model.checkpoint
+    if stored.dequantized and not machine.dequantize:
+        stored = Checkpoint(stored.path)
+    layout = _layout(model, stored)
+    keep, planned = numbers(layout, drop_experts, keep_experts, Path(plan) if plan else None)
+    require_kept(layout.count, keep, layout.used, layout.groups, layout.groups_used)
+    known = read_scores(Path(scores_from), layout) if scores_from else {}
+    if (plan or scores_from or decides not in MEASURED) and text:
+        raise PatternError("--text is what experts are measured on, and nothing is measured here; leave it out")
+    if plan and scores_from:
+        raise PatternError("--plan says which experts are kept, so --from has no place beside it; leave one out")
+    measures = decides in MEASURED and not known
+    if measures:
+        _require_heard(model, layout)
+        calibration = calibration or choose_calibration(model, text, sequences, length, seed)
+    given = {name: sha256_of(Path(file)) for name, file in (("plan", plan), ("from", scores_from)) if file}
+    job = ShrinkJob(
+        source=stored, layout=layout, model=model, keep=keep, score=decides, seed=seed, planned=planned, known=known,
+        given={f"{name}_sha256": value for name, value in given.items()}, calibration=calibration if measures else None,
+        mtp=mtp, verify_source=verify_source,
+    )  # fmt: skip
+    _require_loads(job)
+    return job
+
+
+def _layout(model: StreamedModel, stored: Checkpoint) -> ExpertLayout:
+    return expert_layout(model.skeleton.model, stored, model.skeleton.path, model.trust_remote_code)
+
+
+def _require_heard(model: StreamedModel, layout: ExpertLayout) -> None:
+    """Raises ModelError unless what the experts of every layer put out can be heard."""
+    for layer in layout.running:
+        count = sum(is_experts(module) for module in model.skeleton.blocks[layer].modules())
+        if count != 1:
+            raise ModelError(
+                f"{type(model.skeleton.blocks[layer]).__name__}: has {count or 'no'} layers of experts that "
+                "transformers lets be measured, so scores of what they put out are not known; give --score aimer, or "
+                "--plan"
+            )
+
+
+def _require_loads(job: ShrinkJob) -> None:
+    """Raises ModelError where the smaller checkpoint would not be one that transformers loads."""
+    kept = dict.fromkeys(job.layers, tuple(range(job.keep)))
+    if job.source.dequantized or kind_of(job.source.config()) not in KINDS:
+        layout = job.layout
+    else:
+        layout = _layout(job.model, job.model.checkpoint)
+    build_skeleton(layout.cut(kept), job.model.dtype, job.model.trust_remote_code)
