@@ -19,7 +19,7 @@ import torch
 import transformers
 from measure import ROOT, commit, machine
 
-from lowmem_wanda import shrink
+from lowmem_wanda import shrink_gguf as shrink
 
 SHARES = ("25%", "50%")
 SCORES = {"ean": {}, "frequency": {}, "aimer": {}, "random": {"seed": 0}, "random, seed 1": {"seed": 1}}

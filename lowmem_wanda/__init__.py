@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from lowmem_wanda.llamacpp.collect import ImatrixReport, imatrix
     from lowmem_wanda.llamacpp.gguf_file import is_gguf
     from lowmem_wanda.llamacpp.outline import GGUFOutline, outline
-    from lowmem_wanda.llamacpp.shrink import shrink
-    from lowmem_wanda.llamacpp.shrink_report import ShrinkReport
+    from lowmem_wanda.llamacpp.shrink import shrink_gguf
+    from lowmem_wanda.llamacpp.shrink_report import GGUFShrinkReport
     from lowmem_wanda.llamacpp.survive import SurvivalReport, survive
     from lowmem_wanda.llamacpp.verify_gguf import GGUFFindings, check_gguf
     from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from lowmem_wanda.pruning.plan import Plan, plan
     from lowmem_wanda.pruning.prune import prune
     from lowmem_wanda.pruning.records import PruneReport
-    from lowmem_wanda.sparsity import EXPERT_SCORES, METHODS, REFINEMENTS, UPDATES
+    from lowmem_wanda.shrinking.report import ShrinkReport
+    from lowmem_wanda.shrinking.shrink import shrink
+    from lowmem_wanda.sparsity import CHECKPOINT_SCORES, EXPERT_SCORES, METHODS, REFINEMENTS, UPDATES
     from lowmem_wanda.sparsity.gram import Gram
     from lowmem_wanda.sparsity.methods.method import Method, Statistic
     from lowmem_wanda.sparsity.selection import Scaled
@@ -62,8 +64,8 @@ _PLACES = {
     "llamacpp.collect": ("ImatrixReport", "imatrix"),
     "llamacpp.gguf_file": ("is_gguf",),
     "llamacpp.outline": ("GGUFOutline", "outline"),
-    "llamacpp.shrink": ("shrink",),
-    "llamacpp.shrink_report": ("ShrinkReport",),
+    "llamacpp.shrink": ("shrink_gguf",),
+    "llamacpp.shrink_report": ("GGUFShrinkReport",),
     "llamacpp.survive": ("SurvivalReport", "survive"),
     "llamacpp.verify_gguf": ("GGUFFindings", "check_gguf"),
     "pruning": ("ALLOCATIONS", "ORDERS", "QUALITIES", "RECOVERIES"),
@@ -72,7 +74,9 @@ _PLACES = {
     "pruning.plan": ("Plan", "plan"),
     "pruning.prune": ("prune",),
     "pruning.records": ("PruneReport",),
-    "sparsity": ("EXPERT_SCORES", "METHODS", "REFINEMENTS", "UPDATES"),
+    "shrinking.report": ("ShrinkReport",),
+    "shrinking.shrink": ("shrink",),
+    "sparsity": ("CHECKPOINT_SCORES", "EXPERT_SCORES", "METHODS", "REFINEMENTS", "UPDATES"),
     "sparsity.gram": ("Gram",),
     "sparsity.methods.method": ("Method", "Statistic"),
     "sparsity.selection": ("Scaled",),
@@ -85,6 +89,7 @@ _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 __all__ = [
     "ALLOCATIONS",
     "BudgetError",
+    "CHECKPOINT_SCORES",
     "CalibrationError",
     "Checkpoint",
     "CheckpointError",
@@ -95,6 +100,7 @@ __all__ = [
     "Findings",
     "GGUFFindings",
     "GGUFOutline",
+    "GGUFShrinkReport",
     "Gram",
     "ImatrixReport",
     "LowmemError",
@@ -132,6 +138,7 @@ __all__ = [
     "prune",
     "recover",
     "shrink",
+    "shrink_gguf",
     "survive",
 ]
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import digests, save_tiny
 
-from lowmem_wanda import check, check_gguf, prune, shrink
+from lowmem_wanda import check, check_gguf, prune
+from lowmem_wanda import shrink_gguf as shrink
 from lowmem_wanda.checkpoint import writer
 from lowmem_wanda.streaming import containers, resources
 

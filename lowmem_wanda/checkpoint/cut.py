@@ -4,13 +4,15 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem_wanda.checkpoint.directory import CONFIG, Checkpoint
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, in_pieces, opened
 from lowmem_wanda.errors import CheckpointError
 
+MEMBER = re.compile(r"(.*\bexperts\.(?:expert_)?)(\d+)(\..*)")  # the name of a tensor of one expert
+NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 Span = tuple[int, int]  # bytes of a tensor, from the first up to the second
 
 
@@ -63,6 +65,19 @@ def cut(tensor: Tensor, axis: int, rows: Sequence[int]) -> Cut:
     shape = (*tensor.shape[:axis], len(rows), *tensor.shape[axis + 1 :])
     nbytes = sum(last - first for first, last in spans)
     return Cut(tensor.name, tensor.file, tensor.dtype, shape, tensor.offset, nbytes, tensor.stamp, tensor, spans)
+
+
+def renamed(tensor: Tensor, expert: int) -> Tensor:
+    """A tensor of one expert with another number in its name."""
+    match = MEMBER.fullmatch(tensor.name)
+    assert match is not None
+    return replace(tensor, name=f"{match[1]}{expert}{match[3]}")
+
+
+def stem_of(name: str) -> tuple[str, int, str]:
+    """A name up to its first number, that number, and what follows; ("", -1, name) without one."""
+    match = NUMBER.search(name)
+    return (name[: match.start(1)], int(match[1]), name[match.end() + 1 :]) if match else ("", -1, name)
 
 
 class CutCheckpoint(Checkpoint):

@@ -146,7 +146,7 @@ def _what_instead(path: Path) -> str:
     if other := [name for name in names if name.endswith(".safetensors")]:
         return f"holds {other[0]} but neither {SINGLE} nor {INDEX}; download the index or rename the single file"
     if gguf := [name for name in names if name.endswith(".gguf")]:
-        return f"holds {gguf[0]}, and GGUF files are not read; get the safetensors that it was made of"
+        return f"holds {gguf[0]} but no safetensors; give that file itself to `shrink`, or get what it was made of"
     return f"neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint"
 
 

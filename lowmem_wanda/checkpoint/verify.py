@@ -29,6 +29,7 @@ from lowmem_wanda.checkpoint.pruned import (
     shards_of,
 )
 from lowmem_wanda.checkpoint.reader import FLOATS, PIECE, Tensor
+from lowmem_wanda.checkpoint.verify_cut import Removal, compare_cut
 
 PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # (kept, of); the first that holds is shown
 TINY = {"F64": 1 << 52, "F32": 1 << 23, "F16": 1 << 10, "BF16": 1 << 7}  # bits of the smallest normal number
@@ -64,7 +65,9 @@ class Findings:
 
     `shards_verified` shards have the checksums in report.json. The other numbers compare with a source: `identical`
     tensors have its bytes, `masked` tensors have pruned weights, `zeroed` of them in all. In `moved` matrices kept
-    weights have other values, which the report of a method that updates weights announces.
+    weights have other values, which the report of a method that updates weights announces. Of a checkpoint without some
+    of its `experts`, each layer has those that are `kept`, {layer: ids}, and `cut` tensors are the slices of the
+    source's that belong to them.
     """
 
     matrices: list[MatrixFindings] = field(default_factory=list)
@@ -73,6 +76,9 @@ class Findings:
     zeroed: int = 0
     moved: int = 0
     shards_verified: int = 0
+    cut: int = 0
+    kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    experts: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -80,12 +86,12 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     """What the checkpoint in a directory holds, and whether it is what it claims to be.
 
     Every tensor is read once, 16 MiB at a time. If prune left a report.json, the shards' checksums and each matrix's
-    zeros are compared with it.
+    zeros are compared with it. If shrink did, the ids of the experts that are kept are taken from it.
 
     Args:
         path: the folder of any safetensors checkpoint.
         against: the folder of its source (default: no comparison). Every weight must then be the source's or zero, and
-            everything else must have the same bytes.
+            everything else must have the same bytes. Without some experts, all that is left must have them.
 
     Returns:
         `Findings`. Its `problems` are empty if all is as it should be.
@@ -102,7 +108,8 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     require_finished(path)
     checkpoint, findings = Checkpoint(path), Findings()
     report = read_report(path)
-    promises = promises_of(report)
+    shrunk = report.get("kind") == "shrink"
+    promises = promises_of({} if shrunk else report)
     parted = {promise.tensor for promise in promises.values() if promise.tensor}
     for tensor in checkpoint.tensors.values():
         if tensor.name not in parted and is_matrix(as_matrix(tensor)):
@@ -112,7 +119,14 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
             findings.matrices.append(_count_zeros(part, promise))
     if report:
         _compare_report(path, report, promises, findings)
-    if against is not None:
+    if shrunk:
+        removal = Removal(report)
+        findings.kept, findings.experts = removal.layers, removal.count
+        if against is not None:
+            source = Checkpoint(against, dequantize=not removal.quantized)
+            findings.identical, findings.cut, problems = compare_cut(checkpoint, source, removal)
+            findings.problems += problems
+    elif against is not None:
         of_tensors = {promise.tensor or name: promise for name, promise in promises.items()}
         moved = set() if keeps_bits(report) else of_tensors.keys() | recovered_in(report)
         dequantize = bool((report.get("arguments") or {}).get("dequantize"))

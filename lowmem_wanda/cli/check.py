@@ -3,9 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from lowmem_wanda.cli.gguf import check_gguf
 from lowmem_wanda.cli.options import add_command
-from lowmem_wanda.cli.shrink import check_gguf
-from lowmem_wanda.cli.terminal import verdict
+from lowmem_wanda.cli.terminal import ranges, verdict
 
 if TYPE_CHECKING:
     from lowmem_wanda import Findings
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         "path", metavar="dir", help="folder of any safetensors checkpoint, or a GGUF that shrink wrote"
     )
     command.add_argument("--against", metavar="ckpt_dir", help="prove that dir is this checkpoint except for zeros, or "
-        "that a GGUF is this one without some experts")  # fmt: skip
+        "without some experts, or that a GGUF is this one without some")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,7 +39,14 @@ def lines(findings: "Findings") -> list[str]:
     ]
     if findings.shards_verified:
         made.append(f"{findings.shards_verified} shards have the checksums of report.json")
-    if findings.identical or findings.masked:
+    for layer, kept in findings.kept.items():
+        made.append(f"layer {layer:>2}  keeps {ranges(kept)} of {findings.experts} experts")
+    if findings.kept and (findings.identical or findings.cut):
+        made.append(
+            f"{findings.identical} tensors are the source's to the byte; {findings.cut} are the source's slices of the "
+            "kept experts; nothing else differs"
+        )
+    elif findings.identical or findings.masked:
         what = "the smallest number" if any(matrix.filled for matrix in findings.matrices) else "zero"
         made.append(
             f"{findings.identical} tensors are the source's to the byte; {findings.masked} are the source's "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_wanda import ALLOCATIONS, METHODS, ORDERS, QUALITIES, RECOVERIES, REFINEMENTS, UPDATES
+from lowmem_wanda.cli.gguf import show_outline
 from lowmem_wanda.cli.options import (
     MACHINE,
     add_calibration,
@@ -22,7 +23,6 @@ from lowmem_wanda.cli.options import (
 from lowmem_wanda.cli.options import (
     size as size_flag,
 )
-from lowmem_wanda.cli.shrink import show_outline
 from lowmem_wanda.cli.terminal import Bar, add_peaks, calibration_text, duration, number, pairs, shown, size
 from lowmem_wanda.errors import OutputError, PatternError
 

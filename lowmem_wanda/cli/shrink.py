@@ -1,62 +1,149 @@
-"""The command `shrink`, and what `plan` and `check` show of a GGUF."""
+"""The command `shrink`."""
 
 import argparse
-from collections.abc import Mapping, Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from lowmem_wanda import EXPERT_SCORES
-from lowmem_wanda.cli.options import add_command, positive, taken, whole
+from lowmem_wanda import CHECKPOINT_SCORES, EXPERT_SCORES
+from lowmem_wanda.cli.options import MACHINE, add_calibration, add_command, add_machine, machine, positive, taken
 from lowmem_wanda.cli.options import size as byte_count
-from lowmem_wanda.cli.terminal import Bar, duration, pairs, printable, shown, size, verdict
-
-if TYPE_CHECKING:
-    from lowmem_wanda import GGUFFindings
+from lowmem_wanda.cli.terminal import (
+    Bar,
+    add_peaks,
+    calibration_text,
+    duration,
+    pairs,
+    printable,
+    ranges,
+    short_duration,
+    shown,
+    size,
+)
+from lowmem_wanda.errors import PatternError
 
 MEGA = 10**6  # bytes
-SHRINKING = ("drop_experts", "keep_experts", "scores_from", "score", "seed", "plan", "write_plan", "imatrix_out",
-             "split_size")  # fmt: skip
+BOTH = ("drop_experts", "keep_experts", "scores_from", "score", "seed", "plan", "write_plan")
+OF_GGUF = ("imatrix_out", "split_size")
+OF_CHECKPOINT = ("record", "mtp", "text", "sequences", "length", "verify_source")
 
 
 def add(commands: Any) -> None:
-    text = "write a smaller GGUF of a mixture of experts, without some of its experts"
+    text = "write a smaller copy of a mixture of experts, without some of its experts"
     command = add_command(commands, "shrink", text, run)
     add = command.add_argument
-    add("source", metavar="model.gguf", help="GGUF of a mixture of experts; of a split one, the first file")
-    add("target", metavar="small.gguf", help="new file")
+    add("source", metavar="ckpt_dir", help="folder of a safetensors checkpoint, or a GGUF (of a split one, the first "
+        "file)")  # fmt: skip
+    add("target", metavar="out_dir", help="new folder, or that of an interrupted run; of a GGUF, a new file")
     number = command.add_mutually_exclusive_group()
     number.add_argument("--drop-experts", metavar="SHARE", help="experts to remove from each layer: a share (25%%, "
         "0.25), rounded down to whole experts, or a number")  # fmt: skip
     number.add_argument("--keep-experts", type=positive, metavar="N", help="experts to keep in each layer instead")
-    add("--from", dest="scores_from", metavar="FILE", help="importance matrix of this very model (.gguf), which says "
-        "what each expert does")  # fmt: skip
-    add("--score", choices=EXPERT_SCORES, help="how experts are scored: summed norms of outputs, estimated from --from "
-        "(ean); its counts alone (frequency); weights alone, without data (aimer); random (default: ean)")  # fmt: skip
-    add("--seed", type=whole, metavar="N", help="seed of --score random (default: 0)")
+    add("--score", choices=dict.fromkeys((*CHECKPOINT_SCORES, *EXPERT_SCORES)), help="how experts are scored. Of what "
+        "they put out: reap (mean of gate times norm), weighted (its sum), squares (sum of its squares), ean (sum of "
+        "norms), man, msan (means of norms, of their squares), frequency (tokens). Of weights alone, without data: "
+        "aimer. Or random (default: reap, of a GGUF ean, which is estimated from --from)")  # fmt: skip
+    add("--from", dest="scores_from", metavar="FILE", help="scores that --record wrote, instead of a forward pass; of "
+        "a GGUF, the importance matrix of this very model (.gguf)")  # fmt: skip
+    add("--record", metavar="FILE", help="write what was measured of all experts, to shrink again in seconds (.json)")
     add("--plan", metavar="FILE", help='JSON of the experts to keep, {"layer": [ids]}, instead of a score')
     add("--write-plan", metavar="FILE", help="write the choice as such a plan, too")
-    add(
-        "--imatrix-out",
-        metavar="FILE",
-        help="write the importance matrix of --from cut alike, to quantize again (.gguf)",
-    )
-    add("--split-size", type=byte_count, metavar="SIZE", help="write several files of at most this size, such as 20GB "
-        "(default: one file)")  # fmt: skip
+    add("--mtp", choices=("keep", "drop"), default="keep", help="layers that predict further tokens: keep them, with "
+        "as many experts, or drop them (default: keep)")  # fmt: skip
+    add_calibration(command, seeds="seed of the calibration sample, and of --score random")
+    add("--verify-source", action="store_true", help="know the source again by all of its bytes when the job goes on")
+    add_machine(command)
+    add("--imatrix-out", metavar="FILE", help="of a GGUF, write the importance matrix of --from cut alike, to quantize "
+        "again (.gguf)")  # fmt: skip
+    add("--split-size", type=byte_count, metavar="SIZE", help="of a GGUF, write several files of at most this size, "
+        "such as 20GB (default: one file)")  # fmt: skip
+    command.set_defaults(default_of=command.get_default)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from lowmem_wanda import is_gguf
+
+    if is_gguf(arguments.source):
+        _require_defaults(arguments, (*OF_CHECKPOINT, *MACHINE), "a GGUF")
+        return _run_gguf(arguments)
+    _require_defaults(arguments, OF_GGUF, "a checkpoint")
+    return _run_checkpoint(arguments)
+
+
+def _require_defaults(arguments: argparse.Namespace, names: tuple[str, ...], what: str) -> None:
+    """Raises PatternError for a flag that `what` is given has no use for."""
+    for name in names:
+        if getattr(arguments, name) != arguments.default_of(name):
+            raise PatternError(
+                f"--{name.replace('_', '-')} has no use here: {arguments.source} is {what}; leave it out"
+            )
+
+
+def _run_checkpoint(arguments: argparse.Namespace) -> int:
     from lowmem_wanda import shrink
+    from lowmem_wanda.cli.page import PAGE
     from lowmem_wanda.cli.shrink_page import save_page
 
-    with Bar("writing MB") as bar:
+    page = Path(arguments.target) / PAGE
+    settings = {**taken(arguments, *BOTH, *OF_CHECKPOINT), **machine(arguments)}
+    with Bar("shrinking") as bar:
+
+        def begin(facts: Mapping[str, Any]) -> None:
+            bar.line(about_checkpoint(facts))
+            bar.begin(facts["blocks"])
+
         report = shrink(
             arguments.source,
             arguments.target,
-            **taken(arguments, *SHRINKING),
+            **settings,
+            on_start=begin,
+            on_block=lambda record: bar.show(record, block_line(record, bar.total)),
+            on_report=lambda report: save_page(page, report),
+        )
+    return shown(arguments, report, table(report), *closing(report, page))
+
+
+def about_checkpoint(facts: Mapping[str, Any]) -> str:
+    """The lines before the work."""
+    line = f"{about(facts)}, by {facts['score']}, on {facts['device']}"
+    if calibration := facts["calibration"]:
+        line += f"\ncalibration: {calibration_text(calibration)}"
+        line += "".join(f"\nwarning: {warning}" for warning in calibration["warnings"])
+    for file, why in facts["left_out_files"].items():
+        line += f"\nnot copied: {file}, which {why}"
+    return line
+
+
+def block_line(record: Mapping[str, Any], depth: int) -> str:
+    """One aligned line for a finished block."""
+    digits = len(str(depth))
+    what = f"keeps {ranges(record['kept'])}" if "kept" in record else "has no experts"
+    seconds, host = short_duration(record["seconds"]), size(record["host_bytes"])
+    return f"block {record['index'] + 1:>{digits}}/{depth}  {seconds:>7}  host {host:>9}  {what}"
+
+
+def _run_gguf(arguments: argparse.Namespace) -> int:
+    from lowmem_wanda import shrink_gguf
+    from lowmem_wanda.cli.shrink_page import save_page
+
+    if arguments.score not in (None, *EXPERT_SCORES):
+        raise PatternError(
+            f"--score {arguments.score} is of what experts put out, which a GGUF is not computed for; give one of "
+            f"{', '.join(EXPERT_SCORES)}"
+        )
+    settings = taken(arguments, *BOTH, *OF_GGUF)
+    if settings["seed"] == arguments.default_of("seed"):
+        settings["seed"] = None
+    with Bar("writing MB") as bar:
+        report = shrink_gguf(
+            arguments.source,
+            arguments.target,
+            **settings,
             on_start=lambda facts: bar.line(about(facts)),
             on_progress=_Progress(bar),
         )
-    page = save_page(arguments.target, report)
+    page = Path(f"{arguments.target}.report.html")
+    save_page(page, report)
     return shown(arguments, report, *lines(report), table(report), *closing(report, page))
 
 
@@ -107,9 +194,12 @@ def table(report: Mapping[str, Any]) -> Any:
         lost = f"{tokens['lost_mean']:.2%} of routed tokens went to dropped experts"
         table.add_row("tokens", f"{lost}; at most {tokens['lost_most']:.2%}, in layer {tokens['lost_most_in']}")
     else:
-        table.add_row("tokens", "not known what went to dropped experts; --from imatrix.gguf tells")
+        move = "--score reap" if report.get("shards") else "--from imatrix.gguf"
+        table.add_row("tokens", f"not known what went to dropped experts; {move} tells")
     table.add_row("routing", report["routing_text"])
     table.add_row("time", duration(report["seconds"]))
+    if memory := report.get("peak_memory"):
+        add_peaks(table, memory)
     for warning in report["warnings"]:
         table.add_row("warning", printable(warning))
     for cost in report["costs"]:
@@ -130,74 +220,7 @@ def closing(report: Mapping[str, Any], page: Any) -> list[str]:
 
 def measuring(report: Mapping[str, Any]) -> str:
     """The line before the commands that measure."""
-    written = report["commands_write"]
+    if (written := report.get("commands_write")) is None and report.get("shards"):
+        return "Measure what it costs (perplexity, and KL divergence from the whole model):"
     disk = f"; the first command writes about {size(written)}" if written else ""
     return f"Measure what it costs (KL divergence from the whole model; your own text after -f is better{disk}):"
-
-
-def show_outline(arguments: argparse.Namespace) -> int:
-    """What `plan` shows of a GGUF."""
-    from lowmem_wanda import outline
-
-    facts = outline(arguments.source)
-    table = pairs(f"plan: {facts['path']}")
-    shared = f", {facts['shared']} shared beside them" if facts["shared"] else ""
-    groups = f", in {facts['groups']} groups" if facts["groups"] > 1 else ""
-    predicting = f", {facts['predicting']} for further tokens (MTP)" if facts["predicting"] else ""
-    files = f" in {facts['files']} files" if facts["files"] > 1 else ""
-    table.add_row("model", printable(f"{facts['name'] or 'without a name'} ({facts['architecture']})"))
-    table.add_row("size", f"{size(facts['bytes'])}{files}, {facts['expert_bytes'] / facts['bytes']:.1%} of it experts")
-    table.add_row("layers", f"{facts['layers']} of {facts['blocks']} with experts{predicting}")
-    table.add_row("experts", f"{facts['experts']} in each, {facts['used']} at work for a token{shared}{groups}")
-    table.add_row("types", ", ".join(f"{kind} {size(count)}" for kind, count in facts["types"].items()))
-    for cut in facts["cuts"]:
-        table.add_row(f"without {cut['share']}", cut_text(cut, facts["bytes"]))
-    return shown(arguments, facts, table, "To choose experts: shrink --from imatrix.gguf, or --score aimer without one")
-
-
-def cut_text(cut: Mapping[str, Any], before: int) -> str:
-    """One cut in words."""
-    if "bytes" not in cut:
-        return str(cut["refused"])
-    marks = [
-        text
-        for key, text in (("fused_cuda_routing", "fused CUDA routing"), ("multiple_of_8", "multiple of 8"))
-        if cut[key]
-    ]
-    facts = f"; {', '.join(marks)}" if marks else ""
-    return f"{cut['kept']} experts, {size(cut['bytes'])} ({cut['bytes'] / before:.1%}){facts}"
-
-
-def check_gguf(arguments: argparse.Namespace) -> int:
-    """What `check` shows of a GGUF."""
-    from lowmem_wanda import CheckpointError, check_gguf
-
-    if arguments.against is None:
-        raise CheckpointError(
-            f"{arguments.path}: is a GGUF, which is proved against the one it was made of: add --against"
-        )
-    findings = check_gguf(arguments.path, arguments.against)
-    return verdict(arguments, findings, *proved(findings))
-
-
-def proved(findings: "GGUFFindings") -> list[str]:
-    """A line for each layer, and what was proved."""
-    width = len(str(max(findings.kept, default=0)))
-    made = [f"layer {block:>{width}}  keeps {ranges(kept)}" for block, kept in findings.kept.items()]
-    if findings.report_verified:
-        made.append("ids and checksums were compared with the report beside it")
-    made.append(f"{findings.experts_kept} of {findings.experts} experts in each of {len(findings.kept)} layers")
-    if not findings.problems and findings.experts_kept == findings.experts:
-        made.append("it is the source with all of its experts: none was removed, and nothing differs")
-    elif not findings.problems:
-        made.append(
-            f"{findings.identical} tensors are the source's to the byte; {findings.cut} are the source's slices of the "
-            "kept experts; nothing else differs"
-        )
-    return made
-
-
-def ranges(ids: Sequence[int]) -> str:
-    """Ids in few characters: 0-2, 5, 7-9."""
-    runs = [list(run) for _, run in groupby(enumerate(ids), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)

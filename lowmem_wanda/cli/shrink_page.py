@@ -7,20 +7,17 @@ from pathlib import Path
 from lowmem_wanda.checkpoint.writer import write_bytes
 from lowmem_wanda.cli import plots
 from lowmem_wanda.cli.markup import Record, Section, pairs, paragraphs, sections, table
-from lowmem_wanda.cli.shrink import measuring, ranges
-from lowmem_wanda.cli.terminal import duration, size
+from lowmem_wanda.cli.shrink import measuring
+from lowmem_wanda.cli.terminal import duration, ranges, size
 
-LOST = "Share of a layer's routed tokens that went to experts which are gone, in the text of the importance matrix."
+LOST = "Share of a layer's routed tokens that went to experts which are gone, in the text that they were measured on."
 RANKS = "Scores of each layer's experts by rank, relative to its highest; those right of the dashed line are gone."
 
 
-def save_page(target: str | Path, report: Record) -> Path:
-    """Writes the page beside the target; gives its path."""
-    path = Path(f"{target}.report.html")
-    write_bytes(
-        path, sections(f"Shrunk: {Path(report['target']).name}", _sections(report)).encode("utf-8", "backslashreplace")
-    )
-    return path
+def save_page(path: Path, report: Record) -> None:
+    """Writes the page."""
+    text = sections(f"Shrunk: {Path(report['target']).name}", _sections(report))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _sections(report: Record) -> Iterator[Section]:
@@ -48,8 +45,9 @@ def _sections(report: Record) -> Iterator[Section]:
     yield "tokens", "Tokens", _tokens(report["layers"])
     yield "scores", "Scores", _scores(report["layers"], experts["kept"])
     yield "layers", "Layers", _layers(report["layers"])
-    files = [(file["name"], size(file["nbytes"]), file["sha256"]) for file in report["files"]]
-    yield "files", "Files", table(("file", "size", "SHA-256"), files)
+    kind = "SHA-256" if "sha256" in report["files"][0] else "BLAKE3"
+    files = [(file["name"], size(file["nbytes"]), file.get("sha256") or file["blake3"]) for file in report["files"]]
+    yield "files", "Files", table(("file", "size", kind), files)
     yield "proof", "Proof", f"<pre>{escape(report['proof'])}</pre>"
     yield "arguments", "Arguments", pairs(report["arguments"])
     yield "versions", "Versions", pairs(report["versions"])

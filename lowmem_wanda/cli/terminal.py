@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 RULES = {"keeps": "zeros stay", "offset": "an offset moves zeros", "codebook": "no zero in codebook"}  # of GGUF types
@@ -221,3 +222,9 @@ def add_peaks(table: Any, memory: Mapping[str, Any]) -> None:
 def not_locked(nbytes: int) -> str:
     """What it means that the system did not page-lock host memory beside a GPU."""
     return f"the system refused it for {size(nbytes)}, so copies to the GPU take longer: raise its limit (ulimit -l)"
+
+
+def ranges(ids: Sequence[int]) -> str:
+    """Ids in few characters: 0-2, 5, 7-9."""
+    runs = [list(run) for _, run in groupby(enumerate(ids), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)

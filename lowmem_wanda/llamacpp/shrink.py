@@ -1,4 +1,4 @@
-"""Makes a GGUF with fewer experts, which is smaller by their share; `shrink` is the command and the library's function.
+"""Makes a GGUF with fewer experts, which is smaller by their share; `shrink` is the command.
 
 What is removed are whole experts, the same number in every layer, with their rows of the router. What is kept are the
 source's bytes, in its quantization. Nothing is computed but scores, so neither torch nor a GPU is needed;
@@ -24,7 +24,7 @@ from lowmem_wanda.llamacpp.expert_scores import read_counts
 from lowmem_wanda.llamacpp.gguf_file import GGUF, mapped, read_gguf
 from lowmem_wanda.llamacpp.gguf_values import Field
 from lowmem_wanda.llamacpp.imatrix import SUMS
-from lowmem_wanda.llamacpp.shrink_report import ShrinkReport, note, shrink_report
+from lowmem_wanda.llamacpp.shrink_report import GGUFShrinkReport, note, shrink_report
 
 Notify = Callable[[Mapping[str, Any]], None]
 
@@ -33,7 +33,7 @@ def _silent(_: Mapping[str, Any]) -> None:
     """Reports nothing."""
 
 
-def shrink(
+def shrink_gguf(
     path: str | Path,
     target: str | Path,
     drop_experts: str | float | None = None,
@@ -47,7 +47,7 @@ def shrink(
     split_size: int | None = None,
     on_start: Notify = _silent,
     on_progress: Notify = _silent,
-) -> ShrinkReport:
+) -> GGUFShrinkReport:
     """Writes a copy of a GGUF with fewer experts in each layer, and a report beside it.
 
     Args:
@@ -67,7 +67,7 @@ def shrink(
         on_progress: called with {"done", "total"}, the bytes that were written and that will be.
 
     Returns:
-        A `ShrinkReport`, which is also written beside the target as `<target>.report.json`.
+        A `GGUFShrinkReport`, which is also written beside the target as `<target>.report.json`.
 
     Raises:
         CheckpointError: a file is not a whole GGUF.
@@ -77,8 +77,8 @@ def shrink(
         OutputError: a file exists, or the disk is full.
 
     Example:
-        >>> from lowmem_wanda import shrink
-        >>> shrink("model.gguf", "small.gguf", "25%", scores_from="imatrix.gguf")["experts"]["kept"]
+        >>> from lowmem_wanda import shrink_gguf
+        >>> shrink_gguf("model.gguf", "small.gguf", "25%", scores_from="imatrix.gguf")["experts"]["kept"]
         12
     """
     started = time.monotonic()

@@ -28,7 +28,7 @@ COSTS = (
 )
 
 
-class ShrinkReport(TypedDict, total=False):
+class GGUFShrinkReport(TypedDict, total=False):
     """What was removed of a GGUF. Bytes are bytes; the layers have their scores and counts by the source's ids."""
 
     format: int
@@ -57,7 +57,7 @@ class ShrinkReport(TypedDict, total=False):
 def shrink_report(
     model: GGUF, experts: ExpertLayers, choices: Mapping[int, LayerChoice], known: Mapping[int, ExpertCounts],
     target: Path, files: Sequence[Mapping[str, Any]], how: str,
-) -> ShrinkReport:  # fmt: skip
+) -> GGUFShrinkReport:  # fmt: skip
     """The facts of a GGUF that was written in `files`."""
     keep = len(next(iter(choices.values())).kept)
     small = target.with_name(files[0]["name"])

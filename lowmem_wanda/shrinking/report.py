@@ -23,7 +23,7 @@ COSTS = (
 )
 
 
-class CheckpointShrinkReport(TypedDict, total=False):
+class ShrinkReport(TypedDict, total=False):
     """What was removed of a checkpoint. Bytes are those of tensors; layers have scores and sums by the source's ids."""
 
     format: int
@@ -52,6 +52,7 @@ class CheckpointShrinkReport(TypedDict, total=False):
     timing: dict[str, Any]
     copied_files: list[str]
     left_out_files: dict[str, str]
+    without: list[str]
     seconds: float
     summary: dict[str, Any]
 
@@ -80,11 +81,11 @@ def started(job: ShrinkJob) -> dict[str, Any]:
 
 def build(
     job: ShrinkJob, output: Output, placement: dict[str, Any], timing: dict[str, Any], peak: dict[str, int] | None
-) -> CheckpointShrinkReport:
+) -> ShrinkReport:
     """The report of a job whose shards are all written."""
     shards = dict(sorted(output.finished.items()))
     further = [one for record in shards.values() for one in record.get("further", ())]
-    layers = [_layer(record) for record in [*(one for one in shards.values() if "kept" in one), *further]]
+    layers = [_layer(job, one) for one in [*(one for one in shards.values() if "kept" in one), *further]]
     names = [{"name": name, "nbytes": record["nbytes"], **checksum_in(record)} for name, record in shards.items()]
     tokens, begun = _tokens(layers), started(job)
     target, source = str(output.path), str(job.source.path)
@@ -112,6 +113,7 @@ def build(
         "timing": timing,
         "copied_files": [str(file) for file in job.companions.files],
         "left_out_files": job.companions.left_out,
+        "without": list(job.layout.predicted) if job.mtp == "drop" else [],
         "summary": {"sparsity": 0.0},
     }
 
@@ -145,14 +147,14 @@ def _how(job: ShrinkJob, calibration: Mapping[str, Any] | None) -> str:
     return f"{job.score} on {', '.join(calibration['text'])}" if calibration else job.score
 
 
-def _layer(record: Mapping[str, Any]) -> dict[str, Any]:
+def _layer(job: ShrinkJob, record: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a layer, with the share of routed tokens that went to the experts that it loses."""
     sums, lost = record["sums"], None
     counts = None if sums is None else [int(one) for one in sums["tokens"]]
     if counts and sum(counts):
         lost = 1 - sum(counts[expert] for expert in record["kept"]) / sum(counts)
     fields = {name: record[name] for name in ("layer", "kept", "by", "scores", "sums")}
-    return {**fields, "tokens_lost": lost, "counts": counts}
+    return {**fields, "stem": job.layout.stem(record["layer"]), "tokens_lost": lost, "counts": counts}
 
 
 def _tokens(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

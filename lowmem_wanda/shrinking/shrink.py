@@ -12,7 +12,7 @@ from lowmem_wanda.checkpoint.writer import require_new, write_bytes, write_json
 from lowmem_wanda.llamacpp.expert_choice import LayerChoice, plan_text
 from lowmem_wanda.shrinking.choice import write_scores
 from lowmem_wanda.shrinking.job import ShrinkJob, prepare
-from lowmem_wanda.shrinking.report import CheckpointShrinkReport, build, started
+from lowmem_wanda.shrinking.report import ShrinkReport, build, started
 from lowmem_wanda.shrinking.walk import ShrinkWalk
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.placement import choose
@@ -53,7 +53,7 @@ def shrink(
     on_start: Notify = ignore,
     on_block: Notify = ignore,
     on_report: Notify = ignore,
-) -> CheckpointShrinkReport:
+) -> ShrinkReport:
     """Writes a copy of a checkpoint with fewer experts in each layer. What is kept has the source's bytes.
 
     Args:
@@ -117,7 +117,7 @@ def shrink(
 
 def run(
     job: ShrinkJob, target: Path, beside: dict[str, Path], on_start: Notify, on_block: Notify, on_report: Notify
-) -> CheckpointShrinkReport:
+) -> ShrinkReport:
     """Removes experts into `target`, which may hold a part of the job already; gives the report.
 
     `beside` are the files for what was measured ("record") and chosen ("plan").
@@ -155,9 +155,7 @@ def run(
     return report
 
 
-def _publish(
-    job: ShrinkJob, output: Output, report: CheckpointShrinkReport, beside: dict[str, Path], on_report: Notify
-) -> None:
+def _publish(job: ShrinkJob, output: Output, report: ShrinkReport, beside: dict[str, Path], on_report: Notify) -> None:
     """Writes all files that make shards a checkpoint; config.json comes last."""
     layers = {layer["layer"]: layer for layer in report["layers"]}
     small = job.layout.cut({layer: one["kept"] for layer, one in layers.items()})

@@ -7,7 +7,7 @@ of their own are found by the number in their names.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,15 +15,22 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lowmem_wanda.checkpoint.cut import CutCheckpoint, changed_text, config_text, cut, numbers_in
+from lowmem_wanda.checkpoint.cut import (
+    MEMBER,
+    CutCheckpoint,
+    changed_text,
+    config_text,
+    cut,
+    numbers_in,
+    renamed,
+    stem_of,
+)
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.reader import Tensor
 from lowmem_wanda.errors import LowmemError, ModelError
 from lowmem_wanda.streaming.skeleton import build_model
 
 KEY = re.compile(r"expert")  # in the name of a number of experts
-MEMBER = re.compile(r"(.*\bexperts\.(?:expert_)?)(\d+)(\..*)")  # a tensor of one expert
-NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 STACK = re.compile(r"(^|\.)experts\.")  # in the name of a parameter of all experts
 # what quantized tensors add to the names of those that they stand for
 ADDED = re.compile(r"(_scale_inv|_blocks|_scales|_packed|_scale|_shape|_zero_point|_g_idx)$")
@@ -73,6 +80,12 @@ class ExpertLayout:
         """The numbers of those that run in a forward pass."""
         return tuple(layer for layer in self.layers if layer not in self.predicting)
 
+    def stem(self, layer: int) -> str:
+        """How the names of a layer's tensors begin: up to its number, with a point."""
+        names = [name for name, one in self.rows.items() if one.layer == layer]
+        names += [name for name, one in self.members.items() if one[0] == layer]
+        return "{}{}.".format(*stem_of(names[0]))
+
     def tensors(self, kept: Mapping[int, Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (file tensor, what is left of it) of all that is left of the layers in `kept`, and of all else.
 
@@ -108,13 +121,6 @@ class ExpertLayout:
                 text = changed_text(text, path, 0) if PREDICTING.search(path[-1]) and value else text
         left = {made.name: made for _, made in self.tensors(kept)}
         return CutCheckpoint(self.checkpoint, left, text)
-
-
-def renamed(tensor: Tensor, expert: int) -> Tensor:
-    """A tensor of one expert with another number in its name."""
-    match = MEMBER.fullmatch(tensor.name)
-    assert match is not None
-    return replace(tensor, name=f"{match[1]}{expert}{match[3]}")
 
 
 def expert_layout(
@@ -248,12 +254,6 @@ class _Files:
             return False
         stem, number, _ = stem_of(name)
         return (stem in self.stems and number >= depth) or bool(re.match(r"(model\.)?mtp\b", name))
-
-
-def stem_of(name: str) -> tuple[str, int, str]:
-    """A name up to its first number, that number, and what follows; ("", -1, name) without one."""
-    match = NUMBER.search(name)
-    return (name[: match.start(1)], int(match[1]), name[match.end() + 1 :]) if match else ("", -1, name)
 
 
 def _members(files: _Files, count: int, depth: int) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT
 
 from lowmem_wanda.cli.main import main
-from lowmem_wanda.cli.shrink import ranges
+from lowmem_wanda.cli.terminal import ranges
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_check_of_a_gguf(made, tmp_path, capsys):
         (("shrink", "{model}", "{out}", "--drop-experts", "25%"), "say which experts are kept: --from imatrix.gguf"),
         (
             ("shrink", "{folder}", "{out}", "--drop-experts", "25%", "--score", "aimer"),
-            "is a folder; give a .gguf file",
+            "but no safetensors; give that file itself to `shrink`",
         ),
         (("shrink", "{model}", "{model}", "--drop-experts", "25%", "--score", "aimer"), "is the source"),
         (("shrink", "{folder}/none.gguf", "{out}", "--drop-experts", "2", "--score", "aimer"), "cannot be read"),

@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType as Q
 from helpers import ROOT
 from moe_ggufs import fields_of, is_cut, kept_of, tensors_of
 
-from lowmem_wanda import check_gguf, outline, shrink
+from lowmem_wanda import check_gguf, outline
+from lowmem_wanda import shrink_gguf as shrink
 from lowmem_wanda.checkpoint import output, writer
 from lowmem_wanda.errors import (
     CalibrationError,
@@ -681,7 +682,7 @@ def test_a_kill_leaves_nothing_that_looks_finished(made, tmp_path):
     model, matrix = made("qwen3moe")
     program = """
 import os, signal, sys
-from lowmem_wanda import shrink
+from lowmem_wanda import shrink_gguf as shrink
 from lowmem_wanda.checkpoint import writer
 left, write = [int(sys.argv[4])], os.write
 def dying(*args):

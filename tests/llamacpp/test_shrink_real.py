@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowmem_wanda import check_gguf, shrink
+from lowmem_wanda import check_gguf
+from lowmem_wanda import shrink_gguf as shrink
 
 pytestmark = pytest.mark.real
 

@@ -8,7 +8,8 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 from moe_ggufs import is_cut, tensors_of
 
-from lowmem_wanda import check_gguf, shrink
+from lowmem_wanda import check_gguf
+from lowmem_wanda import shrink_gguf as shrink
 from lowmem_wanda.errors import CheckpointError, ModelError
 from lowmem_wanda.llamacpp.gguf_file import header_of, read_gguf
 from lowmem_wanda.llamacpp.gguf_values import Field

@@ -1,0 +1,107 @@
+"""Proves by bytes that a checkpoint is another one without some of its experts.
+
+Which experts each layer keeps is what report.json says; that its tensors are then the source's is found from their
+names, shapes and bytes alone, without torch, transformers or the code that made them.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_wanda.checkpoint.companions import REPORT, companions, differing
+from lowmem_wanda.checkpoint.cut import MEMBER, cut, renamed, stem_of
+from lowmem_wanda.checkpoint.directory import CONFIG, Checkpoint
+from lowmem_wanda.checkpoint.reader import Tensor
+from lowmem_wanda.errors import CheckpointError
+
+
+class Removal:
+    """What the report of a removal says of it.
+
+    `kept` are {how the names of a layer's tensors begin, up to its number: ids that it keeps}, of `count` experts in
+    each. `without` are the tensors that were left out with layers that predict further tokens.
+    """
+
+    def __init__(self, report: Mapping[str, Any]) -> None:
+        try:
+            self.kept = {str(layer["stem"]): tuple(map(int, layer["kept"])) for layer in report["layers"]}
+            self.layers = {int(layer["layer"]): tuple(map(int, layer["kept"])) for layer in report["layers"]}
+            self.count, self.left = int(report["experts"]["before"]), int(report["experts"]["kept"])
+            self.without = {str(name) for name in report["without"]}
+            self.quantized = not report["arguments"].get("dequantize")
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CheckpointError(
+                f"{REPORT}: is not what shrink wrote; remove it to look at the tensors alone"
+            ) from None
+
+
+def compare_cut(ours: Checkpoint, source: Checkpoint, removal: Removal) -> tuple[int, int, list[str]]:
+    """The tensors that are the source's to the byte, those that are slices of it, and all that differs, in words."""
+    identical = sliced = 0
+    problems, left = [], set(ours.tensors)
+    for tensor, expected in _expected(source, ours, removal):
+        left.discard(expected.name)
+        found = ours.tensors.get(expected.name)
+        if found is None:
+            problems.append(f"{expected.name}: is missing in {ours.path}")
+        elif (found.dtype, found.shape) != (expected.dtype, expected.shape):
+            problems.append(f"{found.name}: is {found.dtype} {list(found.shape)}, not {list(expected.shape)}")
+        elif any(mine != its for mine, its in zip(found.pieces(), expected.pieces(), strict=True)):
+            problems.append(f"{found.name}: its bytes are not those of the source's {tensor.name}")
+        else:
+            identical, sliced = identical + (not expected.is_made), sliced + expected.is_made
+    problems += [f"{name}: is not in the source" for name in sorted(left)]
+    return identical, sliced, problems + list(_small_files(ours, source, removal))
+
+
+def _expected(source: Checkpoint, ours: Checkpoint, removal: Removal) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (tensor of the source, what should be left of it)."""
+    for tensor in source.tensors.values():
+        stem, number, _ = stem_of(tensor.name)
+        kept, match = removal.kept.get(f"{stem}{number}."), MEMBER.fullmatch(tensor.name)
+        if kept is None:
+            if tensor.name not in removal.without:
+                yield tensor, tensor
+        elif match is None:
+            yield tensor, _slices(tensor, ours.tensors.get(tensor.name), kept, removal.count)
+        elif int(match[2]) >= removal.count:
+            yield tensor, renamed(tensor, int(match[2]) - removal.count + len(kept))
+        elif int(match[2]) in kept:
+            yield tensor, renamed(tensor, kept.index(int(match[2])))
+
+
+def _slices(tensor: Tensor, found: Tensor | None, kept: tuple[int, ...], count: int) -> Tensor:
+    """What should be left of a tensor: all of it, or the rows of kept experts along the axis that is shorter."""
+    shapes = zip(tensor.shape, found.shape if found is not None else tensor.shape, strict=False)
+    axes = [(axis, was, now) for axis, (was, now) in enumerate(shapes) if was != now]
+    if len(axes) != 1:
+        return tensor
+    ((axis, was, now),) = axes
+    each, rest = divmod(was - now, count - len(kept))
+    if rest or each < 1 or was < each * count:
+        return tensor
+    rows = [expert * each + row for expert in kept for row in range(each)]
+    return cut(tensor, axis, [*rows, *range(each * count, was)])
+
+
+def _small_files(ours: Checkpoint, source: Checkpoint, removal: Removal) -> Iterator[str]:
+    """Yields what differs in the small files, but for the number of experts and of layers that were left out."""
+    files = [file for file in companions(source.path).files if file != Path(CONFIG)]
+    for file in differing(files, source.path, ours.path):
+        yield f"{file}: is missing or differs from the source's"
+    before, after = (dict(_flat(one.config())) for one in (source, ours))
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key), after.get(key)
+        if was == now or (was, now) == (removal.count, removal.left):
+            continue
+        if not (removal.without and now == 0 and any(word in key[-1] for word in ("mtp", "nextn"))):
+            yield f"{CONFIG}: {'.'.join(key)} is {now}, in the source {was}"
+
+
+def _flat(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields (path of keys, value) of nested objects."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, (*path, key))
+        else:
+            yield (*path, key), value
