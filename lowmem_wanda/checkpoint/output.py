@@ -95,7 +95,7 @@ class Output:
 
     def verified(self, source: Checkpoint, files: Sequence[Path]) -> dict[str, Any]:
         """The report of a finished job. Raises OutputError if a file differs from this report or from the source."""
-        again = f"delete {self.path} and prune again"
+        again = f"delete {self.path} and run again"
         try:
             report = read_json(self.path / REPORT)
             shards = {shard["name"]: checksum_in(shard) for shard in report["shards"]}
@@ -160,12 +160,12 @@ def begun(path: Path) -> dict[str, Any]:
     try:
         arguments = read_json(path / JOB)
     except CheckpointError:
-        raise OutputError(f"{path / JOB}: is damaged; delete {path} and prune again") from None
+        raise OutputError(f"{path / JOB}: is damaged; delete {path} and run again") from None
     if arguments.get("format") != FORMAT:
         raise OutputError(
             f"{path}: holds a job that another version of lowmem-wanda began ({JOB} has format "
             f"{_brief(arguments.get('format', 0))}, this version {FORMAT}); continue it with that version, or give "
-            "another directory, or delete this one and prune again"
+            "another directory, or delete this one and run again"
         )
     return arguments
 

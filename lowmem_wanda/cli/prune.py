@@ -132,7 +132,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
     except (LookupError, TypeError, ValueError, AttributeError):
         if made:
             raise
-        again = f"delete {arguments.target} and prune again"  # the report of a finished job, read from its file
+        again = f"delete {arguments.target} and run again"  # the report of a finished job, read from its file
         raise OutputError(f"{arguments.target}: its report.json is not what prune wrote; {again}") from None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from lowmem_wanda.checkpoint.companions import REPORT
 from lowmem_wanda.checkpoint.output import Output, begun, exclusive, finished, require_disk, require_target, shard_names
+from lowmem_wanda.checkpoint.pruned import read_report
+from lowmem_wanda.checkpoint.verify_cut import Removal
 from lowmem_wanda.checkpoint.writer import require_new, write_bytes, write_json
 from lowmem_wanda.llamacpp.expert_choice import LayerChoice, plan_text
 from lowmem_wanda.shrinking.choice import write_scores
@@ -128,7 +130,7 @@ def run(
     on_start({**started(job), "resumed": resumed})
     if finished(target):
         with exclusive(target):
-            return Output(target, job.arguments(before or 0), _label).verified(job.source, job.companions.files)  # type: ignore[return-value]
+            return _verified(job, Output(target, job.arguments(before or 0), _label))
     for file in beside.values():
         require_new(file)
     placement, need = choose(job.workload, before)
@@ -170,6 +172,12 @@ def _publish(job: ShrinkJob, output: Output, report: ShrinkReport, beside: dict[
     write_json(output.path / REPORT, report)
     output.publish_config(small)
     output.end()
+
+
+def _verified(job: ShrinkJob, output: Output) -> ShrinkReport:
+    """The report of a finished job, after its files are compared with it. Raises OutputError where they differ."""
+    kept = Removal(read_report(output.path)).layers
+    return output.verified(job.layout.cut(kept), job.companions.files)  # type: ignore[return-value]
 
 
 def _result_bytes(job: ShrinkJob) -> int:

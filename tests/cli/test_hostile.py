@@ -95,7 +95,7 @@ def test_odd_figures_in_the_report_of_a_finished_job(tmp_path, token_file, capsy
     (out / "report.json").write_text(json.dumps({**report, key: value}))
     assert main(words) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and error.endswith(f"delete {out} and prune again")
+    assert error.startswith("error: ") and error.endswith(f"delete {out} and run again")
 
 
 @pytest.mark.parametrize("flag", ["--seed", "--sequences", "--max-ram"])

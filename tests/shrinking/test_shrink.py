@@ -1,0 +1,360 @@
+"""Experts removed from checkpoints: what is left is the source's, loads, and computes as the whole model routed alike."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families.build import build
+from helpers import SHARED, digests
+from quantizing import FP8, MXFP4, edit, to_fp8, to_mxfp4
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lowmem_wanda import Checkpoint, check, shrink
+from lowmem_wanda.errors import CheckpointError, LowmemError, ModelError, OutputError, PatternError
+
+KEPT = (0, 2, 3, 6)  # of 8 experts, in the first layer; others rotate it
+FAMILIES = (
+    "qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "minimax_m2", "lfm2_moe",
+    "granitemoe", "olmoe", "phimoe", "qwen3_next", "jamba", "gemma4_text",
+)  # fmt: skip
+FEW = {"sequences": 22, "length": 16, "batch": 4, "device": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A function: family -> a tiny checkpoint of it, made once."""
+    known = {}
+
+    def get(family, **changes):
+        key = family, *changes.items()
+        if key not in known:
+            if family == "gemma4_text":
+                changes = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
+            known[key] = build(tmp_path_factory.mktemp(family), family, **changes)
+        return known[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(3, 96, (22, 16)))
+    return path
+
+
+def plan_of(path, family, keep=KEPT):
+    """A plan for the layers of a checkpoint that have experts, which differs from layer to layer."""
+    names = Checkpoint(path).tensors
+    layers = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in names if ".experts." in name or
+                     "block_sparse_moe" in name})  # fmt: skip
+    groups = 2 if family == "deepseek_v3" else 1
+    plan = {}
+    for layer in layers:
+        turned = sorted((expert + layer) % 8 for expert in keep)
+        plan[layer] = [0, 1 + layer % 3, 4, 5 + layer % 3] if groups == 2 else turned
+    return plan
+
+
+def loaded(path):
+    """The model by transformers, with nothing missing."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    return model.eval(), info["unexpected_keys"]
+
+
+def experts_in(model):
+    return {
+        name: module for name, module in model.named_modules() if hasattr(module, "down_proj") and
+        isinstance(module.down_proj, torch.nn.Parameter)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_is_left_computes_as_the_whole_model_routed_alike(made, tmp_path, family):
+    source, out = made(family), tmp_path / "out"
+    plan = plan_of(source, family)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    report = shrink(source, out, plan=tmp_path / "plan.json", device="cpu")
+    assert report["experts"] | {"before": 8, "kept": 4, "layers": len(plan)} == report["experts"]
+    (small, unexpected), (whole, also) = loaded(out), loaded(source)
+    assert unexpected == also
+    dense, seen = experts_in(whole), []
+
+    def compare(name, module, args, output):
+        layer = int(name.split("layers.")[1].split(".")[0])
+        hidden, index, weights = args
+        seen.append(torch.equal(output, dense[name](hidden, torch.tensor(plan[layer])[index], weights)))
+
+    for name, module in experts_in(small).items():
+        module.register_forward_hook(lambda *given, name=name: compare(name, *given))
+    tokens = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+    logits = small(input_ids=tokens, use_cache=False).logits
+    assert torch.isfinite(logits).all() and len(seen) == len(plan) and all(seen)
+    findings = check(out, against=source)
+    assert not findings.problems and findings.cut and findings.kept == {k: tuple(v) for k, v in plan.items()}
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, out))
+    changed = {key for key in before if before[key] != after[key]}
+    assert len(changed) == 1 and before.keys() == after.keys()
+    assert list(Checkpoint(out).tensors) and {t.dtype for t in Checkpoint(out).tensors.values()} == {"F32"}
+
+
+def reference(path, tokens):
+    """{layer: {sum: numbers for each expert}} of the whole model by transformers, by hooks on its experts."""
+    model, _ = loaded(path)
+    found = {}
+
+    def entered(name, module, args):
+        hidden, index, weights = args
+        layer = int(name.split("layers.")[1].split(".")[0])
+        sums = found.setdefault(layer, np.zeros((7, 8)))
+        for expert in range(8):
+            token, place = (index == expert).nonzero(as_tuple=True)
+            if not len(token):
+                continue
+            ones = torch.ones(len(token), 1)
+            outputs = module.forward(hidden[token], torch.full((len(token), 1), expert), ones).double()
+            gates, norms = weights[token, place].double(), outputs.norm(dim=1)
+            sums[:6, expert] += [
+                len(token), gates.sum(), norms.sum(), (norms**2).sum(), (gates * norms).sum(), ((gates * norms) ** 2).sum()
+            ]  # fmt: skip
+            sums[6, expert] = max(sums[6, expert], outputs.abs().max())
+
+    for name, module in experts_in(model).items():
+        module.register_forward_pre_hook(lambda module, args, name=name: entered(name, module, args))
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(tokens), use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "gemma4_text"])
+def test_sums_are_those_of_hooks_on_the_whole_model(made, token_file, tmp_path, family):
+    from lowmem_wanda.sparsity.expert_sums import SUMS
+
+    report = shrink(made(family), tmp_path / "out", keep_experts=4, text=[token_file], **FEW)
+    expected = reference(made(family), np.load(token_file))
+    assert {layer["layer"] for layer in report["layers"]} == expected.keys()
+    for layer in report["layers"]:
+        found = np.array([layer["sums"][name] for name in SUMS])
+        np.testing.assert_allclose(found, expected[layer["layer"]], rtol=1e-5)
+
+
+def test_any_batch_and_groups_of_experts_give_the_same(made, token_file, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from lowmem_wanda.shrinking import shrink as module
+
+    whole = shrink(made("qwen3_moe"), tmp_path / "whole", keep_experts=4, text=[token_file], **FEW)
+    other = shrink(made("qwen3_moe"), tmp_path / "other", keep_experts=4, text=[token_file], **{**FEW, "batch": 11})
+    choose = module.choose
+
+    def in_groups(*given):
+        found, need = choose(*given)
+        return replace(found, part=30000, slots=2), need
+
+    monkeypatch.setattr(module, "choose", in_groups)
+    parts = shrink(made("qwen3_moe"), tmp_path / "parts", keep_experts=4, text=[token_file], **FEW)
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+    for one, two, three in zip(whole["layers"], other["layers"], parts["layers"], strict=True):
+        assert one["sums"] == three["sums"] and one["kept"] == two["kept"]
+        for name, values in one["sums"].items():
+            np.testing.assert_allclose(values, two["sums"][name], rtol=1e-5)
+
+
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(made, token_file, tmp_path):
+    way = {"keep_experts": 4, "score": "weighted", "text": [token_file], **FEW}
+    shrink(made("deepseek_v3"), tmp_path / "whole", **way)
+
+    class Killed(BaseException):
+        pass
+
+    def stop(record):
+        raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            shrink(made("deepseek_v3"), tmp_path / "stopped", on_block=stop, **way)
+        assert not (tmp_path / "stopped/config.json").exists()
+        with pytest.raises(CheckpointError, match="unfinished"):
+            check(tmp_path / "stopped")
+    shrink(made("deepseek_v3"), tmp_path / "stopped", **way)
+    assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
+    shrink(made("deepseek_v3"), tmp_path / "stopped", **way)  # a finished one is proved
+    with pytest.raises(OutputError, match="--keep-experts = 4, this one has 6"):
+        shrink(made("deepseek_v3"), tmp_path / "stopped", **{**way, "keep_experts": 6})
+
+
+def test_recorded_scores_choose_again_without_a_forward_pass(made, token_file, tmp_path):
+    recorded, plan = tmp_path / "scores.json", tmp_path / "plan.json"
+    source = made("qwen3_moe")
+    for score in ("reap", "squares", "man"):
+        given = {"keep_experts": 5, "score": score}
+        shrink(source, tmp_path / f"{score}1", record=recorded, write_plan=plan, text=[token_file], **given, **FEW)
+        shrink(source, tmp_path / f"{score}2", scores_from=recorded, device="cpu", **given)
+        shrink(source, tmp_path / f"{score}3", plan=plan, device="cpu")
+        first, *others = ({name: one for name, one in digests(tmp_path / f"{score}{number}").items() if name != "job.json"}
+                          for number in (1, 2, 3))  # fmt: skip
+        assert first == others[0] == others[1]
+        recorded.unlink()
+        plan.unlink()
+
+
+def test_other_scores_are_refused_in_words(made, token_file, tmp_path):
+    recorded = tmp_path / "scores.json"
+    shrink(made("qwen3_moe"), tmp_path / "1", record=recorded, keep_experts=4, text=[token_file], **FEW)
+    with pytest.raises(LowmemError, match="is of 8 experts in other layers"):
+        shrink(made("deepseek_v3"), tmp_path / "2", scores_from=recorded, keep_experts=4, device="cpu")
+    content = json.loads(recorded.read_text())
+    content["layers"]["0"]["norms"][0] = "many"
+    recorded.write_text(json.dumps(content))
+    with pytest.raises(LowmemError, match="the sums of layer 0 are damaged"):
+        shrink(made("qwen3_moe"), tmp_path / "3", scores_from=recorded, keep_experts=4, device="cpu")
+    assert not (tmp_path / "2").exists() and not (tmp_path / "3").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@torch.no_grad()
+def test_aimer_is_its_definition(made, tmp_path, family):
+    report = shrink(made(family), tmp_path / "out", keep_experts=4, score="aimer", device="cpu")
+    model, _ = loaded(made(family))
+    for layer, (_, module) in zip(report["layers"], experts_in(model).items(), strict=True):
+        for expert, score in enumerate(layer["scores"]):
+            weights = torch.cat([one[expert].flatten() for one in (module.gate_up_proj, module.down_proj)]).double()
+            assert score == pytest.approx(-float(weights.abs().mean() / weights.square().mean().sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "change", "config"), [
+    ("qwen3_moe", to_fp8, FP8), ("gpt_oss", to_mxfp4, MXFP4),
+], ids=["fp8", "mxfp4"])  # fmt: skip
+def test_quantized_sources_are_cut_as_they_are_stored(tmp_path, token_file, family, change, config):
+    source = build(tmp_path / "source", family, torch.bfloat16, hidden_size=64)
+    edit(source, change, {"quantization_config": config})
+    report = shrink(source, tmp_path / "out", keep_experts=4, text=[token_file], **FEW)
+    findings = check(tmp_path / "out", against=source)
+    assert not findings.problems and findings.cut and findings.identical
+    before, after = Checkpoint(source), Checkpoint(tmp_path / "out")
+    assert {one.dtype for one in after.tensors.values()} == {one.dtype for one in before.tensors.values()}
+    kept = report["layers"][0]["kept"]
+    if family == "gpt_oss":
+        name = "model.layers.0.mlp.experts.gate_up_proj_blocks"
+        stored = {path: load_file(Checkpoint(path).tensors[name].file)[name] for path in (source, tmp_path / "out")}
+        assert torch.equal(stored[tmp_path / "out"], stored[source][kept])
+    shrink(source, tmp_path / "bf16", keep_experts=4, text=[token_file], dequantize=True, **FEW)
+    assert "BF16" in {one.dtype for one in Checkpoint(tmp_path / "bf16").tensors.values()}
+    assert not check(tmp_path / "bf16", against=source).problems
+    assert "quantization_config" not in json.loads((tmp_path / "bf16/config.json").read_text())
+
+
+def with_mtp(path, layer, like):
+    """Adds a layer that predicts further tokens, as a copy of one in the model."""
+    shard = sorted(path.glob("*.safetensors"))[-1]
+    tensors = load_file(shard)
+    added = {
+        tensor.name.replace(f".{like}.", f".{layer}.", 1): load_file(tensor.file)[tensor.name]
+        for tensor in Checkpoint(path).tensors.values() if f".layers.{like}." in tensor.name
+    }  # fmt: skip
+    added[f"model.layers.{layer}.eh_proj.weight"] = torch.randn(64, 128)
+    save_file(tensors | added, shard, metadata={"format": "pt"})
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(added, shard.name)
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**content, "num_nextn_predict_layers": 1}))
+
+
+def test_layers_that_predict_further_tokens_are_cut_or_dropped(tmp_path, token_file):
+    source = build(tmp_path / "source", "glm4_moe")
+    depth = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    with_mtp(source, depth, depth - 1)
+    report = shrink(source, tmp_path / "kept", keep_experts=4, text=[token_file], **FEW)
+    assert report["experts"]["predicting"] == 1 and report["layers"][-1]["by"] == "aimer"
+    assert any("predicts further tokens (MTP)" in warning for warning in report["warnings"])
+    small = Checkpoint(tmp_path / "kept")
+    gate = small.tensors[f"model.layers.{depth}.mlp.gate.weight"]
+    assert gate.shape[0] == 4 and small.tensors[f"model.layers.{depth}.eh_proj.weight"].shape == (64, 128)
+    assert sum(f".{depth}.mlp.experts." in name for name in small.tensors) == 12
+    assert not check(tmp_path / "kept", against=source).problems
+    shrink(source, tmp_path / "dropped", keep_experts=4, mtp="drop", text=[token_file], **FEW)
+    assert not any(f".layers.{depth}." in name for name in Checkpoint(tmp_path / "dropped").tensors)
+    assert json.loads((tmp_path / "dropped/config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not check(tmp_path / "dropped", against=source).problems
+    for path in ("kept", "dropped"):
+        loaded(tmp_path / path)
+
+
+@pytest.mark.parametrize(("family", "given", "error", "says"), [
+    ("llama", {"keep_experts": 4}, ModelError, "no number of experts is found"),
+    ("qwen3_moe", {"keep_experts": 1}, PatternError, "the router chooses 2 for every token"),
+    ("qwen3_moe", {"drop_experts": "0%"}, PatternError, "lies between 0 and 1"),
+    ("deepseek_v3", {"keep_experts": 5}, PatternError, "they lie in 2 groups"),
+    ("qwen3_moe", {"keep_experts": 4, "score": "best"}, PatternError, "give one of reap"),
+    ("qwen3_moe", {"keep_experts": 4, "score": "aimer", "text": ["x.txt"]}, PatternError, "nothing is measured here"),
+    ("qwen3_moe", {"keep_experts": 4, "mtp": "half"}, PatternError, "--mtp half"),
+    ("qwen3_moe", {}, PatternError, "say how many experts are dropped"),
+], ids=str)  # fmt: skip
+def test_what_cannot_be_is_refused_and_leaves_nothing(made, tiny, tmp_path, family, given, error, says):
+    source = tiny(family) if family == "llama" else made(family)
+    with pytest.raises(error, match=says):
+        shrink(source, tmp_path / "out", device="cpu", **given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["byte", "row", "name", "config", "kept"])
+def test_the_proof_finds_what_was_changed(made, tmp_path, change):
+    source, out = made("qwen3_moe"), tmp_path / "out"
+    shrink(source, out, keep_experts=4, score="aimer", device="cpu")
+    shard = out / "model-00002-of-00004.safetensors"
+    tensors = load_file(shard)
+    router = next(name for name in tensors if name.endswith("gate.weight"))
+    expert = next(name for name in tensors if ".experts.0." in name)
+    if change == "byte":
+        tensors[expert][0, 0] += 1
+    elif change == "row":
+        tensors[router] = tensors[router].flip(0).contiguous()
+    elif change == "name":
+        other = expert.replace(".experts.0.", ".experts.1.")
+        tensors[expert], tensors[other] = tensors[other], tensors[expert]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    if change == "config":
+        content = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 0.5}))
+    if change == "kept":
+        report = json.loads((out / "report.json").read_text())
+        kept = report["layers"][0]["kept"]
+        report["layers"][0]["kept"] = [*kept[:-1], next(one for one in range(8) if one not in kept)]
+        (out / "report.json").write_text(json.dumps(report))
+    problems = check(out, against=source).problems
+    assert any("bytes are not those" in problem or "rms_norm_eps" in problem for problem in problems)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared with real models beside this checkout")
+@torch.no_grad()
+def test_a_trained_mixture(tmp_path):
+    """Mean KL divergence from the whole model, by transformers (EXPERT-REMOVAL.md, 7 and 10)."""
+    source, recorded = SHARED / "models/mixed-moe-2.6m", tmp_path / "scores.json"
+    tokens = torch.from_numpy(np.load(SHARED / "corpora/moe-eval.npy"))
+    whole = logits_of(source, tokens)
+    text = [SHARED / "corpora/moe-calib-mix.npy"]
+    found = {}
+    for score, drop in (("reap", "50%"), ("weighted", "50%"), ("squares", "50%"), ("random", "50%"), ("reap", "25%")):
+        measured = {"text": text, "sequences": 66, "length": 128, "record": recorded} if not found else {}
+        again = {"scores_from": recorded} if found and score != "random" else {}
+        out = tmp_path / f"{score}{drop}"
+        shrink(source, out, drop_experts=drop, score=score, device="cpu", **measured, **again)
+        small = logits_of(out, tokens)
+        found[score, drop] = float((whole.exp() * (whole - small)).sum(-1).mean())
+    assert found["random", "50%"] > 0.6 and found["reap", "50%"] <= 0.35 and found["reap", "25%"] <= 0.03
+    assert found["weighted", "50%"] <= 0.17 and found["squares", "50%"] <= 0.17
+
+
+def logits_of(path: Path, tokens):
+    model, _ = loaded(path)
+    model.config.output_router_logits = False
+    return torch.cat([model(input_ids=part).logits.log_softmax(-1) for part in tokens.split(30)])
