@@ -30,15 +30,17 @@ def random_llama(path: Path, *, width: int, hidden: int, blocks: int, heads: int
     return _written(path, config, block)
 
 
-def random_experts(path: Path, *, width: int, hidden: int, blocks: int, experts: int, vocab: int) -> Path:
-    """Writes a bfloat16 Qwen3-MoE checkpoint: in each block `experts` of width `hidden`, two for each token."""
+def random_experts(
+    path: Path, *, width: int, hidden: int, blocks: int, experts: int, vocab: int, used: int = 2
+) -> Path:
+    """Writes a bfloat16 Qwen3-MoE checkpoint: in each block `experts` of width `hidden`, `used` for each token."""
     path.mkdir(parents=True, exist_ok=True)
     heads, head = width // 64, 64
     config = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16", "hidden_size": width,
         "intermediate_size": hidden, "moe_intermediate_size": hidden, "num_hidden_layers": blocks, "head_dim": head,
         "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4), "num_experts": experts,
-        "num_experts_per_tok": 2, "norm_topk_prob": True, "vocab_size": vocab, "max_position_embeddings": 2048,
+        "num_experts_per_tok": used, "norm_topk_prob": True, "vocab_size": vocab, "max_position_embeddings": 2048,
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     narrow = max(1, heads // 4) * head

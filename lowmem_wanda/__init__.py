@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lowmem_wanda.pruning.plan import Plan, plan
     from lowmem_wanda.pruning.prune import prune
     from lowmem_wanda.pruning.records import PruneReport
+    from lowmem_wanda.shrinking.plan import ShrinkPlan, plan_shrink
     from lowmem_wanda.shrinking.report import ShrinkReport
     from lowmem_wanda.shrinking.shrink import shrink
     from lowmem_wanda.sparsity import CHECKPOINT_SCORES, EXPERT_SCORES, METHODS, REFINEMENTS, UPDATES
@@ -74,6 +75,7 @@ _PLACES = {
     "pruning.plan": ("Plan", "plan"),
     "pruning.prune": ("prune",),
     "pruning.records": ("PruneReport",),
+    "shrinking.plan": ("ShrinkPlan", "plan_shrink"),
     "shrinking.report": ("ShrinkReport",),
     "shrinking.shrink": ("shrink",),
     "sparsity": ("CHECKPOINT_SCORES", "EXPERT_SCORES", "METHODS", "REFINEMENTS", "UPDATES"),
@@ -119,6 +121,7 @@ __all__ = [
     "RECOVERIES",
     "REFINEMENTS",
     "Scaled",
+    "ShrinkPlan",
     "ShrinkReport",
     "SquaredNorm",
     "Statistic",
@@ -135,6 +138,7 @@ __all__ = [
     "is_gguf",
     "outline",
     "plan",
+    "plan_shrink",
     "prune",
     "recover",
     "shrink",

@@ -124,7 +124,7 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
         findings.kept, findings.experts = removal.layers, removal.count
         if against is not None:
             source = Checkpoint(against, dequantize=not removal.quantized)
-            findings.identical, findings.cut, problems = compare_cut(checkpoint, source, removal)
+            (findings.identical, findings.cut, findings.moved), problems = compare_cut(checkpoint, source, removal)
             findings.problems += problems
     elif against is not None:
         of_tensors = {promise.tensor or name: promise for name, promise in promises.items()}

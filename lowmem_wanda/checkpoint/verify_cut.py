@@ -4,6 +4,7 @@ Which experts each layer keeps is what report.json says; that its tensors are th
 names, shapes and bytes alone, without torch, transformers or the code that made them.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ from typing import Any
 from lowmem_wanda.checkpoint.companions import REPORT, companions, differing
 from lowmem_wanda.checkpoint.cut import MEMBER, cut, renamed, stem_of
 from lowmem_wanda.checkpoint.directory import CONFIG, Checkpoint
-from lowmem_wanda.checkpoint.reader import Tensor
+from lowmem_wanda.checkpoint.reader import Tensor, nonfinite
 from lowmem_wanda.errors import CheckpointError
+
+OF_EXPERTS = re.compile(r"\bexperts\.|block_sparse_moe\.")  # in the names of what a refit may change
 
 
 class Removal:
     """What the report of a removal says of it.
 
     `kept` are {how the names of a layer's tensors begin, up to its number: ids that it keeps}, of `count` experts in
-    each. `without` are the tensors that were left out with layers that predict further tokens.
+    each. `moved` are tensors of experts whose values are no longer the source's, and `without` those that were left out
+    with layers that predict further tokens.
     """
 
     def __init__(self, report: Mapping[str, Any]) -> None:
@@ -28,6 +32,8 @@ class Removal:
             self.layers = {int(layer["layer"]): tuple(map(int, layer["kept"])) for layer in report["layers"]}
             self.count, self.left = int(report["experts"]["before"]), int(report["experts"]["kept"])
             self.without = {str(name) for name in report["without"]}
+            moved = (name for layer in report["layers"] for name in layer.get("refit", {}).get("tensors", ()))
+            self.moved = {name for name in moved if OF_EXPERTS.search(name)}
             self.quantized = not report["arguments"].get("dequantize")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CheckpointError(
@@ -35,9 +41,12 @@ class Removal:
             ) from None
 
 
-def compare_cut(ours: Checkpoint, source: Checkpoint, removal: Removal) -> tuple[int, int, list[str]]:
-    """The tensors that are the source's to the byte, those that are slices of it, and all that differs, in words."""
-    identical = sliced = 0
+def compare_cut(ours: Checkpoint, source: Checkpoint, removal: Removal) -> tuple[tuple[int, int, int], list[str]]:
+    """The numbers of tensors that are the source's to the byte, that are slices of it, and whose values were moved.
+
+    With them, all that differs, in words.
+    """
+    identical = sliced = moved = 0
     problems, left = [], set(ours.tensors)
     for tensor, expected in _expected(source, ours, removal):
         left.discard(expected.name)
@@ -46,12 +55,16 @@ def compare_cut(ours: Checkpoint, source: Checkpoint, removal: Removal) -> tuple
             problems.append(f"{expected.name}: is missing in {ours.path}")
         elif (found.dtype, found.shape) != (expected.dtype, expected.shape):
             problems.append(f"{found.name}: is {found.dtype} {list(found.shape)}, not {list(expected.shape)}")
+        elif found.name in removal.moved:
+            moved += 1
+            if any(nonfinite(piece, found.dtype) for piece in found.pieces()):
+                problems.append(f"{found.name}: holds NaN or infinity")
         elif any(mine != its for mine, its in zip(found.pieces(), expected.pieces(), strict=True)):
             problems.append(f"{found.name}: its bytes are not those of the source's {tensor.name}")
         else:
             identical, sliced = identical + (not expected.is_made), sliced + expected.is_made
     problems += [f"{name}: is not in the source" for name in sorted(left)]
-    return identical, sliced, problems + list(_small_files(ours, source, removal))
+    return (identical, sliced, moved), problems + list(_small_files(ours, source, removal))
 
 
 def _expected(source: Checkpoint, ours: Checkpoint, removal: Removal) -> Iterator[tuple[Tensor, Tensor]]:

@@ -42,9 +42,10 @@ def lines(findings: "Findings") -> list[str]:
     for layer, kept in findings.kept.items():
         made.append(f"layer {layer:>2}  keeps {ranges(kept)} of {findings.experts} experts")
     if findings.kept and (findings.identical or findings.cut):
+        moved = f"; {findings.moved} were refitted, as report.json says" if findings.moved else ""
         made.append(
             f"{findings.identical} tensors are the source's to the byte; {findings.cut} are the source's slices of the "
-            "kept experts; nothing else differs"
+            f"kept experts{moved}" + ("" if findings.problems else "; nothing else differs")
         )
     elif findings.identical or findings.masked:
         what = "the smallest number" if any(matrix.filled for matrix in findings.matrices) else "zero"
@@ -52,6 +53,6 @@ def lines(findings: "Findings") -> list[str]:
             f"{findings.identical} tensors are the source's to the byte; {findings.masked} are the source's "
             f"but for {findings.zeroed} weights that are {what}"
         )
-    if findings.moved:
+    if findings.moved and not findings.kept:
         made.append(f"{findings.moved} of them have kept weights of other values, as report.json says of its method")
     return made

@@ -23,7 +23,19 @@ from lowmem_wanda.cli.options import (
 from lowmem_wanda.cli.options import (
     size as size_flag,
 )
-from lowmem_wanda.cli.terminal import Bar, add_peaks, calibration_text, duration, number, pairs, shown, size
+from lowmem_wanda.cli.shrink import add_numbers, show_plan
+from lowmem_wanda.cli.terminal import (
+    Bar,
+    add_peaks,
+    calibration_text,
+    duration,
+    expected,
+    number,
+    pairs,
+    shown,
+    size,
+    time_text,
+)
 from lowmem_wanda.errors import OutputError, PatternError
 
 PRUNING = (
@@ -46,6 +58,8 @@ def add(commands: Any) -> None:
         add_pruning(command)
         add_machine(command)
     add_absent(plan)
+    add_numbers(plan)
+    plan.add_argument("--refit", action="store_true", help="with --drop-experts: plan for shrink --refit")
     plan.set_defaults(default_of=plan.get_default)
 
 
@@ -142,6 +156,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
     if is_gguf(arguments.source):
         _require_defaults(arguments)
         return show_outline(arguments)
+    if arguments.drop_experts is not None or arguments.keep_experts is not None:
+        return show_plan(arguments, {**taken(arguments, *ABSENT), **machine(arguments)})
     facts: dict[str, Any] = {}
     settings = {**taken(arguments, *PRUNING, *ABSENT), **machine(arguments)}
     found = plan(arguments.source, **settings, on_start=facts.update)
@@ -234,25 +250,6 @@ def timing_text(seconds: float, timing: Mapping[str, Any]) -> str:
     """The time of all blocks, what was expected, and the share of it that was computing."""
     busy = f", computing in {timing['compute_busy']:.0%} of it" if timing["serial"] else ""
     return duration(seconds) + busy + (f" ({expected(timing['expected'])} expected)" if timing.get("expected") else "")
-
-
-def expected(seconds: float | None) -> str:
-    """An estimate of a time in words; "" where there is none."""
-    return f"about {duration(max(1, seconds))}" if seconds else ""
-
-
-def time_text(plan: Any) -> str:
-    """How long a pruning will take, and by which rates."""
-    if plan.seconds is None:
-        return "give that machine's rates: --disk 3GB/s" + (" and --flops 80T" if plan.flops else "")
-    rates, known = plan.rates, []
-    if "flops" in rates:
-        known.append(f"products {rates['flops'] / 1e12:.3g} TFLOP/s")
-    if "weights" in rates:
-        known.append(f"masks {number(rates['weights'])} weights/s")
-    disk = {"reading": "read", "writing": "written"}
-    known += [f"{name} {size(rates[key])}/s" for name, key in disk.items() if key in rates]
-    return f"{expected(plan.seconds)} after the start ({', '.join(known)})"
 
 
 def plan_table(plan: Any, facts: Mapping[str, Any]) -> Any:

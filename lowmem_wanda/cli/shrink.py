@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,21 @@ from lowmem_wanda.cli.terminal import (
     add_peaks,
     calibration_text,
     duration,
+    number,
     pairs,
     printable,
     ranges,
     short_duration,
     shown,
     size,
+    time_text,
 )
 from lowmem_wanda.errors import PatternError
 
 MEGA = 10**6  # bytes
 BOTH = ("drop_experts", "keep_experts", "scores_from", "score", "seed", "plan", "write_plan")
 OF_GGUF = ("imatrix_out", "split_size")
-OF_CHECKPOINT = ("record", "mtp", "text", "sequences", "length", "verify_source")
+OF_CHECKPOINT = ("record", "mtp", "statistics", "refit", "text", "sequences", "length", "verify_source")
 
 
 def add(commands: Any) -> None:
@@ -35,10 +38,7 @@ def add(commands: Any) -> None:
     add("source", metavar="ckpt_dir", help="folder of a safetensors checkpoint, or a GGUF (of a split one, the first "
         "file)")  # fmt: skip
     add("target", metavar="out_dir", help="new folder, or that of an interrupted run; of a GGUF, a new file")
-    number = command.add_mutually_exclusive_group()
-    number.add_argument("--drop-experts", metavar="SHARE", help="experts to remove from each layer: a share (25%%, "
-        "0.25), rounded down to whole experts, or a number")  # fmt: skip
-    number.add_argument("--keep-experts", type=positive, metavar="N", help="experts to keep in each layer instead")
+    add_numbers(command)
     add("--score", choices=dict.fromkeys((*CHECKPOINT_SCORES, *EXPERT_SCORES)), help="how experts are scored. Of what "
         "they put out: reap (mean of gate times norm), weighted (its sum), squares (sum of its squares), ean (sum of "
         "norms), man, msan (means of norms, of their squares), frequency (tokens). Of weights alone, without data: "
@@ -50,6 +50,10 @@ def add(commands: Any) -> None:
     add("--write-plan", metavar="FILE", help="write the choice as such a plan, too")
     add("--mtp", choices=("keep", "drop"), default="keep", help="layers that predict further tokens: keep them, with "
         "as many experts, or drop them (default: keep)")  # fmt: skip
+    add("--statistics", choices=("dense", "block"), default="dense", help="what layers are measured on: the whole "
+        "model (dense), or what the smaller blocks before them put out (block) (default: dense)")  # fmt: skip
+    add("--refit", action="store_true", help="fit the kept experts' down projections to what the whole layer put out; "
+        "then these weights are not the source's")  # fmt: skip
     add_calibration(command, seeds="seed of the calibration sample, and of --score random")
     add("--verify-source", action="store_true", help="know the source again by all of its bytes when the job goes on")
     add_machine(command)
@@ -58,6 +62,14 @@ def add(commands: Any) -> None:
     add("--split-size", type=byte_count, metavar="SIZE", help="of a GGUF, write several files of at most this size, "
         "such as 20GB (default: one file)")  # fmt: skip
     command.set_defaults(default_of=command.get_default)
+
+
+def add_numbers(command: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how many experts are removed."""
+    number = command.add_mutually_exclusive_group()
+    number.add_argument("--drop-experts", metavar="SHARE", help="experts to remove from each layer: a share (25%%, "
+        "0.25), rounded down to whole experts, or a number")  # fmt: skip
+    number.add_argument("--keep-experts", type=positive, metavar="N", help="experts to keep in each layer instead")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -224,3 +236,33 @@ def measuring(report: Mapping[str, Any]) -> str:
         return "Measure what it costs (perplexity, and KL divergence from the whole model):"
     disk = f"; the first command writes about {size(written)}" if written else ""
     return f"Measure what it costs (KL divergence from the whole model; your own text after -f is better{disk}):"
+
+
+def show_plan(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> int:
+    """What `plan` shows of a removal of experts."""
+    from lowmem_wanda import plan_shrink
+
+    wanted = ("drop_experts", "keep_experts", "refit", "text", "sequences", "length", "seed")
+    order = "dense" if arguments.statistics == arguments.default_of("statistics") else arguments.statistics
+    plan = plan_shrink(arguments.source, statistics=order, **taken(arguments, *wanted), **settings)
+    return shown(arguments, asdict(plan), plan_table(arguments.source, plan))
+
+
+def plan_table(source: str, plan: Any) -> Any:
+    """The table that says what a removal of experts would need, and give."""
+    table = pairs(f"plan: {source}, without {plan.experts - plan.kept} of {plan.experts} experts")
+    table.add_row("layers", f"{plan.layers} with experts, of {plan.blocks} blocks; {plan.used} at work for a token")
+    table.add_row("size", f"{size(plan.before)} before, {size(plan.after)} after ({plan.after / plan.before:.1%})")
+    fused = "runs" if plan.routing["fused_cuda_routing"] else "does not run"
+    multiple = "" if plan.routing["multiple_of_8"] else "not "
+    table.add_row("routing", f"{plan.kept} experts: llama.cpp's fused CUDA routing {fused}; {multiple}a multiple of 8")
+    table.add_row("calibration", f"{plan.sequences} sequences of {plan.length}: {number(plan.tokens)} tokens, "
+        f"{number(plan.tokens_per_expert)} for an expert in the mean")  # fmt: skip
+    table.add_row("layout", str(plan.layout))
+    table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
+    table.add_row("time", time_text(plan))
+    table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
+    if plan.device_peak:
+        table.add_row("device memory", f"{size(plan.device_peak)} predicted at most")
+    table.add_row("disk", f"{size(plan.disk)}: {size(plan.read)} are read, {size(plan.written)} written")
+    return table

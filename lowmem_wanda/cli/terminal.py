@@ -228,3 +228,22 @@ def ranges(ids: Sequence[int]) -> str:
     """Ids in few characters: 0-2, 5, 7-9."""
     runs = [list(run) for _, run in groupby(enumerate(ids), key=lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+
+
+def expected(seconds: float | None) -> str:
+    """An estimate of a time in words; "" where there is none."""
+    return f"about {duration(max(1, seconds))}" if seconds else ""
+
+
+def time_text(plan: Any) -> str:
+    """How long a pruning will take, and by which rates."""
+    if plan.seconds is None:
+        return "give that machine's rates: --disk 3GB/s" + (" and --flops 80T" if plan.flops else "")
+    rates, known = plan.rates, []
+    if "flops" in rates:
+        known.append(f"products {rates['flops'] / 1e12:.3g} TFLOP/s")
+    if "weights" in rates:
+        known.append(f"masks {number(rates['weights'])} weights/s")
+    disk = {"reading": "read", "writing": "written"}
+    known += [f"{name} {size(rates[key])}/s" for name, key in disk.items() if key in rates]
+    return f"{expected(plan.seconds)} after the start ({', '.join(known)})"

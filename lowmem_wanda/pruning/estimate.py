@@ -3,10 +3,10 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
@@ -15,17 +15,15 @@ from lowmem_wanda.checkpoint.loading import forget_cached
 from lowmem_wanda.checkpoint.reader import PIECE
 from lowmem_wanda.checkpoint.writer import Growing
 from lowmem_wanda.errors import BudgetError
-from lowmem_wanda.pruning.job import PruneJob
 from lowmem_wanda.sparsity.masks import prune_lowest
 from lowmem_wanda.sparsity.selection import Scaled
 from lowmem_wanda.streaming.buffers import DTYPES
 from lowmem_wanda.streaming.containers import folder_on_disk
 from lowmem_wanda.streaming.machine import size_of
+from lowmem_wanda.streaming.matrices import Matrix
+from lowmem_wanda.streaming.model import StreamedModel
 from lowmem_wanda.streaming.resources import free_memory, wait
-from lowmem_wanda.streaming.workload import Placement
-
-if TYPE_CHECKING:
-    from lowmem_wanda.pruning.plan import Plan
+from lowmem_wanda.streaming.workload import Placement, Workload
 
 PRODUCTS = 0.7  # share of a block's forward that is products: 0.68 on a CPU (width 1024), 0.73 on an H100 (70B)
 MOST, SHARE = 1.0, 0.03  # seconds that measuring takes at most, also as a share of a rough estimate
@@ -34,6 +32,38 @@ WEIGHTS = 1 << 22  # of the matrix that products are measured with, and a quarte
 READ, WRITTEN = 64 << 20, 48 << 20  # bytes at most
 PART = 32  # of a checkpoint, one such part is written at most
 MASKS = 4e8  # weights per second on a CPU that is not here: 2.5 ns each on an Intel Xeon with AVX-512
+
+
+class Estimated(Protocol):
+    """A job whose time is estimated: its model, what goes through it, and the matrices that it prunes, if any."""
+
+    @property
+    def model(self) -> StreamedModel:
+        """The model that is walked."""
+
+    @property
+    def workload(self) -> Workload:
+        """What goes through it."""
+
+    @property
+    def selected(self) -> Sequence[Sequence[Matrix]]:
+        """The matrices that are pruned, block by block."""
+
+
+class Predicted(Protocol):
+    """What is predicted of it: operations, bytes that are written, and where all lies."""
+
+    @property
+    def flops(self) -> int:
+        """The operations of products."""
+
+    @property
+    def written(self) -> int:
+        """The bytes that are written."""
+
+    @property
+    def layout(self) -> Placement:
+        """Where everything lies."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +125,7 @@ def absent_machine(
     return Absent((free or 0, size_of("vram", vram) or 0), *rates)
 
 
-def measure(job: PruneJob, plan: "Plan", folder: Path) -> Rates:
+def measure(job: Estimated, plan: Predicted, folder: Path) -> Rates:
     """The rates of this machine: of products in the plan's micro-batches, of the pattern's masks, and of disks.
 
     Writing is measured in `folder`. The seconds that this takes grow with the rough seconds of the job, up to one in
@@ -106,7 +136,7 @@ def measure(job: PruneJob, plan: "Plan", folder: Path) -> Rates:
     rough = flops / ROUGH[0] + weights / ROUGH[1] + nbytes / ROUGH[2]
     seconds = min(MOST, SHARE * rough)
     products = _rate(_product(job, layout), 0.4 * seconds, job.model.device) if flops else float("inf")
-    masks = _rate(_mask(job), 0.2 * seconds, job.model.device)
+    masks = _rate(_mask(job), 0.2 * seconds, job.model.device) if weights else float("inf")
     if job.model.device.type == "cuda":
         torch.cuda.empty_cache()  # else what is cached counts for the job that follows
     start = time.thread_time()
@@ -117,27 +147,27 @@ def measure(job: PruneJob, plan: "Plan", folder: Path) -> Rates:
     return Rates(products, masks, read[1], written[1], busy if on_host else 0.0, torch.get_num_threads())
 
 
-def estimate(job: PruneJob, plan: "Plan", rates: Rates) -> float:
+def estimate(job: Estimated, plan: Predicted, rates: Rates) -> float:
     """The seconds from the first block to the last."""
     flops, slots = plan.flops, plan.layout.slots
     weights = sum(one.weights for block in job.selected for one in block)
     inside = sum(tensor.nbytes for index in range(job.model.depth) for tensor in job.model.block_tensors(index))
-    depth, nbytes = job.model.depth, job.model.checkpoint.nbytes
+    depth = job.model.depth
     computing = (flops / rates.flops / PRODUCTS + weights / rates.weights + inside * rates.busy / rates.cores) / depth
-    reading, writing = inside / rates.read / depth, nbytes / rates.written / depth
+    reading, writing = inside / rates.read / depth, plan.written / rates.written / depth
     if slots == 1:
         return depth * (computing + reading + writing)
     together = (computing, reading, writing) if slots == 3 else (computing, reading + writing)
     return (depth - 1) * max(together) + computing + reading + writing
 
 
-def seconds_here(job: PruneJob, plan: "Plan", target: Path) -> float:
+def seconds_here(job: Estimated, plan: Predicted, target: Path) -> float:
     """`estimate` by the rates of this machine, and of the disk that `target` will be on."""
     folder = next(folder for folder in target.resolve().parents if folder.is_dir())
     return estimate(job, plan, measure(job, plan, folder))
 
 
-def _product(job: PruneJob, layout: Placement) -> tuple[int, Callable[[], None]]:
+def _product(job: Estimated, layout: Placement) -> tuple[int, Callable[[], None]]:
     """The operations of one product of the size of a micro-batch and a part of a matrix, and what computes it."""
     rows, columns = max((one.shape for one in job.model.skeleton.all_matrices), key=lambda shape: shape[1])
     tokens, rows = layout.batch * job.workload.length, min(rows, max(1, WEIGHTS // columns))
@@ -149,7 +179,7 @@ def _product(job: PruneJob, layout: Placement) -> tuple[int, Callable[[], None]]
     return 2 * tokens * rows * columns, compute
 
 
-def _mask(job: PruneJob) -> tuple[int, Callable[[], None]]:
+def _mask(job: Any) -> tuple[int, Callable[[], None]]:
     """The weights of a part of a matrix, and what prunes it."""
     matrix = max((one for block in job.selected for one in block), key=lambda one: one.weights)
     columns, dtype = matrix.shape[1], DTYPES[job.model.checkpoint.tensors[matrix.tensor].dtype]
@@ -178,7 +208,7 @@ def _rate(work: tuple[int, Callable[[], None]], seconds: float, device: torch.de
     return amount * count / (time.perf_counter() - start)
 
 
-def _read_rate(job: PruneJob, seconds: float) -> tuple[int, float]:
+def _read_rate(job: Estimated, seconds: float) -> tuple[int, float]:
     """How many bytes of the source were read, and how many are in a second, from the disk."""
     tensor = max(job.model.checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
     forget_cached(tensor)

@@ -1,6 +1,6 @@
 """A removal of experts that is ready to start: everything that is chosen and checked before a weight is read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,6 @@ import torch
 from lowmem_wanda.checkpoint.checksum import sha256_of
 from lowmem_wanda.checkpoint.companions import Companions, companions
 from lowmem_wanda.checkpoint.directory import Checkpoint, fingerprint
-from lowmem_wanda.checkpoint.quantized import KINDS, kind_of
 from lowmem_wanda.data.calibration import Calibration, name_list, require_counts
 from lowmem_wanda.errors import ModelError, PatternError
 from lowmem_wanda.llamacpp.expert_choice import LayerChoice, numbers
@@ -22,10 +21,13 @@ from lowmem_wanda.sparsity.experts import require_kept
 from lowmem_wanda.streaming.expert_layout import ExpertLayout, expert_layout
 from lowmem_wanda.streaming.experts import is_experts
 from lowmem_wanda.streaming.machine import ANY, Machine
+from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
-from lowmem_wanda.streaming.skeleton import build_skeleton
+from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton
+from lowmem_wanda.streaming.smaller import Smaller
 from lowmem_wanda.streaming.workload import Workload
 
+ORDERS = ("dense", "block")
 MTP = ("keep", "drop")  # what becomes of layers that predict further tokens
 
 
@@ -35,7 +37,10 @@ class ShrinkJob:
 
     `source` is the checkpoint as it is stored and `layout` where its experts lie. `model` computes, from values that
     are dequantized where `source` is quantized. `planned` are {layer: kept ids} of a plan, and `known` the sums of
-    layers that were measured before. `given` are the checksums of files that decide.
+    layers that were measured before. `given` are the checksums of files that decide. In the order `statistics` "block"
+    each layer is measured on what the smaller blocks before it put out, else on what the whole ones do. With `refit`,
+    kept experts are fitted to the whole layer. `small` is the smaller model, and `computing` the layout of what is
+    computed with.
     """
 
     source: Checkpoint
@@ -50,6 +55,10 @@ class ShrinkJob:
     calibration: Calibration | None
     mtp: str
     verify_source: bool
+    statistics: str
+    refit: bool
+    small: Skeleton
+    computing: ExpertLayout
 
     @property
     def measures(self) -> bool:
@@ -81,7 +90,37 @@ class ShrinkJob:
     def workload(self) -> Workload:
         """What goes through the model, and the memory that this takes."""
         sequences, length = self.calibration.tokens.shape if self.calibration else (0, 0)
-        return Workload((self.model,), sequences, length)
+        if not self.passes_twice:
+            return Workload((self.model,), sequences, length)
+        tokens, size = sequences * length, self.model.dtype.itemsize
+        fitted = tokens * self.model.skeleton.width * (size + 4) * self.refit  # what a layer is given and puts out
+        largest = max(matrix.weights for matrix in self.model.skeleton.all_matrices) * size
+        return Workload((self.model,), sequences, length, statistics=fitted, workspace=2 * largest, whole_blocks=True)
+
+    @property
+    def passes_twice(self) -> bool:
+        """Whether blocks are computed with all of their experts, and with those that are kept."""
+        return self.calibration is not None and (self.refit or self.statistics == "block")
+
+    def moved_in(self, block: int, kept: Sequence[int], still: Collection[int]) -> list[str]:
+        """The file tensors of the result that a refit of a block changes; those of the experts `still` are not."""
+        down = {
+            matrix.tensor
+            for matrix in self.model.skeleton.matrices[block]
+            if matrix.parameter == "down_proj" and matrix.expert in set(kept) - set(still)
+        }
+        return [made.name for tensor, made in self.layout.tensors({block: kept}) if tensor.name in down]
+
+    def smaller(self) -> Smaller | None:
+        """What gives the smaller blocks; None where they are not computed."""
+        if not self.passes_twice:
+            return None
+        return Smaller(self.small, self.computing, self.model.device, self.model.dtype)
+
+    @property
+    def selected(self) -> tuple[tuple[Matrix, ...], ...]:
+        """The matrices that are pruned, block by block: none."""
+        return ()
 
     @property
     def batch(self) -> int | None:
@@ -100,7 +139,8 @@ class ShrinkJob:
             "text": list(self.calibration.sources),
             "calibration_shape": list(self.calibration.tokens.shape),
             "calibration_sha256": self.calibration.sha256,
-            "statistics": "dense",
+            "statistics": self.statistics,
+            "refit": self.refit,
             "dtype": model.dtype_name,
             "batch": batch,
             "threads": torch.get_num_threads() if model.device.type == "cpu" else 0,
@@ -132,6 +172,8 @@ def prepare(
     plan: str | Path | None = None,
     scores_from: str | Path | None = None,
     mtp: str = "keep",
+    statistics: str = "dense",
+    refit: bool = False,
     text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
@@ -148,6 +190,8 @@ def prepare(
     decides = chosen_score(score, plan, None)
     if mtp not in MTP:
         raise PatternError(f"--mtp {mtp}: give one of {', '.join(MTP)}")
+    if statistics not in ORDERS:
+        raise PatternError(f"--statistics {statistics}: give one of {', '.join(ORDERS)}")
     require_counts({"--sequences": sequences, "--length": length})
     model = source if isinstance(source, StreamedModel) else open_model(source, replace(machine, dequantize=True))
     stored = model.checkpoint
@@ -162,17 +206,18 @@ def prepare(
     if plan and scores_from:
         raise PatternError("--plan says which experts are kept, so --from has no place beside it; leave one out")
     measures = decides in MEASURED and not known
+    _require_passes(measures, statistics, refit, model, stored)
     if measures:
         _require_heard(model, layout)
         calibration = calibration or choose_calibration(model, text, sequences, length, seed)
     given = {name: sha256_of(Path(file)) for name, file in (("plan", plan), ("from", scores_from)) if file}
-    job = ShrinkJob(
+    computing = layout if stored is model.checkpoint else _layout(model, model.checkpoint)
+    return ShrinkJob(
         source=stored, layout=layout, model=model, keep=keep, score=decides, seed=seed, planned=planned, known=known,
         given={f"{name}_sha256": value for name, value in given.items()}, calibration=calibration if measures else None,
-        mtp=mtp, verify_source=verify_source,
+        mtp=mtp, verify_source=verify_source, statistics=statistics, refit=refit, computing=computing,
+        small=_smaller(model, computing, keep, mtp),
     )  # fmt: skip
-    _require_loads(job)
-    return job
 
 
 def _layout(model: StreamedModel, stored: Checkpoint) -> ExpertLayout:
@@ -191,11 +236,22 @@ def _require_heard(model: StreamedModel, layout: ExpertLayout) -> None:
             )
 
 
-def _require_loads(job: ShrinkJob) -> None:
-    """Raises ModelError where the smaller checkpoint would not be one that transformers loads."""
-    kept = dict.fromkeys(job.layers, tuple(range(job.keep)))
-    if job.source.dequantized or kind_of(job.source.config()) not in KINDS:
-        layout = job.layout
-    else:
-        layout = _layout(job.model, job.model.checkpoint)
-    build_skeleton(layout.cut(kept), job.model.dtype, job.model.trust_remote_code)
+def _smaller(model: StreamedModel, layout: ExpertLayout, keep: int, mtp: str) -> Skeleton:
+    """The skeleton of the smaller model. Raises ModelError where it would not be one that transformers loads."""
+    layers = layout.layers if mtp == "keep" else layout.running
+    cut = layout.cut(dict.fromkeys(layers, tuple(range(keep))))
+    return build_skeleton(cut, model.dtype, model.trust_remote_code)
+
+
+def _require_passes(measures: bool, statistics: str, refit: bool, model: StreamedModel, stored: Checkpoint) -> None:
+    """Raises PatternError for an order, or a refit, that does not go with the rest."""
+    if not measures and (refit or statistics != "dense"):
+        flag = "--refit" if refit else f"--statistics {statistics}"
+        raise PatternError(f"{flag}: needs a forward pass, with a score of what experts put out; leave one of them out")
+    if refit and stored is not model.checkpoint:
+        raise PatternError(
+            "--refit: changes weights, and those of this checkpoint are quantized: give --dequantize, too, to write "
+            "bfloat16"
+        )
+    if refit and any(getattr(one, "has_post_expert_norm", False) for one in model.skeleton.model.modules()):
+        raise ModelError("--refit: experts of this model are normed behind their down projection; leave it out")

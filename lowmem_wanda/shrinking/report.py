@@ -154,6 +154,7 @@ def _layer(job: ShrinkJob, record: Mapping[str, Any]) -> dict[str, Any]:
     if counts and sum(counts):
         lost = 1 - sum(counts[expert] for expert in record["kept"]) / sum(counts)
     fields = {name: record[name] for name in ("layer", "kept", "by", "scores", "sums")}
+    fields |= {"refit": record["refit"]} if "refit" in record else {}
     return {**fields, "stem": job.layout.stem(record["layer"]), "tokens_lost": lost, "counts": counts}
 
 

@@ -37,6 +37,8 @@ def shrink(
     record: str | Path | None = None,
     write_plan: str | Path | None = None,
     mtp: str = "keep",
+    statistics: str = "dense",
+    refit: bool = False,
     text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
@@ -70,6 +72,10 @@ def shrink(
         record: a new file for what was measured of all experts (default: none).
         write_plan: a new JSON file for the choice that was made (default: none).
         mtp: "keep" layers that predict further tokens, with as many experts (default), or "drop" them.
+        statistics: what layers are measured on: "dense" (default), what the whole model's blocks put out, or "block",
+            what the smaller blocks before them do.
+        refit: fit the kept experts' down projections to what the whole layer put out, by least squares (default:
+            False). Then these weights are not the source's.
         text: the calibration: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
         sequences: the number of calibration sequences (default: 128).
         length: the tokens of each sequence, capped by the model's positions (default: 2048).
@@ -111,7 +117,8 @@ def shrink(
                          dequantize=dequantize)  # fmt: skip
     job = prepare(
         source, drop_experts=drop_experts, keep_experts=keep_experts, score=score, plan=plan, scores_from=scores_from,
-        mtp=mtp, text=text, sequences=sequences, length=length, seed=seed, verify_source=verify_source, machine=machine,
+        mtp=mtp, statistics=statistics, refit=refit, text=text, sequences=sequences, length=length, seed=seed,
+        verify_source=verify_source, machine=machine,
     )  # fmt: skip
     beside = {name: Path(file) for name, file in (("record", record), ("plan", write_plan)) if file is not None}
     return run(job, Path(target), beside, on_start, on_block, on_report)

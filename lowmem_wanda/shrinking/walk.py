@@ -5,20 +5,20 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
 from lowmem_wanda.checkpoint.cut import Cut
 from lowmem_wanda.checkpoint.output import Output, shard_names
-from lowmem_wanda.checkpoint.reader import PIECE, Tensor
+from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
 from lowmem_wanda.checkpoint.writer import COPIED_PIECE, write_shard
 from lowmem_wanda.data.calibration import in_batches
-from lowmem_wanda.errors import NumberError
+from lowmem_wanda.shrinking.block import layer_record, remove_experts
 from lowmem_wanda.shrinking.choice import Sums
 from lowmem_wanda.shrinking.job import ShrinkJob
-from lowmem_wanda.sparsity.expert_sums import ExpertSums
 from lowmem_wanda.streaming.block import Block
-from lowmem_wanda.streaming.buffers import Slot, Write, raw
+from lowmem_wanda.streaming.buffers import DTYPES, Slot, Write, raw, read_cast
 from lowmem_wanda.streaming.resources import Clock, add_seconds, anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, advance
-from lowmem_wanda.streaming.watching import outputs_heard
 from lowmem_wanda.streaming.workload import Placement
 
 Contents = Iterable[bytes | memoryview] | None
@@ -37,6 +37,7 @@ class ShrinkWalk:
         self.unfinished = [index for index, shard in enumerate(self.shards) if shard not in output.finished]
         self.walked = list(range(max(self.unfinished, default=-1) + 1)) if job.measures else []
         self.batches = in_batches(job.calibration.tokens, placement.batch) if job.calibration else []
+        self.smaller = job.smaller()
         self.spent: dict[str, float] = {}
         self.last = time.perf_counter()  # when the last shard was written
 
@@ -57,24 +58,40 @@ class ShrinkWalk:
 
     def step(self, block: Block, states: MicroBatches) -> Write | None:
         """Moves the hidden states on by the dense block, then chooses its experts; gives what writes the shard."""
-        is_open, clock = block.index in self.unfinished, Clock(block.device)
-        sums = ExpertSums(self.job.layout.count, block.device)
-        with clock.part("measure"), outputs_heard(block, lambda _, *heard: sums.add(*heard)):
-            if is_open or block.index != self.walked[-1]:
-                advance(block, states)
-        block.groups.finish()
-        if not is_open:
-            add_seconds(self.spent, clock.seconds())
+        if block.index not in self.unfinished:
+            self._replay(block, states)
             return None
-        try:
-            known = sums.record() if block.index in self.job.layout.running else None
-        except NumberError as error:
-            raise NumberError(f"block {block.index}: {error}") from None
-        with clock.part("choose"):
-            record = self._record(block.index, known)
-        record["parts"] = clock.seconds()
+        record = remove_experts(self.job, block, states, self.smaller, moves_on=block.index != self.walked[-1])
         add_seconds(self.spent, record["parts"])
         return partial(self._write_from, record)
+
+    def _replay(self, block: Block, states: MicroBatches) -> None:
+        """Moves the hidden states on by a block whose shard is written, as it was then."""
+        clock = Clock(block.device)
+        with clock.part("onward"):
+            kept = self.output.finished[self.shards[block.index]].get("kept")
+            if kept is None or self.job.statistics == "dense" or self.smaller is None:
+                advance(block, states)
+            else:
+                if self.job.refit:
+                    self._take_up(block, kept)
+                with self.smaller.block(block, kept) as small:
+                    advance(small, states)
+        add_seconds(self.spent, clock.seconds())
+
+    def _take_up(self, block: Block, kept: list[int]) -> None:
+        """Puts the kept experts' weights, as they were written, into a block that was read from the source."""
+        written = read_header(self.output.path / self.shards[block.index])
+        layout = self.job.layout
+        for tensor, made in layout.tensors({block.index: kept}):
+            if tensor.name in block.stored and made is not tensor:
+                found = _read(written[made.name]).to(block.device)
+                rows = layout.rows.get(tensor.name)
+                if rows is None:
+                    block.stored[tensor.name].copy_(found)
+                else:
+                    places = torch.tensor(layout.left(rows, kept), device=block.device)
+                    block.stored[tensor.name].index_copy_(rows.axis, places, found)
 
     def _record(self, index: int, sums: Sums | None) -> dict[str, Any]:
         """The record of a block: the experts that it keeps, what chose them, and what is known of all."""
@@ -118,13 +135,8 @@ class ShrinkWalk:
         self.on_block(dict(record))
 
 
-def layer_record(job: ShrinkJob, layer: int, sums: Sums | None) -> dict[str, Any]:
-    """What a layer keeps and why, with the scores and sums of all of its experts."""
-    choice = job.choose(layer, sums)
-    scores = (
-        None if choice.scores is None else [float(one) if abs(one) < float("inf") else None for one in choice.scores]
-    )
-    return {"layer": layer, "kept": list(choice.kept), "by": choice.by, "scores": scores, "sums": sums}
+def _read(tensor: Tensor) -> torch.Tensor:
+    return read_cast(tensor, torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]))
 
 
 def _from_file(tensor: Tensor) -> Contents:

@@ -50,6 +50,12 @@ class Block:
         self.groups = groups
         self.part: Part | None = None  # the group of experts that is loaded
 
+    def like(self, module: nn.Module, stored: Mapping[str, torch.Tensor], views: Mapping[str, View]) -> "Block":
+        """Another block that is called as this one: a `module` whose parameters are `views` of `stored` tensors."""
+        trace = Trace(self.matrices, self.inputs, None, shares=self.shares)
+        place = self.device, self.dtype
+        return Block(self.index, module, dict(stored), trace, self._calls, views, *place, self.groups)
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output (sequences, length, width), on its device, for hidden states of that shape on any."""
         if self.groups.parking is not None:

@@ -104,14 +104,14 @@ class ExpertLayout:
             elif tensor.name in self.rows:
                 rows = self.rows[tensor.name]
                 if rows.layer in kept:
-                    yield tensor, self._left(tensor, rows, kept[rows.layer])
+                    yield tensor, cut(tensor, rows.axis, self.left(rows, kept[rows.layer]))
             elif tensor.name not in gone:
                 yield tensor, tensor
 
-    def _left(self, tensor: Tensor, rows: Rows, kept: Sequence[int]) -> Tensor:
+    def left(self, rows: Rows, kept: Sequence[int]) -> list[int]:
+        """The rows that are left of a tensor."""
         wanted = [expert * rows.each + row for expert in kept for row in range(rows.each)]
-        behind = range(self.count * rows.each, self.count * rows.each + rows.more)
-        return cut(tensor, rows.axis, [*wanted, *behind])
+        return [*wanted, *range(self.count * rows.each, self.count * rows.each + rows.more)]
 
     def cut(self, kept: Mapping[int, Sequence[int]]) -> CutCheckpoint:
         """The checkpoint with the experts that are `kept`, in each layer as many."""

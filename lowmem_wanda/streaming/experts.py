@@ -101,11 +101,30 @@ def _through(
     return self.post_expert_norm(inputs) if getattr(self, "has_post_expert_norm", False) else inputs
 
 
+def inputs_of_down(self: Any, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+    """What the down projection (tokens, columns) of one expert is given for inputs (tokens, width)."""
+    parameter, _ = expert_parameters(self)
+    inputs = _project(self, parameter, expert, inputs)
+    return self._apply_gate(inputs) if self.has_gate else self.act_fn(inputs)  # type: ignore[no-any-return]
+
+
+def outputs_of_down(self: Any, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+    """What the down projection of one expert puts out (tokens, width), with its bias, for its inputs."""
+    return _project(self, expert_parameters(self)[1], expert, inputs)
+
+
+def place_of(self: Any, expert: int) -> int:
+    """Where an expert lies in its stacks: those of a smaller model lie among all, and a group of them begins at one."""
+    places = self.__dict__.get("places")
+    return int(places[expert] if places else expert - self.__dict__.get("first_expert", 0))
+
+
 def _project(self: Any, parameter: str, expert: int, inputs: torch.Tensor) -> torch.Tensor:
-    loaded = expert - self.__dict__.get("first_expert", 0)  # where a group of them is
+    loaded, places = place_of(self, expert), self.__dict__.get("places")
     weight = getattr(self, parameter)[loaded].to(inputs.dtype)  # one expert at a time is cast
     made = inputs @ weight if self.is_transposed else nn.functional.linear(inputs, weight)
-    return made + getattr(self, f"{parameter}_bias")[expert].to(inputs.dtype) if self.has_bias else made
+    bias = places[expert] if places else expert  # which is loaded for all of them
+    return made + getattr(self, f"{parameter}_bias")[bias].to(inputs.dtype) if self.has_bias else made
 
 
 def _announce(self: Any, observers: list[Observer], hidden: torch.Tensor) -> None:

@@ -90,7 +90,7 @@ def placements(work: Workload, batch: int | None, trained_apart: bool | None = N
     # held micro-batches are freed in another order than they were made, and workspaces have many sizes: holes
     mapped = MAPPED if on_host and not (work.replays or work.waits_at_experts or work.workspace) else MAPPED[1:]
     parts = (False, True) if 0 < work.training_apart < work.training else (False,)
-    limits = (0, *work.model.group_limits()) if not work.training else (0,)
+    limits = (0, *work.model.group_limits()) if not (work.training or work.whole_blocks) else (0,)
     apart = (False, True) if 0 < work.statistics_apart < work.statistics else (False,)
     options = (
         Choice((budget.states,) if budget.states else places if work.sequences else ("device",), slower=40),

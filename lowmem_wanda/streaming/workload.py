@@ -17,7 +17,7 @@ class Workload:
     are scored at a time. `needs_logits` says that the head is applied. If it `replays`, micro-batches wait for each
     other within a block, or are replayed; all of them wait where it `waits_at_experts`, as they do where experts are in
     groups. Then they wait as the dense and as the pruned block computes them if it `waits_twice`. With `one_by_one` the
-    statistics of one expert are held at a time.
+    statistics of one expert are held at a time. With `whole_blocks` experts do not come in groups.
     """
 
     models: tuple[StreamedModel, ...]
@@ -37,6 +37,7 @@ class Workload:
     waits_at_experts: bool = False
     one_by_one: bool = False
     waits_twice: bool = False
+    whole_blocks: bool = False
 
     @property
     def model(self) -> StreamedModel:

@@ -105,14 +105,21 @@ def test_what_is_left_computes_as_the_whole_model_routed_alike(made, tmp_path, f
     assert list(Checkpoint(out).tensors) and {t.dtype for t in Checkpoint(out).tensors.values()} == {"F32"}
 
 
-def reference(path, tokens):
-    """{layer: {sum: numbers for each expert}} of the whole model by transformers, by hooks on its experts."""
+def reference(path, tokens, before=None):
+    """{layer: {sum: numbers for each expert}} of the whole model by transformers, by hooks on its experts.
+
+    With `before`, a smaller model, its first layer stands in place of the whole one's.
+    """
     model, _ = loaded(path)
+    if before is not None:
+        model.model.layers[0] = loaded(before)[0].model.layers[0]
     found = {}
 
     def entered(name, module, args):
         hidden, index, weights = args
         layer = int(name.split("layers.")[1].split(".")[0])
+        if before is not None and layer == 0:
+            return
         sums = found.setdefault(layer, np.zeros((7, 8)))
         for expert in range(8):
             token, place = (index == expert).nonzero(as_tuple=True)
@@ -145,6 +152,44 @@ def test_sums_are_those_of_hooks_on_the_whole_model(made, token_file, tmp_path, 
         np.testing.assert_allclose(found, expected[layer["layer"]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_in_the_block_order_layers_see_the_smaller_ones_before_them(made, token_file, tmp_path, family, refit):
+    from lowmem_wanda.sparsity.expert_sums import SUMS
+
+    way = {"keep_experts": 4, "statistics": "block", "refit": refit, "text": [token_file], **FEW}
+    report = shrink(made(family), tmp_path / "out", **way)
+    expected = reference(made(family), np.load(token_file), before=tmp_path / "out")
+    found = np.array([report["layers"][1]["sums"][name] for name in SUMS])
+    np.testing.assert_allclose(found, expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("statistics", ["dense", "block"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@torch.no_grad()
+def test_a_refit_brings_the_layer_closer_by_what_the_report_says(made, token_file, tmp_path, family, statistics):
+    way = {"keep_experts": 4, "statistics": statistics, "text": [token_file], **FEW}
+    plain = shrink(made(family), tmp_path / "plain", **way)
+    report = shrink(made(family), tmp_path / "refit", refit=True, **way)
+    first, models = report["layers"][0], [loaded(path)[0] for path in (made(family), tmp_path / "plain",
+                                                                      tmp_path / "refit")]  # fmt: skip
+    assert first["kept"] == plain["layers"][0]["kept"]
+    seen = []
+    for model in models:
+        module = next(iter(experts_in(model).values()))
+        module.register_forward_hook(lambda module, args, output: seen.append(output.double()))
+        model(input_ids=torch.from_numpy(np.load(token_file)), use_cache=False)
+    whole, cut, fitted = seen
+    lost = [float((one - whole).square().sum() / whole.square().sum()) for one in (cut, fitted)]
+    assert first["refit"]["before"] == pytest.approx(lost[0], rel=1e-4)
+    assert first["refit"]["after"] == pytest.approx(lost[1], rel=1e-4) and lost[1] < lost[0]
+    findings = check(tmp_path / "refit", against=made(family))
+    assert not findings.problems and findings.moved and findings.kept == check(tmp_path / "refit").kept
+    few = {expert for layer in report["layers"] for expert in layer["refit"]["few_tokens"]}
+    counts = {kept: layer["counts"][kept] for layer in report["layers"] for kept in layer["kept"]}
+    assert all(expert in counts for expert in few)
+
+
 def test_any_batch_and_groups_of_experts_give_the_same(made, token_file, tmp_path, monkeypatch):
     from dataclasses import replace
 
@@ -167,8 +212,11 @@ def test_any_batch_and_groups_of_experts_give_the_same(made, token_file, tmp_pat
             np.testing.assert_allclose(values, two["sums"][name], rtol=1e-5)
 
 
-def test_stopped_anywhere_it_goes_on_to_the_same_bytes(made, token_file, tmp_path):
-    way = {"keep_experts": 4, "score": "weighted", "text": [token_file], **FEW}
+@pytest.mark.parametrize(
+    "more", [{}, {"statistics": "block"}, {"refit": True}, {"statistics": "block", "refit": True}], ids=str
+)
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(made, token_file, tmp_path, more):
+    way = {"keep_experts": 4, "score": "weighted", "text": [token_file], **more, **FEW}
     shrink(made("deepseek_v3"), tmp_path / "whole", **way)
 
     class Killed(BaseException):
@@ -296,6 +344,8 @@ def test_layers_that_predict_further_tokens_are_cut_or_dropped(tmp_path, token_f
     ("qwen3_moe", {"keep_experts": 4, "score": "best"}, PatternError, "give one of reap"),
     ("qwen3_moe", {"keep_experts": 4, "score": "aimer", "text": ["x.txt"]}, PatternError, "nothing is measured here"),
     ("qwen3_moe", {"keep_experts": 4, "mtp": "half"}, PatternError, "--mtp half"),
+    ("qwen3_moe", {"keep_experts": 4, "score": "aimer", "refit": True}, PatternError, "--refit: needs a forward pass"),
+    ("qwen3_moe", {"keep_experts": 4, "statistics": "sequential"}, PatternError, "give one of dense, block"),
     ("qwen3_moe", {}, PatternError, "say how many experts are dropped"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_is_refused_and_leaves_nothing(made, tiny, tmp_path, family, given, error, says):
@@ -352,6 +402,11 @@ def test_a_trained_mixture(tmp_path):
         found[score, drop] = float((whole.exp() * (whole - small)).sum(-1).mean())
     assert found["random", "50%"] > 0.6 and found["reap", "50%"] <= 0.35 and found["reap", "25%"] <= 0.03
     assert found["weighted", "50%"] <= 0.17 and found["squares", "50%"] <= 0.17
+    fitted = {"text": text, "sequences": 66, "length": 128, "refit": True, "device": "cpu"}
+    shrink(source, tmp_path / "fitted", drop_experts="50%", score="squares", **fitted)
+    small = logits_of(tmp_path / "fitted", tokens)
+    distance = float((whole.exp() * (whole - small)).sum(-1).mean())
+    assert distance <= 0.09 and distance <= found["squares", "50%"] / 2
 
 
 def logits_of(path: Path, tokens):

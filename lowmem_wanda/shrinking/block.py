@@ -1,0 +1,77 @@
+"""ONE block: what its experts put out is measured, the highest scores are kept, and the hidden states move on."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from lowmem_wanda.errors import NumberError
+from lowmem_wanda.shrinking.choice import Sums
+from lowmem_wanda.shrinking.job import ShrinkJob
+from lowmem_wanda.shrinking.refit import Layer, refit, routes_of
+from lowmem_wanda.sparsity.expert_sums import ExpertSums
+from lowmem_wanda.streaming.block import Block
+from lowmem_wanda.streaming.resources import Clock
+from lowmem_wanda.streaming.smaller import Smaller
+from lowmem_wanda.streaming.walk import MicroBatches, advance
+from lowmem_wanda.streaming.watching import outputs_heard
+
+
+def remove_experts(
+    job: ShrinkJob, block: Block, states: MicroBatches, smaller: Smaller | None, moves_on: bool
+) -> dict[str, Any]:
+    """Chooses the experts that a block keeps; gives its record.
+
+    If it `moves_on`, the hidden states are replaced by the output of the whole block, or in the block order by that of
+    the block with the kept experts alone, which `smaller` gives.
+    """
+    clock, record = Clock(block.device), dict[str, Any](index=block.index)
+    if block.index not in job.layers:
+        with clock.part("measure"):
+            if moves_on:
+                advance(block, states)
+        return record | {"parts": clock.seconds()}
+    sums = ExpertSums(job.layout.count, block.device)
+    layer = Layer(sum(len(one) * one.shape[1] for one in states))
+    with clock.part("measure"), ExitStack() as stack:
+        stack.enter_context(outputs_heard(block, lambda _, *heard: sums.add(*heard)))
+        if job.refit:
+            stack.enter_context(layer.heard(block))
+        if smaller is None:
+            advance(block, states)
+        else:
+            for micro_batch in states:
+                block(micro_batch)
+    block.groups.finish()
+    with clock.part("choose"):
+        try:
+            record |= layer_record(job, block.index, sums.record())
+        except NumberError as error:
+            raise NumberError(f"block {block.index}: {error}") from None
+    if smaller is not None:
+        with clock.part("refit" if job.refit else "onward"), smaller.block(block, record["kept"]) as small:
+            record |= _fitted(job, block, small, states, layer, record["kept"], moves_on)
+    return record | {"parts": clock.seconds()}
+
+
+def _fitted(
+    job: ShrinkJob, block: Block, small: Block, states: MicroBatches, layer: Layer, kept: list[int], moves_on: bool
+) -> dict[str, Any]:
+    """Refits the kept experts where the job does so, and moves the hidden states on if it `moves_on`."""
+    routes = routes_of(small, states) if job.refit else {}  # of the hidden states before they move
+    if moves_on and job.statistics == "dense":
+        advance(block, states)  # before its weights change
+    record = dict[str, Any]()
+    if job.refit:
+        found = refit(small, routes, layer)
+        record["refit"] = found | {"tensors": job.moved_in(block.index, kept, found["few_tokens"])}
+    if moves_on and job.statistics == "block":
+        advance(small, states)
+    return record
+
+
+def layer_record(job: ShrinkJob, layer: int, sums: Sums | None) -> dict[str, Any]:
+    """What a layer keeps and why, with the scores and sums of all of its experts."""
+    choice = job.choose(layer, sums)
+    scores = None
+    if choice.scores is not None:
+        scores = [float(one) if abs(one) < float("inf") else None for one in choice.scores]
+    return {"layer": layer, "kept": list(choice.kept), "by": choice.by, "scores": scores, "sums": sums}
