@@ -1,9 +1,9 @@
-"""Experts removed from checkpoints: `python benchmarks/removal.py quality ../shared`, `python benchmarks/removal.py cost`.
+"""Experts removed from checkpoints: `python benchmarks/removal.py quality ../shared`, or `cost`.
 
 `quality` shrinks mixed-moe-2.6m by all scores, in both orders, with and without a refit, and measures perplexity and KL
-divergence from the whole model by transformers, for each of three kinds of text. `cost` shrinks a random Qwen3-MoE of 64
-experts beside the way of the paper's code: the whole model in memory, every expert computed on every token
-(`WHOLE`, a plain version of it). Writes results/removal_*.json and prints Markdown tables.
+divergence from the whole model by transformers, for each of three kinds of text. `cost` shrinks a random Qwen3-MoE of
+64 experts beside the way of the paper's code: the whole model in memory, every expert computed on every token (`WHOLE`,
+a plain version of it). Writes results/removal_*.json and prints Markdown tables.
 """
 
 import argparse
@@ -44,7 +44,8 @@ for part in ids.split(2):
 keep = model.config.num_experts * 3 // 4
 for layer in model.model.layers:
     kept = (layer.sums[1] / layer.sums[0].clamp(min=1)).topk(keep).indices.sort().values
-    for owner, name in ((layer.mlp.gate, "weight"), (layer.mlp.experts, "gate_up_proj"), (layer.mlp.experts, "down_proj")):
+    experts = layer.mlp.experts
+    for owner, name in ((layer.mlp.gate, "weight"), (experts, "gate_up_proj"), (experts, "down_proj")):
         setattr(owner, name, torch.nn.Parameter(getattr(owner, name)[kept].clone(), False))
 model.config.num_experts = keep
 model.to(torch.bfloat16).save_pretrained(target)

@@ -163,6 +163,7 @@ def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
     """Raises CheckpointError for a quantized source, and for one with Python code of its own that is not trusted."""
     require_files(checkpoint.path)
     config = checkpoint.config()
+    require_trust(checkpoint, trust_remote_code)
     with opened(checkpoint.path / CONFIG) as file:
         if file.read(3) == b"\xef\xbb\xbf":
             raise CheckpointError(
@@ -172,10 +173,6 @@ def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
         move = "prune the unquantized checkpoint and quantize after"
         move = f"give --dequantize to read it as bfloat16, or {move}" if kind in KINDS else move
         raise CheckpointError(f"{CONFIG}: quantization_config says {kind}; {move}")
-    if config.get("auto_map") and not trust_remote_code:
-        raise CheckpointError(
-            f"{CONFIG}: auto_map names Python code of the checkpoint's own; read it, then give --trust-remote-code"
-        )
     for tensor in checkpoint.tensors.values():
         packed = tensor.dtype not in FLOATS and len(tensor.shape) == 2 and "weight" in tensor.name.rsplit(".", 1)[-1]
         if checkpoint.dequantized and tensor.dtype in QUANTIZED:
@@ -188,6 +185,14 @@ def require_prunable(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
                 f"{tensor.file.name}: tensor {tensor.name} is quantized ({tensor.dtype}); prune the "
                 "unquantized checkpoint and quantize after"
             )
+
+
+def require_trust(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Raises CheckpointError for a checkpoint with Python code of its own that is not trusted."""
+    if checkpoint.config().get("auto_map") and not trust_remote_code:
+        raise CheckpointError(
+            f"{CONFIG}: auto_map names Python code of the checkpoint's own; read it, then give --trust-remote-code"
+        )
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -43,8 +43,8 @@ def add(commands: Any) -> None:
         "they put out: reap (mean of gate times norm), weighted (its sum), squares (sum of its squares), ean (sum of "
         "norms), man, msan (means of norms, of their squares), frequency (tokens). Of weights alone, without data: "
         "aimer. Or random (default: reap, of a GGUF ean, which is estimated from --from)")  # fmt: skip
-    add("--from", dest="scores_from", metavar="FILE", help="scores that --record wrote, instead of a forward pass; of "
-        "a GGUF, the importance matrix of this very model (.gguf)")  # fmt: skip
+    add("--from", dest="scores_from", metavar="FILE", help="scores that --record wrote, or the importance matrix of "
+        "this very model (.gguf), instead of a forward pass; of a GGUF, the latter")  # fmt: skip
     add("--record", metavar="FILE", help="write what was measured of all experts, to shrink again in seconds (.json)")
     add("--plan", metavar="FILE", help='JSON of the experts to keep, {"layer": [ids]}, instead of a score')
     add("--write-plan", metavar="FILE", help="write the choice as such a plan, too")

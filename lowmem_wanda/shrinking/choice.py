@@ -1,5 +1,6 @@
 """Which experts of a checkpoint are kept: by a plan, by sums of what they put out, or by their weights."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from lowmem_wanda.checkpoint.cut import cut
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.pruned import as_floats
 from lowmem_wanda.checkpoint.reader import FLOATS, PIECE, Tensor, read_json
-from lowmem_wanda.checkpoint.writer import write_json
 from lowmem_wanda.errors import CalibrationError, CheckpointError, PatternError
 from lowmem_wanda.llamacpp.expert_choice import LayerChoice
 from lowmem_wanda.sparsity import CHECKPOINT_SCORES, MEASURED
@@ -19,18 +19,27 @@ from lowmem_wanda.sparsity.experts import aimer, highest, measured
 from lowmem_wanda.streaming.expert_layout import ExpertLayout
 
 Sums = Mapping[str, list[float]]  # {name of `expert_sums.SUMS`: a number for each expert} of a layer
+ESTIMATED = ("ean", "frequency")  # scores that an importance matrix tells
 FORMAT, KIND = 1, "expert-scores"
 
 
-def chosen_score(score: str | None, plan: Any, seed: int | None) -> str:
+def chosen_score(score: str | None, plan: Any, scores_from: Any) -> str:
     """The score that decides, "plan" where a plan does. Raises PatternError if the flags do not go together."""
+    if plan and scores_from:
+        raise PatternError("--plan says which experts are kept, so --from has no place beside it; leave one out")
     if plan is not None:
         if score is not None:
             raise PatternError("--plan says which experts are kept, so --score has no place beside it; leave one out")
         return "plan"
-    score = score or MEASURED[0]
+    estimated = str(scores_from or "").endswith(".gguf")
+    score = score or (ESTIMATED[0] if estimated else MEASURED[0])
     if score not in CHECKPOINT_SCORES:
         raise PatternError(f"--score {score}: give one of {', '.join(CHECKPOINT_SCORES)}")
+    if scores_from and score not in (ESTIMATED if estimated else MEASURED):
+        known = ", ".join(ESTIMATED if estimated else MEASURED)
+        raise PatternError(
+            f"--score {score}: is not known from {scores_from}; give one of {known}, or leave --from out"
+        )
     return score
 
 
@@ -83,14 +92,15 @@ def _floating(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def write_scores(path: Path, layout: ExpertLayout, layers: Mapping[int, Sums], about: Mapping[str, Any]) -> None:
-    """Writes the sums of all layers, from which any score and any number of experts can be chosen again."""
+def scores_text(layout: ExpertLayout, layers: Mapping[int, Sums], about: Mapping[str, Any]) -> str:
+    """The JSON of the sums of all layers, from which any score and any number of experts can be chosen again."""
     sums = {str(layer): dict(values) for layer, values in sorted(layers.items())}
-    write_json(path, {"format": FORMAT, "kind": KIND, "experts": layout.count, **about, "layers": sums})
+    content = {"format": FORMAT, "kind": KIND, "experts": layout.count, **about, "layers": sums}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_scores(path: Path, layout: ExpertLayout) -> dict[int, Sums]:
-    """The sums that `write_scores` wrote. Raises CalibrationError for those of another model."""
+    """The sums in a file of `scores_text`. Raises CalibrationError for those of another model."""
     content = read_json(path)
     if content.get("kind") != KIND or content.get("format") != FORMAT:
         raise CalibrationError(f"{path}: holds no scores of experts; make them with shrink --record")

@@ -1,9 +1,8 @@
 """A removal of experts that is ready to start: everything that is chosen and checked before a weight is read."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,24 +10,15 @@ import torch
 from lowmem_wanda.checkpoint.checksum import sha256_of
 from lowmem_wanda.checkpoint.companions import Companions, companions
 from lowmem_wanda.checkpoint.directory import Checkpoint, fingerprint
-from lowmem_wanda.data.calibration import Calibration, name_list, require_counts
-from lowmem_wanda.errors import ModelError, PatternError
-from lowmem_wanda.llamacpp.expert_choice import LayerChoice, numbers
-from lowmem_wanda.pruning.choices import choose_calibration
-from lowmem_wanda.shrinking.choice import Sums, choose, chosen_score, read_scores
-from lowmem_wanda.sparsity import MEASURED
-from lowmem_wanda.sparsity.experts import require_kept
-from lowmem_wanda.streaming.expert_layout import ExpertLayout, expert_layout
-from lowmem_wanda.streaming.experts import is_experts
-from lowmem_wanda.streaming.machine import ANY, Machine
+from lowmem_wanda.data.calibration import Calibration
+from lowmem_wanda.llamacpp.expert_choice import LayerChoice
+from lowmem_wanda.shrinking.choice import Sums, choose
+from lowmem_wanda.streaming.expert_layout import ExpertLayout
 from lowmem_wanda.streaming.matrices import Matrix
-from lowmem_wanda.streaming.model import StreamedModel, describe_device, open_model, versions
-from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton
+from lowmem_wanda.streaming.model import StreamedModel, describe_device, versions
+from lowmem_wanda.streaming.skeleton import Skeleton
 from lowmem_wanda.streaming.smaller import Smaller
 from lowmem_wanda.streaming.workload import Workload
-
-ORDERS = ("dense", "block")
-MTP = ("keep", "drop")  # what becomes of layers that predict further tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +27,8 @@ class ShrinkJob:
 
     `source` is the checkpoint as it is stored and `layout` where its experts lie. `model` computes, from values that
     are dequantized where `source` is quantized. `planned` are {layer: kept ids} of a plan, and `known` the sums of
-    layers that were measured before. `given` are the checksums of files that decide. In the order `statistics` "block"
+    layers that were measured before. `given` are the checksums of files that decide, and `origin` the name of
+    one. In the order `statistics` "block"
     each layer is measured on what the smaller blocks before it put out, else on what the whole ones do. With `refit`,
     kept experts are fitted to the whole layer. `small` is the smaller model, and `computing` the layout of what is
     computed with.
@@ -52,6 +43,7 @@ class ShrinkJob:
     planned: Mapping[int, tuple[int, ...]]
     known: Mapping[int, Sums]
     given: Mapping[str, str]
+    origin: str
     calibration: Calibration | None
     mtp: str
     verify_source: bool
@@ -161,97 +153,3 @@ class ShrinkJob:
             "small_files": {str(file): sha256_of(self.source.path / file) for file in self.companions.files},
             **{name.replace("-", "_"): running_on[name] for name in ("lowmem-wanda", "torch", "transformers")},
         }  # fmt: skip
-
-
-def prepare(
-    source: str | Path | StreamedModel,
-    *,
-    drop_experts: str | float | None = None,
-    keep_experts: int | None = None,
-    score: str | None = None,
-    plan: str | Path | None = None,
-    scores_from: str | Path | None = None,
-    mtp: str = "keep",
-    statistics: str = "dense",
-    refit: bool = False,
-    text: str | Path | Sequence[str | Path] = (),
-    sequences: int = 128,
-    length: int = 2048,
-    seed: int = 0,
-    verify_source: bool = False,
-    calibration: Calibration | None = None,
-    machine: Machine = ANY,
-) -> ShrinkJob:
-    """The job of removing experts of a checkpoint, after all that can be checked beforehand has been checked.
-
-    Raises a LowmemError that says what is wrong.
-    """
-    text = name_list(text)
-    decides = chosen_score(score, plan, None)
-    if mtp not in MTP:
-        raise PatternError(f"--mtp {mtp}: give one of {', '.join(MTP)}")
-    if statistics not in ORDERS:
-        raise PatternError(f"--statistics {statistics}: give one of {', '.join(ORDERS)}")
-    require_counts({"--sequences": sequences, "--length": length})
-    model = source if isinstance(source, StreamedModel) else open_model(source, replace(machine, dequantize=True))
-    stored = model.checkpoint
-    if stored.dequantized and not machine.dequantize:
-        stored = Checkpoint(stored.path)
-    layout = _layout(model, stored)
-    keep, planned = numbers(layout, drop_experts, keep_experts, Path(plan) if plan else None)
-    require_kept(layout.count, keep, layout.used, layout.groups, layout.groups_used)
-    known = read_scores(Path(scores_from), layout) if scores_from else {}
-    if (plan or scores_from or decides not in MEASURED) and text:
-        raise PatternError("--text is what experts are measured on, and nothing is measured here; leave it out")
-    if plan and scores_from:
-        raise PatternError("--plan says which experts are kept, so --from has no place beside it; leave one out")
-    measures = decides in MEASURED and not known
-    _require_passes(measures, statistics, refit, model, stored)
-    if measures:
-        _require_heard(model, layout)
-        calibration = calibration or choose_calibration(model, text, sequences, length, seed)
-    given = {name: sha256_of(Path(file)) for name, file in (("plan", plan), ("from", scores_from)) if file}
-    computing = layout if stored is model.checkpoint else _layout(model, model.checkpoint)
-    return ShrinkJob(
-        source=stored, layout=layout, model=model, keep=keep, score=decides, seed=seed, planned=planned, known=known,
-        given={f"{name}_sha256": value for name, value in given.items()}, calibration=calibration if measures else None,
-        mtp=mtp, verify_source=verify_source, statistics=statistics, refit=refit, computing=computing,
-        small=_smaller(model, computing, keep, mtp),
-    )  # fmt: skip
-
-
-def _layout(model: StreamedModel, stored: Checkpoint) -> ExpertLayout:
-    return expert_layout(model.skeleton.model, stored, model.skeleton.path, model.trust_remote_code)
-
-
-def _require_heard(model: StreamedModel, layout: ExpertLayout) -> None:
-    """Raises ModelError unless what the experts of every layer put out can be heard."""
-    for layer in layout.running:
-        count = sum(is_experts(module) for module in model.skeleton.blocks[layer].modules())
-        if count != 1:
-            raise ModelError(
-                f"{type(model.skeleton.blocks[layer]).__name__}: has {count or 'no'} layers of experts that "
-                "transformers lets be measured, so scores of what they put out are not known; give --score aimer, or "
-                "--plan"
-            )
-
-
-def _smaller(model: StreamedModel, layout: ExpertLayout, keep: int, mtp: str) -> Skeleton:
-    """The skeleton of the smaller model. Raises ModelError where it would not be one that transformers loads."""
-    layers = layout.layers if mtp == "keep" else layout.running
-    cut = layout.cut(dict.fromkeys(layers, tuple(range(keep))))
-    return build_skeleton(cut, model.dtype, model.trust_remote_code)
-
-
-def _require_passes(measures: bool, statistics: str, refit: bool, model: StreamedModel, stored: Checkpoint) -> None:
-    """Raises PatternError for an order, or a refit, that does not go with the rest."""
-    if not measures and (refit or statistics != "dense"):
-        flag = "--refit" if refit else f"--statistics {statistics}"
-        raise PatternError(f"{flag}: needs a forward pass, with a score of what experts put out; leave one of them out")
-    if refit and stored is not model.checkpoint:
-        raise PatternError(
-            "--refit: changes weights, and those of this checkpoint are quantized: give --dequantize, too, to write "
-            "bfloat16"
-        )
-    if refit and any(getattr(one, "has_post_expert_norm", False) for one in model.skeleton.model.modules()):
-        raise ModelError("--refit: experts of this model are normed behind their down projection; leave it out")

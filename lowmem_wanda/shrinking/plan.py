@@ -7,7 +7,8 @@ from pathlib import Path
 from lowmem_wanda.checkpoint.quantized import source_bytes
 from lowmem_wanda.llamacpp.expert_layers import routing_facts
 from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
-from lowmem_wanda.shrinking.job import ShrinkJob, prepare
+from lowmem_wanda.shrinking.job import ShrinkJob
+from lowmem_wanda.shrinking.prepare import prepare
 from lowmem_wanda.shrinking.report import started
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.placement import choose

@@ -141,9 +141,9 @@ def _command(*words: str) -> str:
 
 def _how(job: ShrinkJob, calibration: Mapping[str, Any] | None) -> str:
     if job.planned:
-        return "a plan"
+        return f"plan {job.origin}"
     if job.known:
-        return f"{job.score} from scores that were recorded"
+        return f"{job.score} from {job.origin}"
     return f"{job.score} on {', '.join(calibration['text'])}" if calibration else job.score
 
 

@@ -10,16 +10,20 @@ from lowmem_wanda.checkpoint.companions import REPORT
 from lowmem_wanda.checkpoint.output import Output, begun, exclusive, finished, require_disk, require_target, shard_names
 from lowmem_wanda.checkpoint.pruned import read_report
 from lowmem_wanda.checkpoint.verify_cut import Removal
-from lowmem_wanda.checkpoint.writer import require_new, write_bytes, write_json
+from lowmem_wanda.checkpoint.writer import named_partial, require_new, write_json
+from lowmem_wanda.errors import PatternError
 from lowmem_wanda.llamacpp.expert_choice import LayerChoice, plan_text
-from lowmem_wanda.shrinking.choice import write_scores
-from lowmem_wanda.shrinking.job import ShrinkJob, prepare
+from lowmem_wanda.shrinking.choice import scores_text
+from lowmem_wanda.shrinking.job import ShrinkJob
+from lowmem_wanda.shrinking.prepare import prepare
 from lowmem_wanda.shrinking.report import ShrinkReport, build, started
 from lowmem_wanda.shrinking.walk import ShrinkWalk
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.walk import Notify, ignore, require_chain, streamed
+from lowmem_wanda.streaming.workload import Need, Placement
 
+NOTHING = Need(0, 0, 0)  # what a job needs of memory that computes nothing
 LABELS = {"source_sha256": "--verify-source", "threads": "threads (OMP_NUM_THREADS)", "lowmem_wanda": "lowmem-wanda"}
 FLAGS = ("keep_experts", "score", "seed", "text", "statistics", "dtype", "batch", "mtp", "device", "dequantize",
          "trust_remote_code")  # fmt: skip
@@ -68,7 +72,8 @@ def shrink(
         score: "reap" (default), "weighted", "squares", "ean", "man", "msan" or "frequency", of what experts put out;
             "aimer", of their weights alone; "random".
         plan: a JSON file of the experts that each layer keeps, instead of a score (default: none).
-        scores_from: scores that `record` wrote, instead of a forward pass (default: none).
+        scores_from: scores that `record` wrote, instead of a forward pass; or llama.cpp's importance matrix of this
+            model (.gguf), from which "ean" is estimated (default: none).
         record: a new file for what was measured of all experts (default: none).
         write_plan: a new JSON file for the choice that was made (default: none).
         mtp: "keep" layers that predict further tokens, with as many experts (default), or "drop" them.
@@ -120,6 +125,8 @@ def shrink(
         mtp=mtp, statistics=statistics, refit=refit, text=text, sequences=sequences, length=length, seed=seed,
         verify_source=verify_source, machine=machine,
     )  # fmt: skip
+    if record is not None and job.calibration is None:
+        raise PatternError("--record: nothing is measured here; leave it out")
     beside = {name: Path(file) for name, file in (("record", record), ("plan", write_plan)) if file is not None}
     return run(job, Path(target), beside, on_start, on_block, on_report)
 
@@ -131,54 +138,71 @@ def run(
 
     `beside` are the files for what was measured ("record") and chosen ("plan").
     """
-    start, before = time.monotonic(), begun(target).get("batch") if job.batch is None else job.batch
+    start, began = time.monotonic(), begun(target)
+    before = began.get("batch") if job.batch is None else job.batch
     before = before if isinstance(before, int) else None
-    resumed = bool(begun(target))
-    on_start({**started(job), "resumed": resumed})
+    on_start({**started(job), "resumed": bool(began)})
     if finished(target):
         with exclusive(target):
-            return _verified(job, Output(target, job.arguments(before or 0), _label))
-    for file in beside.values():
+            report = _verified(job, Output(target, job.arguments(before or 0), _label))
+            _write_beside(job, report, beside)
+            return report
+    for file in beside.values() if not began else ():
         require_new(file)
-    placement, need = choose(job.workload, before)
+    placement, need = choose(job.workload, before) if job.measures else (None, NOTHING)
     needed = _result_bytes(job) + need.disk + (1 << 20)
     if not target.exists():
         require_disk(target, needed)
         if job.calibration:
             require_chain(job.model, job.calibration.tokens)
     with exclusive(target):
-        output = Output(target, job.arguments(placement.batch), _label)
+        output = Output(target, job.arguments(placement.batch if placement else 0), _label)
         output.begin(needed, shard_names(job.model.depth))
-        walk = ShrinkWalk(job, output, placement, on_block)
-        timing: dict[str, Any] = {}
-        peak: dict[str, int] | None = None
-        if job.measures:
-            with streamed(job.model, batches=walk.batches, placement=placement, folder=target) as stream:
-                walk.through(stream)
-                timing, peak = stream.timing(), stream.peak.beside(need.host, need.device)
-        else:
-            walk.without_computing()
-        report = build(job, output, asdict(placement), timing, peak)
+        timing, peak = _walk(job, output, placement, need, on_block)
+        report = build(job, output, asdict(placement) if placement else {}, timing, peak)
         report["seconds"] = time.monotonic() - start
         _publish(job, output, report, beside, on_report)
     return report
 
 
+def _walk(
+    job: ShrinkJob, output: Output, placement: Placement | None, need: Need, on_block: Notify
+) -> tuple[dict[str, Any], dict[str, int] | None]:
+    """Writes all shards; gives the seconds, and the peaks of memory beside what was predicted, where it computed."""
+    walk = ShrinkWalk(job, output, placement.batch if placement else 0, on_block)
+    if placement is None:
+        walk.without_computing()
+        return {}, None
+    with streamed(job.model, batches=walk.batches, placement=placement, folder=output.path) as stream:
+        walk.through(stream)
+        return stream.timing(), stream.peak.beside(need.host, need.device)
+
+
 def _publish(job: ShrinkJob, output: Output, report: ShrinkReport, beside: dict[str, Path], on_report: Notify) -> None:
     """Writes all files that make shards a checkpoint; config.json comes last."""
-    layers = {layer["layer"]: layer for layer in report["layers"]}
-    small = job.layout.cut({layer: one["kept"] for layer, one in layers.items()})
+    small = job.layout.cut({layer["layer"]: layer["kept"] for layer in report["layers"]})
     output.publish_files(small, job.companions.files)
-    if file := beside.get("record"):
-        sums = {layer: one["sums"] for layer, one in layers.items() if one["sums"]}
-        write_scores(file, job.layout, sums, {"source": report["source"], "calibration": report["calibration"]})
-    if file := beside.get("plan"):
-        choices = {layer: LayerChoice(tuple(one["kept"]), one["by"], None) for layer, one in layers.items()}
-        write_bytes(file, plan_text(choices).encode())
+    _write_beside(job, report, beside)
     on_report(report)  # type: ignore[arg-type]
     write_json(output.path / REPORT, report)
     output.publish_config(small)
     output.end()
+
+
+def _write_beside(job: ShrinkJob, report: ShrinkReport, beside: dict[str, Path]) -> None:
+    """Writes what was measured and what was chosen. Raises OutputError where a file of other bytes is there."""
+    layers = {layer["layer"]: layer for layer in report["layers"]}
+    texts = {}
+    if "record" in beside:
+        sums = {layer: one["sums"] for layer, one in layers.items() if one["sums"]}
+        about = {"source": report["source"], "calibration": report["calibration"]}
+        texts["record"] = scores_text(job.layout, sums, about)
+    if "plan" in beside:
+        choices = {layer: LayerChoice(tuple(one["kept"]), one["by"], None) for layer, one in layers.items()}
+        texts["plan"] = plan_text(choices)
+    for name, text in texts.items():
+        with named_partial(beside[name]) as partial:
+            partial.write_bytes(text.encode())
 
 
 def _verified(job: ShrinkJob, output: Output) -> ShrinkReport:

@@ -19,7 +19,6 @@ from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.buffers import DTYPES, Slot, Write, raw, read_cast
 from lowmem_wanda.streaming.resources import Clock, add_seconds, anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, advance
-from lowmem_wanda.streaming.workload import Placement
 
 Contents = Iterable[bytes | memoryview] | None
 
@@ -31,12 +30,12 @@ class ShrinkWalk:
     computed, and shards are written one after the other.
     """
 
-    def __init__(self, job: ShrinkJob, output: Output, placement: Placement, on_block: Notify) -> None:
+    def __init__(self, job: ShrinkJob, output: Output, batch: int, on_block: Notify) -> None:
         self.job, self.output, self.on_block = job, output, on_block
         self.shared, *self.shards = shard_names(job.model.depth)
         self.unfinished = [index for index, shard in enumerate(self.shards) if shard not in output.finished]
         self.walked = list(range(max(self.unfinished, default=-1) + 1)) if job.measures else []
-        self.batches = in_batches(job.calibration.tokens, placement.batch) if job.calibration else []
+        self.batches = in_batches(job.calibration.tokens, batch) if job.calibration else []
         self.smaller = job.smaller()
         self.spent: dict[str, float] = {}
         self.last = time.perf_counter()  # when the last shard was written

@@ -97,17 +97,12 @@ def measured(sums: Mapping[str, Sequence[float]], score: str) -> np.ndarray:
 
     An expert without tokens has 0.
     """
-    known = {name: np.asarray(values, np.float64) for name, values in sums.items()}
-    tokens = np.maximum(known["tokens"], 1)
-    return {
-        "reap": known["gated"] / tokens,
-        "weighted": known["gated"],
-        "squares": known["gated_squares"],
-        "ean": known["norms"],
-        "man": known["norms"] / tokens,
-        "msan": known["squares"] / tokens,
-        "frequency": known["tokens"],
-    }[score]
+    name, divided = {
+        "reap": ("gated", True), "weighted": ("gated", False), "squares": ("gated_squares", False),
+        "ean": ("norms", False), "man": ("norms", True), "msan": ("squares", True), "frequency": ("tokens", False),
+    }[score]  # fmt: skip
+    found, tokens = (np.asarray(sums[one], np.float64) for one in (name, "tokens"))
+    return found / np.maximum(tokens, 1) if divided else found
 
 
 def aimer(absolute: np.ndarray, squares: np.ndarray, weights: np.ndarray) -> np.ndarray:

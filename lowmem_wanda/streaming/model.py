@@ -14,14 +14,14 @@ import torch
 import transformers
 
 from lowmem_wanda import __version__
-from lowmem_wanda.checkpoint.directory import Checkpoint, require_prunable
+from lowmem_wanda.checkpoint.directory import Checkpoint, require_prunable, require_trust
 from lowmem_wanda.checkpoint.reader import FLOATS, Tensor
 from lowmem_wanda.errors import CalibrationError, ModelError, first_line
 from lowmem_wanda.streaming.buffers import DTYPES
 from lowmem_wanda.streaming.machine import ANY, Budget, Machine
 from lowmem_wanda.streaming.parts import Part, parts_of
 from lowmem_wanda.streaming.resources import SMALL, map_blocks_from
-from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton
+from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton, build_structure
 from lowmem_wanda.streaming.tokenizer import load_tokenizer
 
 
@@ -155,6 +155,23 @@ def open_model(source: str | Path, machine: Machine = ANY) -> StreamedModel:
         device=device,
         dtype=dtype,
         batch=machine.batch,
+        budget=machine.budget,
+        trust_remote_code=machine.trust_remote_code,
+    )
+
+
+def open_structure(checkpoint: Checkpoint, machine: Machine = ANY) -> StreamedModel:
+    """The model of a checkpoint whose weights are not computed with, whatever their form.
+
+    Raises CheckpointError or ModelError where it holds no model, or runs code that is not trusted.
+    """
+    require_trust(checkpoint, machine.trust_remote_code)
+    return StreamedModel(
+        checkpoint=checkpoint,
+        skeleton=build_structure(checkpoint, machine.trust_remote_code),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        batch=None,
         budget=machine.budget,
         trust_remote_code=machine.trust_remote_code,
     )

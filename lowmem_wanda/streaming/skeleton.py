@@ -166,6 +166,18 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code
     return skeleton
 
 
+def build_structure(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Skeleton:
+    """The model of a checkpoint whose weights are not read, as those of int4: no parameter has a file tensor.
+
+    Raises ModelError for what is not a causal language model.
+    """
+    content = {key: value for key, value in checkpoint.config().items() if key != "quantization_config"}
+    model = build_model(checkpoint, torch.float32, trust_remote_code, content)
+    blocks = _find_blocks(model)
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    return Skeleton(model, {}, blocks, tuple(model.get_submodule(blocks)), (), shapes)  # type: ignore[arg-type]
+
+
 def _require_own_tensors(skeleton: Skeleton) -> None:
     """Raises ModelError where two blocks share a file tensor: pruned in the one, it would change in the other."""
     owners: dict[str, int] = {}

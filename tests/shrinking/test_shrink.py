@@ -12,7 +12,7 @@ from quantizing import FP8, MXFP4, edit, to_fp8, to_mxfp4
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowmem_wanda import Checkpoint, check, shrink
+from lowmem_wanda import Checkpoint, check, shrink, shrink_gguf
 from lowmem_wanda.errors import CheckpointError, LowmemError, ModelError, OutputError, PatternError
 
 KEPT = (0, 2, 3, 6)  # of 8 experts, in the first layer; others rotate it
@@ -299,6 +299,41 @@ def test_quantized_sources_are_cut_as_they_are_stored(tmp_path, token_file, fami
     assert "quantization_config" not in json.loads((tmp_path / "bf16/config.json").read_text())
 
 
+def to_int4(tensors):
+    """Linears in the layout of compressed-tensors; their values are of no account."""
+    made = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and ".layers." in name and not name.endswith(".gate.weight"):
+            rows, columns = tensor.shape
+            made[f"{name}_packed"] = torch.randint(0, 99, (rows, columns // 8), dtype=torch.int32)
+            made[f"{name}_scale"] = torch.rand(rows, columns // 32).bfloat16()
+            made[f"{name}_shape"] = torch.tensor(tensor.shape)
+        else:
+            made[name] = tensor
+    return made
+
+
+def test_int4_is_cut_by_a_plan_or_by_scores_of_the_unquantized_model(tmp_path, token_file):
+    whole = build(tmp_path / "whole", "qwen3_moe", torch.bfloat16)
+    way = {"keep_experts": 4, "text": [token_file], **FEW}
+    first = shrink(whole, tmp_path / "first", record=tmp_path / "scores.json", write_plan=tmp_path / "plan.json", **way)
+    source = build(tmp_path / "source", "qwen3_moe", torch.bfloat16)
+    edit(source, to_int4, {"quantization_config": {"quant_method": "compressed-tensors", "ignore": ["re:.*gate$"]}})
+    by_scores = {"scores_from": tmp_path / "scores.json", "keep_experts": 4}
+    for name, given in (("plan", {"plan": tmp_path / "plan.json"}), ("scores", by_scores)):
+        report = shrink(source, tmp_path / name, **given)
+        assert [layer["kept"] for layer in report["layers"]] == [layer["kept"] for layer in first["layers"]]
+        findings = check(tmp_path / name, against=source)
+        assert not findings.problems and findings.cut
+        assert sum("_packed" in one for one in Checkpoint(tmp_path / name).tensors) == 3 * (4 * 3 + 4)
+    with pytest.raises(PatternError, match="compressed-tensors, whose values are not read: give --plan"):
+        shrink(source, tmp_path / "no", keep_experts=4, score="aimer")
+    numbered = {"quant_method": "compressed-tensors", "ignore": ["model.layers.0.mlp.experts.3.up_proj"]}
+    edit(source, lambda tensors: tensors, {"quantization_config": numbered})
+    with pytest.raises(ModelError, match="names experts by number"):
+        shrink(source, tmp_path / "no", plan=tmp_path / "plan.json")
+
+
 def with_mtp(path, layer, like):
     """Adds a layer that predicts further tokens, as a copy of one in the model."""
     shard = sorted(path.glob("*.safetensors"))[-1]
@@ -407,6 +442,31 @@ def test_a_trained_mixture(tmp_path):
     small = logits_of(tmp_path / "fitted", tokens)
     distance = float((whole.exp() * (whole - small)).sum(-1).mean())
     assert distance <= 0.09 and distance <= found["squares", "50%"] / 2
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared with real models beside this checkout")
+@pytest.mark.parametrize("drop", ["25%", "50%"])
+def test_an_importance_matrix_decides_as_for_the_gguf(tmp_path, drop):
+    model, matrix = (SHARED / f"models/mixed-moe-2.6m-gguf/moe{end}" for end in ("-q8.gguf", ".imatrix.gguf"))
+    whole = SHARED / "models/mixed-moe-2.6m"
+    ours = shrink(whole, tmp_path / "out", drop_experts=drop, scores_from=matrix, device="cpu")
+    theirs = shrink_gguf(model, tmp_path / "small.gguf", drop, scores_from=matrix)
+    assert ours["how"] == "ean from moe.imatrix.gguf" == theirs["how"]
+    for one, other in zip(ours["layers"], theirs["layers"], strict=True):
+        assert one["kept"] == other["kept"] and one["tokens_lost"] == pytest.approx(other["tokens_lost"])
+    with pytest.raises(PatternError, match="--score reap: is not known from .*; give one of ean, frequency"):
+        shrink(whole, tmp_path / "2", drop_experts=drop, score="reap", scores_from=matrix, device="cpu")
+
+
+def test_an_importance_matrix_of_another_model_is_refused(made, token_file, tmp_path):
+    from lowmem_wanda import imatrix
+
+    imatrix(made("mixtral"), tmp_path / "m.gguf", text=[token_file], device="cpu")
+    with pytest.raises(LowmemError, match="get the importance matrix of this very model|has no entry"):
+        shrink(made("deepseek_v3"), tmp_path / "out", keep_experts=4, scores_from=tmp_path / "m.gguf", device="cpu")
+    shrink(made("mixtral"), tmp_path / "fits", keep_experts=4, scores_from=tmp_path / "m.gguf", device="cpu")
+    assert not check(tmp_path / "fits", against=made("mixtral")).problems
 
 
 def logits_of(path: Path, tokens):
