@@ -8,6 +8,7 @@ a plain version of it). Writes results/removal_*.json and prints Markdown tables
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -133,8 +134,7 @@ def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             ("shrink --from scores.json", [*ours, folder / "2", *drop, "--from", scores]),
             ("every expert on every token, whole model", [sys.executable, script, source, tokens, folder / "3"]),
         ):
-            subprocess.run(["sync"], check=True)
-            (Path("/proc/sys/vm/drop_caches").write_text("1") if Path("/proc/sys/vm/drop_caches").exists() else None)
+            evict(source)
             usage = follow(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             rows.append({
                 "way": way, "seconds": f"{usage.seconds:.1f}", "CPU seconds": f"{usage.cpu_seconds:.1f}",
@@ -143,6 +143,14 @@ def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             })  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
+
+
+def evict(folder: Path) -> None:
+    """Has the system forget the files of a checkpoint, so that they are read from the disk again."""
+    subprocess.run(["sync"], check=True)
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":
