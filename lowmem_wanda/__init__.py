@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lowmem_wanda.pruning.plan import Plan, plan
     from lowmem_wanda.pruning.prune import prune
     from lowmem_wanda.pruning.records import PruneReport
+    from lowmem_wanda.shrinking.compare import compare_shrink
     from lowmem_wanda.shrinking.plan import ShrinkPlan, plan_shrink
     from lowmem_wanda.shrinking.report import ShrinkReport
     from lowmem_wanda.shrinking.shrink import shrink
@@ -75,6 +76,7 @@ _PLACES = {
     "pruning.plan": ("Plan", "plan"),
     "pruning.prune": ("prune",),
     "pruning.records": ("PruneReport",),
+    "shrinking.compare": ("compare_shrink",),
     "shrinking.plan": ("ShrinkPlan", "plan_shrink"),
     "shrinking.report": ("ShrinkReport",),
     "shrinking.shrink": ("shrink",),
@@ -131,6 +133,7 @@ __all__ = [
     "check",
     "check_gguf",
     "compare",
+    "compare_shrink",
     "download",
     "evaluate",
     "exact_products",

@@ -28,7 +28,7 @@ ROOMS = {  # beside `errors`
     "llamacpp": {"checkpoint", "data", "sparsity", "streaming"},
     "evaluation": {"checkpoint", "data", "streaming"},
     "pruning": {"checkpoint", "sparsity", "data", "streaming", "llamacpp", "evaluation"},
-    "shrinking": {"checkpoint", "sparsity", "data", "streaming", "llamacpp", "pruning"},
+    "shrinking": {"checkpoint", "sparsity", "data", "streaming", "llamacpp", "evaluation", "pruning"},
     "cli": {"checkpoint.writer"},
 }
 THIRD = {  # a star: within a function, so that the package is needed only where it is used

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_wanda import METHODS
+from lowmem_wanda import CHECKPOINT_SCORES, METHODS
 from lowmem_wanda.cli.options import (
     add_command,
     add_machine,
@@ -27,8 +27,10 @@ from lowmem_wanda.cli.terminal import (
     shown,
     size,
 )
+from lowmem_wanda.errors import PatternError
 
 FAST = ("wanda", "magnitude")
+SCORES = ("reap", "weighted", "squares")
 PATTERNS = ("50%", "4:8", "2:4")
 COMPARING = ("text", "methods", "patterns", "groups", "statistics", "sequences", "seeds", "calibration", "length",
              "windows", "include", "exclude", "keep")  # fmt: skip
@@ -53,21 +55,30 @@ def add(commands: Any) -> None:
         help="numbers of calibration sequences, such as 1,8,64 (default: 128)")  # fmt: skip
     add("--seeds", type=numbers, default=(0,), metavar="N,...",
         help="seeds of the calibration samples, such as 0,1,2 (default: 0)")  # fmt: skip
+    add(
+        "--drop-experts", type=names, metavar="SHARE,...", help="compare removals of experts instead, such as 25%%,50%%"
+    )
+    add("--scores", type=names, default=SCORES, metavar="SCORE,...", help="with --drop-experts: scores, of "
+        f"{', '.join(CHECKPOINT_SCORES)} (default: {','.join(SCORES)})")  # fmt: skip
+    add("--refit", action="store_true", help="with --drop-experts: each with a refit, too")
     add("--keep", action="store_true", help="keep the pruned checkpoints, in folders of out_dir")
     add_selection(command)
     add_windows(command)
     add_machine(command)
+    command.set_defaults(default_of=command.get_default)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lowmem_wanda import compare
+    from lowmem_wanda import compare, compare_shrink
     from lowmem_wanda.cli.page import PAGE, save_page
 
+    removes = arguments.drop_experts is not None
+    settings = _removals(arguments) if removes else taken(arguments, *COMPARING)
     with Bar("comparing") as bar:
-        report = compare(
+        report = (compare_shrink if removes else compare)(
             arguments.source,
             arguments.target,
-            **taken(arguments, *COMPARING),
+            **settings,
             **machine(arguments),
             on_block=lambda record: bar.show(record, title=f"{record['variant']}: block"),
             on_report=lambda report: save_page(arguments.target, report),
@@ -75,19 +86,36 @@ def run(arguments: argparse.Namespace) -> int:
     return shown(arguments, report, comparison_table(report), f"report: {Path(arguments.target) / PAGE}")
 
 
+def _removals(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of a comparison of removals. Raises PatternError for those that say how weights are pruned."""
+    for name in ("methods", "patterns", "groups", "include", "exclude"):
+        if getattr(arguments, name) != arguments.default_of(name):
+            raise PatternError(
+                f"--{name} says how weights are pruned, and --drop-experts removes experts; leave one out"
+            )
+    for name in ("sequences", "seeds", "statistics"):
+        if len(getattr(arguments, name)) > 1:
+            raise PatternError(f"--{name}: with --drop-experts give one alone")
+    order = "dense" if arguments.statistics == arguments.default_of("statistics") else arguments.statistics[0]
+    one = {"sequences": arguments.sequences[0], "seed": arguments.seeds[0], "statistics": order}
+    return one | taken(arguments, "text", "drop_experts", "scores", "refit", "calibration", "length", "windows", "keep")
+
+
 def comparison_table(report: Mapping[str, Any]) -> Any:
     """A table with a row for each pruning: what it costs in quality, time and memory."""
     from rich.markup import escape
 
-    table = evaluations(report, "pruned")
+    shrunk = any("size" in row for row in report["rows"])
+    table = evaluations(report, "without" if shrunk else "pruned")
     add_distances(table)
     on_gpu = any(row["device_bytes"] for row in report["rows"])
-    costs = ("time", "host", "GPU")[: 3 if on_gpu else 2]
+    costs = (("size",) if shrunk else ()) + ("time", "host", "GPU")[: 3 if on_gpu else 2]
     for title in costs:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_row("dense", *perplexity_cells(report["dense"]))
     for row in report["rows"]:
-        cost = [short_duration(row["seconds"]), size(row["host_bytes"]), size(row["device_bytes"])]
+        share = [f"{row['size']:.1%}"] if shrunk else []
+        cost = [*share, short_duration(row["seconds"]), size(row["host_bytes"]), size(row["device_bytes"])]
         table.add_row(escape(row["name"]), *perplexity_cells(row), *distance_cells(row), *cost[: len(costs)])
     for spread in report["spread"]:
         mean = f"{spread['perplexity_mean']:.2f} sd {spread['perplexity_sd']:.2f}"

@@ -208,6 +208,8 @@ def table(report: Mapping[str, Any]) -> Any:
     else:
         move = "--score reap" if report.get("shards") else "--from imatrix.gguf"
         table.add_row("tokens", f"not known what went to dropped experts; {move} tells")
+    if refit := report.get("refit"):
+        table.add_row("refit", refit_text(refit))
     table.add_row("routing", report["routing_text"])
     table.add_row("time", duration(report["seconds"]))
     if memory := report.get("peak_memory"):
@@ -217,6 +219,12 @@ def table(report: Mapping[str, Any]) -> Any:
     for cost in report["costs"]:
         table.add_row("costs", cost)
     return table
+
+
+def refit_text(refit: Mapping[str, Any]) -> str:
+    """What fitting kept experts did, in words."""
+    before, after = refit["before"], refit["after"]
+    return f"layers lose {before:.1%} of the squares of their outputs before it, {after:.1%} after it, in the mean"
 
 
 def closing(report: Mapping[str, Any], page: Any) -> list[str]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from lowmem_wanda.checkpoint.writer import write_bytes
 from lowmem_wanda.cli import plots
 from lowmem_wanda.cli.markup import Record, Section, pairs, paragraphs, sections, table
-from lowmem_wanda.cli.shrink import measuring
+from lowmem_wanda.cli.shrink import measuring, refit_text
 from lowmem_wanda.cli.terminal import duration, ranges, size
 
 LOST = "Share of a layer's routed tokens that went to experts which are gone, in the text that they were measured on."
+FITTED = "Share of the squares of a layer's output that is lost, on what it was measured on."
 RANKS = "Scores of each layer's experts by rank, relative to its highest; those right of the dashed line are gone."
 
 
@@ -31,6 +32,7 @@ def _sections(report: Record) -> Iterator[Section]:
                 f"({amounts['after'] / amounts['before']:.1%})",
         "tokens": tokens and f"{tokens['lost_mean']:.2%} of routed tokens went to dropped experts; at most "
                              f"{tokens['lost_most']:.2%}, in layer {tokens['lost_most_in']}",
+        "refit": report.get("refit") and refit_text(report["refit"]),
         "routing": report["routing_text"],
         "time": duration(report["seconds"]),
     })  # fmt: skip
@@ -44,6 +46,7 @@ def _sections(report: Record) -> Iterator[Section]:
     )
     yield "tokens", "Tokens", _tokens(report["layers"])
     yield "scores", "Scores", _scores(report["layers"], experts["kept"])
+    yield "refit", "Refit", _refit(report["layers"])
     yield "layers", "Layers", _layers(report["layers"])
     kind = "SHA-256" if "sha256" in report["files"][0] else "BLAKE3"
     files = [(file["name"], size(file["nbytes"]), file.get("sha256") or file["blake3"]) for file in report["files"]]
@@ -65,10 +68,28 @@ def _scores(layers: Sequence[Record], kept: int) -> str:
     return paragraphs([RANKS]) + plots.ranks("ranks", "scores by rank", scored, kept) if scored else ""
 
 
+def _refit(layers: Sequence[Record]) -> str:
+    """What each layer that was fitted loses, before and after."""
+    fitted = [layer for layer in layers if "refit" in layer]
+    if not fitted:
+        return ""
+    places = [layer["layer"] for layer in fitted]
+    series = {key: (places, [100 * layer["refit"][key] for layer in fitted]) for key in ("before", "after")}
+    return paragraphs([FITTED]) + plots.lines("fitted", "outputs lost before and after the refit", series, "layer", "%")
+
+
 def _layers(layers: Sequence[Record]) -> str:
     """A row for each layer: what chose, the tokens that it loses, the experts that it keeps."""
     rows = {}
     for layer in layers:
         lost = "" if layer["tokens_lost"] is None else f"{layer['tokens_lost']:.2%} of its tokens lost; "
-        rows[f"layer {layer['layer']}"] = f"{layer['by']}; {lost}keeps {ranges(layer['kept'])}"
+        seen = f"{_seen(layer['counts'])}; " if layer["counts"] else ""
+        rows[f"layer {layer['layer']}"] = f"{layer['by']}; {lost}{seen}keeps {ranges(layer['kept'])}"
     return pairs(rows)
+
+
+def _seen(counts: Sequence[int]) -> str:
+    """How many tokens the experts of a layer saw."""
+    ordered, unseen = sorted(counts), sum(not count for count in counts)
+    text = f"{ordered[0]} to {ordered[-1]} tokens an expert, {ordered[len(ordered) // 2]} in the median"
+    return text + (f", {unseen} unseen" if unseen else "")

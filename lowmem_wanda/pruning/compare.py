@@ -151,7 +151,7 @@ def compare(
                  "patterns": list(patterns), "groups": list(groups), "statistics": list(statistics),
                  "sequences": list(sequences), "seeds": list(seeds), **names, "length": length, "windows": windows,
                  "keep": keep, **place}  # fmt: skip
-    settings = _settings(dense, evaluated) | names | {"length": length}
+    settings = settings_of(dense, evaluated) | names | {"length": length}
     table = _Table(dense, machine, evaluated, folder, arguments, settings, keep, on_block, on_report)
     return table.fill(chosen)
 
@@ -271,7 +271,7 @@ def _as_sampled(variant: Variant, samples: Samples) -> Variant:
     return replace(variant, sequences=len(sample.tokens)) if sample else variant
 
 
-def _settings(dense: StreamedModel, text: Windows) -> dict[str, Any]:
+def settings_of(dense: StreamedModel, text: Windows) -> dict[str, Any]:
     """All that rows must have in common to stand in one table."""
     return {
         "source_fingerprint": fingerprint(dense.checkpoint),

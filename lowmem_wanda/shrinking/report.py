@@ -12,6 +12,7 @@ from lowmem_wanda.checkpoint.output import FORMAT, Output
 from lowmem_wanda.llamacpp.expert_layers import routing_facts
 from lowmem_wanda.llamacpp.shrink_report import FEW, routing_text
 from lowmem_wanda.shrinking.job import ShrinkJob
+from lowmem_wanda.shrinking.refit import LEAST
 from lowmem_wanda.sparsity import MEASURED
 from lowmem_wanda.streaming.model import versions
 
@@ -42,6 +43,7 @@ class ShrinkReport(TypedDict, total=False):
     how: str
     calibration: dict[str, Any] | None
     tokens: dict[str, Any] | None
+    refit: dict[str, Any] | None
     layers: list[dict[str, Any]]
     warnings: list[str]
     costs: list[str]
@@ -103,6 +105,7 @@ def build(
         **_chosen(job, begun["calibration"], len(layers), len(further)),  # type: ignore[typeddict-item]
         "calibration": begun["calibration"],
         "tokens": tokens,
+        "refit": _refit(layers),
         "layers": layers,
         "warnings": _warnings(job, layers, tokens),
         "costs": list(COSTS),
@@ -177,6 +180,19 @@ def _tokens(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     }
 
 
+def _refit(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What fitting kept experts did: the mean share of layers' outputs that is lost before and after, and who was not.
+
+    `not_fitted` are {layer: ids in the source} of the experts that saw too few tokens. None without a refit.
+    """
+    fitted = {layer["layer"]: layer["refit"] for layer in layers if "refit" in layer}
+    if not fitted:
+        return None
+    before, after = (float(np.mean([one[key] for one in fitted.values()])) for key in ("before", "after"))
+    few = {str(layer): one["few_tokens"] for layer, one in fitted.items() if one["few_tokens"]}
+    return {"before": before, "after": after, "not_fitted": few}
+
+
 def _warnings(job: ShrinkJob, layers: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any] | None) -> list[str]:
     """What makes the choice doubtful."""
     found = list(job.calibration.warnings) if job.calibration else []
@@ -185,6 +201,10 @@ def _warnings(job: ShrinkJob, layers: Sequence[Mapping[str, Any]], tokens: Mappi
             f"{few} of {tokens['experts']} experts saw fewer than {FEW} tokens, {tokens['unseen']} of them none: "
             "where they rank is partly chance; give more --sequences, or text of more kinds"
         )
+    few = {layer["layer"]: layer["refit"]["few_tokens"] for layer in layers if layer.get("refit", {}).get("few_tokens")}
+    if few:
+        named = "; ".join(f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in few.items())
+        found.append(f"experts that saw fewer than {LEAST} tokens were not refitted: {named}")
     if job.score == "random":
         found.append("chosen at random, to compare with")
     if job.score == "frequency":

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import moe_ggufs
+import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, save_tiny
 
 from lowmem_wanda.cli.main import main
 from lowmem_wanda.cli.terminal import ranges
@@ -138,12 +139,20 @@ def test_wrong_usage_is_2(made, tmp_path, capsys):
         assert stopped.value.code == 2
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A GGUF of 400M weights."""
+    path = tmp_path_factory.mktemp("large") / "model.gguf"
+    yield moe_ggufs.write(path, "qwen3moe", 64, width=512, inner=512, layers=8)
+    path.unlink()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_ctrl_c_and_kill_end_cleanly_and_leave_nothing(tmp_path, number):
+def test_ctrl_c_and_kill_end_cleanly_and_leave_nothing(large, tmp_path, number):
     """In the middle of scoring in processes, none of which outlives the first."""
-    model = moe_ggufs.write(tmp_path / "model.gguf", "qwen3moe", 64, width=512, inner=512, layers=8)  # 400M weights
+    model = large
     sent = getattr(signal, number)
     child = subprocess.Popen(
         [sys.executable, ROOT / "cli.py", "shrink", model, tmp_path / "small.gguf", "--drop-experts", "25%", "--score", "aimer"],
@@ -155,8 +164,83 @@ def test_ctrl_c_and_kill_end_cleanly_and_leave_nothing(tmp_path, number):
     child.send_signal(sent)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 128 + sent and err.strip().endswith("stopped") and "Traceback" not in err and not out
-    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranges_are_short():
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and ranges([3]) == "3"
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A tiny mixture of 16 experts, and 22 sequences of 16 token ids."""
+    folder = tmp_path_factory.mktemp("mixture")
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, (22, 16)))
+    return save_tiny(folder / "mixture", "qwen3_moe", num_experts=16), folder / "tokens.npy"
+
+
+def test_a_checkpoint_is_shrunk_and_what_it_costs_is_said(mixture, tmp_path, capsys):
+    source, tokens = mixture
+    small, kept = tmp_path / "small", "--keep-experts 12 --refit --score squares"
+    code, out, err = seen(capsys, "shrink", source, small, *kept.split(), "--text", tokens, "--batch", 4)
+    assert code == 0 and "2 layers with 16 experts, of which 12 are kept, by squares, on cpu" in err
+    assert "block 1/2" in err and "keeps " in err and "22 sequences of 16 tokens from tokens.npy" in err
+    assert "12 of 16 kept in each of 2 layers of Qwen3MoeForCausalLM; 2 at work for a token" in out
+    assert "squares on tokens.npy" in out and "of routed tokens went to dropped experts" in out
+    assert "layers lose" in out and "of the squares of their outputs before it" in out
+    assert "experts saw fewer than 100 tokens" in out and "a lower quantization" in out
+    assert f"lowmem-wanda check {small} --against {source}" in out and f"report: {small}/report.html" in out
+    page = (small / "report.html").read_text("utf-8")
+    for heading in ("Summary", "Warnings", "Tokens", "Scores", "Refit", "Layers", "Proof"):
+        assert f"<h2>{heading}</h2>" in page
+    assert page.count("<svg") == 3 and "http" not in page and "<script" not in page
+    code, out, _ = seen(capsys, "check", small, "--against", source)
+    assert code == 0 and "of 16 experts" in out and "were refitted" in out and out.endswith("nothing else differs ")
+    code, out, _ = seen(capsys, "eval", small, "--against", source, "--text", tokens, "--report", tmp_path / "eval")
+    assert code == 0
+    code, out, _ = seen(capsys, "shrink", source, small, *kept.split(), "--text", tokens, "--batch", 4)
+    assert code == 0 and "12 of 16 kept" in out  # a finished one is shown again
+
+
+def test_a_plan_says_what_shrinking_needs_and_gives(mixture, capsys):
+    source, tokens = mixture
+    code, out, _ = seen(capsys, "plan", source, "--drop-experts", "50%", "--text", tokens)
+    assert code == 0 and "without 8 of 16 experts" in out and "2 at work for a token" in out
+    assert "352 tokens, 44 for an expert in the mean" in out and "predicted at most" in out
+    code, out, _ = seen(capsys, "plan", source, "--drop-experts", "50%", "--text", tokens, "--ram", "16GB", "--vram", "8GB",
+                        "--disk", "3GB", "--flops", "80T", "--json")  # fmt: skip
+    facts = json.loads(out)
+    assert facts["kept"] == 8 and facts["device_peak"] and facts["after"] < facts["before"] and facts["seconds"]
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (("--split-size", "1GB"), "--split-size has no use here"),
+    (("--score", "aimer", "--record", "{out}.json"), "--record: nothing is measured here"),
+    (("--plan", "{tokens}"), "is not JSON"),
+    (("--from", "{tokens}"), "is not valid JSON"),
+], ids=str)  # fmt: skip
+def test_errors_of_checkpoints_are_one_sentence_and_1(mixture, tmp_path, capsys, flags, says):
+    source, tokens = mixture
+    given = [flag.format(out=tmp_path / "out", tokens=tokens) for flag in flags]
+    number = () if "--plan" in flags else ("--keep-experts", 8)
+    code, out, err = seen(capsys, "shrink", source, tmp_path / "out", *number, *given)
+    assert code == 1 and err.startswith("error: ") and says in err and not out and not list(tmp_path.iterdir())
+
+
+def test_flags_of_checkpoints_are_refused_beside_a_gguf(made, tmp_path, capsys):
+    model, matrix = made
+    for flag in (("--refit",), ("--text", "my.txt"), ("--max-ram", "1GB"), ("--record", "s.json")):
+        code, _, err = seen(capsys, "shrink", model, tmp_path / "s.gguf", "--keep-experts", 8, "--from", matrix, *flag)
+        assert code == 1 and f"{flag[0]} has no use here" in err
+    code, _, err = seen(capsys, "shrink", model, tmp_path / "s.gguf", "--keep-experts", 8, "--score", "reap")
+    assert code == 1 and "--score reap is of what experts put out, which a GGUF is not computed for" in err
+
+
+def test_removals_are_compared_on_the_command_line(mixture, tmp_path, capsys):
+    source, tokens = mixture
+    flags = ["--text", tokens, "--calibration", tokens, "--drop-experts", "25%,50%", "--scores", "reap,aimer"]
+    code, out, _ = seen(capsys, "compare", source, tmp_path / "out", *flags)
+    assert code == 0 and all(f"{score} -{share}" in out for score in ("reap", "aimer") for share in ("25%", "50%"))
+    assert "without" in out and "KL" in out and "reap -25%" in (tmp_path / "out/report.html").read_text("utf-8")
+    code, _, err = seen(capsys, "compare", source, tmp_path / "2", *flags, "--patterns", "2:4")
+    assert code == 1 and "--patterns says how weights are pruned" in err

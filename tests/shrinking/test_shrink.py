@@ -469,6 +469,41 @@ def test_an_importance_matrix_of_another_model_is_refused(made, token_file, tmp_
     assert not check(tmp_path / "fits", against=made("mixtral")).problems
 
 
+def test_removals_are_compared_in_one_table(made, token_file, tmp_path, monkeypatch):
+    from lowmem_wanda import compare_shrink, evaluate
+    from lowmem_wanda.shrinking import walk
+
+    way = {
+        "text": [token_file],
+        "calibration": [token_file],
+        "sequences": 22,
+        "length": 16,
+        "batch": 4,
+        "device": "cpu",
+    }
+    walked = []
+    through = walk.ShrinkWalk.through
+    monkeypatch.setattr(walk.ShrinkWalk, "through", lambda self, stream: (walked.append(1), through(self, stream)))
+    scores, shares = ["reap", "squares", "aimer"], ["25%", "4"]
+    report = compare_shrink(made("qwen3_moe"), tmp_path / "out", drop_experts=shares, scores=scores, refit=True, **way)
+    names = [row["name"] for row in report["rows"]]
+    assert len(names) == len(set(names)) == 10 and names[:2] == ["reap -25%", "reap + refit -25%"]
+    assert len(walked) == 1 + 4  # one that is recorded, and each refit
+    row = report["rows"][names.index("squares + refit -4")]
+    given = {key: way[key] for key in ("sequences", "length", "batch", "device")}
+    shrink(
+        made("qwen3_moe"), tmp_path / "alone", drop_experts=4, score="squares", refit=True, text=[token_file], **given
+    )
+    alone = evaluate(tmp_path / "alone", text=[token_file], against=made("qwen3_moe"), length=16, batch=4, device="cpu")
+    assert row["kl_mean"] == alone["kl_mean"] and row["perplexity"] == alone["perplexity"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    before = (tmp_path / "out/report.json").read_bytes()
+    compare_shrink(made("qwen3_moe"), tmp_path / "out", drop_experts=shares, scores=scores, refit=True, **way)
+    assert (tmp_path / "out/report.json").read_bytes() == before and len(walked) == 6
+    with pytest.raises(PatternError, match="--scores best"):
+        compare_shrink(made("qwen3_moe"), tmp_path / "no", scores=["best"], **way)
+
+
 def logits_of(path: Path, tokens):
     model, _ = loaded(path)
     model.config.output_router_logits = False
