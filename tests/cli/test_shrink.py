@@ -183,9 +183,9 @@ def test_a_checkpoint_is_shrunk_and_what_it_costs_is_said(mixture, tmp_path, cap
     source, tokens = mixture
     small, kept = tmp_path / "small", "--keep-experts 12 --refit --score squares"
     code, out, err = seen(capsys, "shrink", source, small, *kept.split(), "--text", tokens, "--batch", 4)
-    assert code == 0 and "2 layers with 16 experts, of which 12 are kept, by squares, on cpu" in err
-    assert "block 1/2" in err and "keeps " in err and "22 sequences of 16 tokens from tokens.npy" in err
-    assert "12 of 16 kept in each of 2 layers of Qwen3MoeForCausalLM; 2 at work for a token" in out
+    assert code == 0 and "3 layers with 16 experts, of which 12 are kept, by squares, on cpu" in err
+    assert "block 1/3" in err and "keeps " in err and "22 sequences of 16 tokens from tokens.npy" in err
+    assert "12 of 16 kept in each of 3 layers of Qwen3MoeForCausalLM; 2 at work for a token" in out
     assert "squares on tokens.npy" in out and "of routed tokens went to dropped experts" in out
     assert "layers lose" in out and "of the squares of their outputs before it" in out
     assert "experts saw fewer than 100 tokens" in out and "a lower quantization" in out
@@ -240,7 +240,9 @@ def test_removals_are_compared_on_the_command_line(mixture, tmp_path, capsys):
     source, tokens = mixture
     flags = ["--text", tokens, "--calibration", tokens, "--drop-experts", "25%,50%", "--scores", "reap,aimer"]
     code, out, _ = seen(capsys, "compare", source, tmp_path / "out", *flags)
-    assert code == 0 and all(f"{score} -{share}" in out for score in ("reap", "aimer") for share in ("25%", "50%"))
+    rows = json.loads((tmp_path / "out/report.json").read_text())["rows"]
+    names = [f"{score} -{share}" for share in ("25%", "50%") for score in ("reap", "aimer")]
+    assert code == 0 and [row["name"] for row in rows] == names
     assert "without" in out and "KL" in out and "reap -25%" in (tmp_path / "out/report.html").read_text("utf-8")
     code, _, err = seen(capsys, "compare", source, tmp_path / "2", *flags, "--patterns", "2:4")
     assert code == 1 and "--patterns says how weights are pruned" in err
