@@ -1,4 +1,4 @@
-"""Faults by a seeded schedule: 20 by default, as many as FAULTS says (`make faults`: 200).
+"""Faults by a seeded schedule: 12 by default, as many as FAULTS says (`make faults`: 200).
 
 After each, no file of a final name is broken, nothing looks finished that is not, and the same command gives the bytes of
 an uninterrupted run.
@@ -22,7 +22,7 @@ from lowmem_wanda.checkpoint.reader import read_header
 from lowmem_wanda.errors import limit_of_machine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sends SIGKILL, forks, and limits memory")
-COUNT = int(os.environ.get("FAULTS", "20"))
+COUNT = int(os.environ.get("FAULTS", "12"))
 SETTINGS = [
     {"batch": 4},
     {"batch": 4, "statistics": "dense"},

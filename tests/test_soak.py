@@ -27,7 +27,7 @@ print(json.dumps(seen))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("order", ["block", "dense", "sequential"])
+@pytest.mark.parametrize("order", ["block", "dense", "sequential"] if "SOAK" in os.environ else ["sequential"])
 def test_nothing_grows_with_depth(tmp_path, order):
     source = save_tiny(tmp_path / "source", "llama", torch.bfloat16, shard="1GB", num_hidden_layers=BLOCKS)
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 96, (16, 32)))

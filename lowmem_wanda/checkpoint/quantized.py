@@ -159,7 +159,17 @@ def dequantized(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dic
         scales = tensors.get(f"{name}_scale_inv")
         if tensor.dtype == "F8_E4M3" and scales is not None:
             found[name] = _of_fp8(tensor, scales, config)
+        elif scales is not None:
+            raise CheckpointError(
+                f"{tensor.file.name}: tensor {name} is {tensor.dtype}, and {scales.name} has scales for it, which only "
+                "F8_E4M3 has; download it again, or get or make the bf16 checkpoint"
+            )
         elif kind == "mxfp4" and name.endswith("_blocks") and (scales := tensors.get(f"{name[:-7]}_scales")):
+            if name[:-7] in tensors:
+                raise CheckpointError(
+                    f"{tensor.file.name}: tensor {name[:-7]} stands beside its own blocks {name}, so it is unclear "
+                    "which one counts; remove one"
+                )
             found[name[:-7]] = _of_fp4(tensor, scales)
         elif not name.endswith("_scale_inv") and not (kind == "mxfp4" and name.endswith("_scales")):
             found[name] = tensor

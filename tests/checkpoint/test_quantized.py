@@ -170,6 +170,19 @@ def test_what_has_no_scales_is_refused(source, tmp_path):
         plan(tmp_path / "x", dequantize=True)
 
 
+def test_what_has_two_meanings_is_refused(tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    source = edit(save_tiny(tmp_path / "fp8", "qwen3_moe"), to_fp8, {"quantization_config": FP8})
+    edit(source, lambda tensors: {one: t.bfloat16() if one == name else t for one, t in tensors.items()}, {})
+    with pytest.raises(CheckpointError, match=f"tensor {name} is BF16, and {name}_scale_inv has scales for it"):
+        Checkpoint(source, dequantize=True)
+    source = edit(save_tiny(tmp_path / "fp4", "gpt_oss"), to_mxfp4, {"quantization_config": MXFP4})
+    stack = "model.layers.0.mlp.experts.down_proj"
+    edit(source, lambda tensors: tensors | ({stack: torch.zeros(2)} if f"{stack}_blocks" in tensors else {}), {})
+    with pytest.raises(CheckpointError, match=f"tensor {stack} stands beside its own blocks"):
+        Checkpoint(source, dequantize=True)
+
+
 def test_scales_of_another_grid_are_refused(tmp_path):
     weight, grid = fp8(torch.randn(32, 32))
     save_file({"x": weight, "x_scale_inv": grid[:1]}, tmp_path / "model.safetensors")

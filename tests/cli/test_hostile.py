@@ -33,7 +33,6 @@ def test_every_command_takes_paths_that_are_no_utf_8(tmp_path, token_file):
     commands = [
         ("plan", source, "--text", text), ("prune", source, out, "--text", text, "--imatrix", out + ".gguf"), ("check", out, "--against", source),
         ("eval", out, "--against", source, "--text", text, "--length", "16", "--report", out + "-eval"), ("survive", out),
-        ("imatrix", out, out + "-2.gguf", "--text", text),
         ("compare", source, out + "-compared", "--text", text, "--calibration", text, "--length", "16", "--methods", "magnitude"),
         ("prune", source, out, "--text", text, "--imatrix", out + ".gguf"),
     ]  # fmt: skip
@@ -44,7 +43,7 @@ def test_every_command_takes_paths_that_are_no_utf_8(tmp_path, token_file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["cp1252"])
 def test_a_stdout_that_cannot_show_a_path_is_no_error(tmp_path, token_file, encoding):
     source = save_tiny(tmp_path / "模型", "llama")
     for words in (
