@@ -10,11 +10,14 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python cli.py check demo-pruned --against lowmem_wanda/data/demo
 	$(VENV)/bin/python cli.py eval demo-pruned --against lowmem_wanda/data/demo --text lowmem_wanda/data/held-out.txt
 
+# two processes of one thread each: threads that wait for each other on two cores take several times as long
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
 quick: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 coverage: $(VENV)/.test
 	$(VENV)/bin/python -m coverage run -m pytest
