@@ -25,7 +25,9 @@ def published(tmp_path_factory):
     return made, [folder / "ids.npy"]
 
 
-@pytest.mark.parametrize(("name", "statistics"), [*((name, "block") for name in PUBLISHED), ("DeepSeek-V3", "sequential")])
+@pytest.mark.parametrize(
+    ("name", "statistics"), [*((name, "block") for name in PUBLISHED), ("DeepSeek-V3", "sequential")]
+)
 def test_it_fits_a_card_of_24_gb_and_32_gb_of_memory(published, name, statistics):
     source, text = published
     made = plan(source(name), text=text, statistics=statistics, vram="24GB", ram="32GB")
