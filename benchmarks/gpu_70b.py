@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from checkpoints import random_llama
+from checkpoints import random_experts, random_llama
 from measure import ROOT, commit, machine, random_tokens
 
 from lowmem_wanda.sparsity.masks import prune_lowest
@@ -29,10 +29,12 @@ from lowmem_wanda.sparsity.statistics import SquaredNorm
 SHAPES: dict[str, dict[str, int]] = {
     "70b": {"width": 8192, "hidden": 28672, "heads": 64, "kv_heads": 8, "vocab": 32000, "of": 80},
     "405b": {"width": 16384, "hidden": 53248, "heads": 128, "kv_heads": 8, "vocab": 128256, "of": 126},
+    "30b-a3b": {"width": 2048, "hidden": 768, "experts": 128, "used": 8, "vocab": 151936, "of": 48},
     "smoke": {"width": 256, "hidden": 704, "heads": 4, "kv_heads": 1, "vocab": 4096, "of": 80},
 }
-CAPS = {"70b": ("24GB", "12GB", "8GB"), "405b": ("24GB",), "smoke": ("24GB",)}
-PARTS = ("read", "upload", "measure", "prune", "onward", "download", "write")
+CAPS = {"70b": ("24GB", "12GB", "8GB"), "405b": ("24GB",), "30b-a3b": ("24GB", "6GB"), "smoke": ("24GB",)}
+PARTS = ("read", "upload", "target", "measure", "prune", "recover", "onward", "download", "write")
+COMPUTING = ("target", "measure", "prune", "recover", "onward")
 
 
 def main() -> None:
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--statistics", default="block", choices=("block", "dense", "sequential"))
+    parser.add_argument("--ways", nargs="*", default=[""], metavar="FLAGS", help="flags of prune, each tried in turn")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", type=Path, help="where checkpoints are made (default: a temporary folder)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu_70b.json")
@@ -63,30 +66,37 @@ def main() -> None:
 def measure(folder: Path, shape: str, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Prunes a checkpoint of one shape under each of its caps; gives the rows of the result."""
     sizes = {key: value for key, value in SHAPES[shape].items() if key != "of"}
-    blocks = arguments.blocks or {"70b": 4, "405b": 2, "smoke": 2}[shape]
-    source = random_llama(folder / "source", blocks=blocks, **sizes)
+    blocks = arguments.blocks or {"70b": 4}.get(shape, 2)
+    source = (random_experts if "experts" in sizes else random_llama)(folder / "source", blocks=blocks, **sizes)
     tokens = random_tokens(folder / "tokens.npy", arguments.sequences, arguments.length)
     rates = {"product": product_rate(device, sizes), **mask_rates(device, sizes)}
     print(f"\n{shape}: " + ", ".join(f"{key} {value:.4g}" for key, value in rates.items()))
     runs = []
-    for cap in arguments.cap or CAPS[shape]:
-        command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json", "--text",
-                   str(tokens), "--sequences", str(arguments.sequences), "--length", str(arguments.length),
-                   "--statistics", arguments.statistics, "--device", arguments.device, "--max-vram", cap]  # fmt: skip
+    for cap, way in [(cap, way) for cap in arguments.cap or CAPS[shape] for way in arguments.ways]:
+        flags = ["--json", "--text", str(tokens), "--sequences", str(arguments.sequences), "--length",
+                 str(arguments.length), "--statistics", arguments.statistics, "--device", arguments.device,
+                 "--max-vram", cap, *way.split()]  # fmt: skip
+        planned = answer(["plan", str(source), *flags])
         start = time.perf_counter()
-        with (folder / "report.json").open("wb") as file:
-            done = subprocess.run(command, stdout=file)
-        row: dict[str, Any] = {"shape": shape, "cap": cap, "statistics": arguments.statistics, "rates": rates}
-        if done.returncode:
-            row["refused"] = done.returncode
+        report = answer(["prune", str(source), str(folder / "out"), *flags])
+        row: dict[str, Any] = {"shape": shape, "cap": cap, "way": f"--statistics {arguments.statistics} {way}".strip()}
+        if report is None or planned is None:
+            row["refused"] = True
         else:
-            row |= {"seconds": time.perf_counter() - start} | figures(
-                json.loads((folder / "report.json").read_bytes()), shape, rates["product"]
-            )
+            row |= {"seconds": time.perf_counter() - start, "seconds_predicted": planned["seconds"], "rates": rates}
+            row |= figures(report, shape, rates["product"])
+            if "experts" in sizes:  # not all of their weights work for a token
+                row = {key: value for key, value in row.items() if not key.startswith("products")}
         runs.append(row)
         print(json.dumps({key: value for key, value in row.items() if key != "rates"}, indent=2))
         subprocess.run(["rm", "-rf", str(folder / "out")], check=True)
     return runs
+
+
+def answer(command: list[str]) -> dict[str, Any] | None:
+    """What a command of ours gives as JSON; None where it refuses."""
+    done = subprocess.run([sys.executable, str(ROOT / "cli.py"), *command], stdout=subprocess.PIPE)
+    return None if done.returncode else json.loads(done.stdout)
 
 
 def figures(report: dict[str, Any], shape: str, product: float) -> dict[str, Any]:
@@ -96,7 +106,7 @@ def figures(report: dict[str, Any], shape: str, product: float) -> dict[str, Any
     weights = sum(rows * columns for rows, columns in (linear["shape"] for linear in blocks[0]["linears"].values()))
     flops = 2 * weights * report["calibration"]["tokens"] * blocks[0]["passes"]
     rate = flops / (parts["measure"] + parts["onward"])
-    computing = sum(parts[part] for part in ("measure", "prune", "onward"))
+    computing = sum(parts[part] for part in COMPUTING)
     # once all three threads are at work, a block takes as long as the slowest of them
     per_block = max(computing, parts["read"] + parts["upload"], parts["download"] + parts["write"])
     return {
@@ -105,6 +115,7 @@ def figures(report: dict[str, Any], shape: str, product: float) -> dict[str, Any
         "host_gb": report["peak_memory"]["host_measured"] / 1e9,
         "host_predicted_gb": report["peak_memory"]["host_predicted"] / 1e9,
         "layout": report["layout"],
+        "walk_seconds": report["timing"]["wall"],
         "parts_per_block": parts,
         "seconds_per_block": per_block,
         "passes": blocks[0]["passes"],

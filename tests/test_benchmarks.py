@@ -24,7 +24,17 @@ def test_gpu_70b_in_its_smoke_size(tmp_path):
     result = run(tmp_path, "gpu_70b.py", "--shape", "smoke", "--device", "cpu", "--sequences", "4", "--length", "32")
     (row,) = result["runs"]
     assert row["passes"] == pytest.approx(1.744, abs=1e-3) and row["all_blocks_minutes"] > 0
-    assert row["parts_per_block"].keys() == {"read", "upload", "measure", "prune", "onward", "download", "write"}
+    assert row["parts_per_block"].keys() == {
+        "read",
+        "upload",
+        "target",
+        "measure",
+        "prune",
+        "recover",
+        "onward",
+        "download",
+        "write",
+    }
     assert row["rates"].keys() >= {"product", "copy GB/s", "score GB/s", "2:4 GB/s", "50% GB/s"}
 
 
