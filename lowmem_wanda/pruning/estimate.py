@@ -29,6 +29,9 @@ PRODUCTS = 0.7  # share of a block's forward that is products: 0.68 on a CPU (wi
 MOST, SHARE = 1.0, 0.03  # seconds that measuring takes at most, also as a share of a rough estimate
 ROUGH = (1e11, 4e8, 1e9)  # operations, weights and bytes per second, for that rough estimate
 WEIGHTS = 1 << 22  # of the matrix that products are measured with, and a quarter of it for masks
+DEVICE_WEIGHTS = 1 << 25  # of that matrix on a GPU, whose products are slow where they are small
+LAUNCH = 15e-6  # seconds of one small operation on a GPU (H200, torch 2.11)
+HALF = 2  # times as long as in the computing dtype takes float32 on a GPU that is not here (an RTX 3090 or 4090)
 READ, WRITTEN = 64 << 20, 48 << 20  # bytes at most
 PART = 32  # of a checkpoint, one such part is written at most
 MASKS = 4e8  # weights per second on a CPU that is not here: 2.5 ns each on an Intel Xeon with AVX-512
@@ -58,6 +61,14 @@ class Predicted(Protocol):
         """The operations of products."""
 
     @property
+    def exact(self) -> int:
+        """Those of them that are in float32, whatever the computing dtype is."""
+
+    @property
+    def launches(self) -> int:
+        """Small operations of solvers, one after the other."""
+
+    @property
     def written(self) -> int:
         """The bytes that are written."""
 
@@ -70,14 +81,17 @@ class Predicted(Protocol):
 class Rates:
     """What a machine does in a second.
 
-    `flops` are operations of matrix products, `weights` are weights that are masked, `read` and `written` are bytes.
+    `flops` are operations of matrix products in the computing dtype, `exact` those in float32, `weights` are weights
+    that are masked, `read` and `written` are bytes. `launches` are small operations (0: they take no time of their own).
     `busy` are the seconds of a core that a byte takes to be read and written, of `cores` cores.
     """
 
     flops: float
+    exact: float
     weights: float
     read: float
     written: float
+    launches: float = 0.0
     busy: float = 0.0
     cores: int = 1
 
@@ -107,7 +121,9 @@ class Absent:
         if not self.disk or (computes and not self.flops):
             return None
         masks = MASKS if on_host else float("inf")  # which take no time beside the products on a GPU
-        return Rates(self.flops or float("inf"), masks, self.disk, self.disk)
+        flops = self.flops or float("inf")
+        exact, launches = (flops, 0.0) if on_host else (flops / HALF, 1 / LAUNCH)
+        return Rates(flops, exact, masks, self.disk, self.disk, launches)
 
 
 def absent_machine(
@@ -135,7 +151,9 @@ def measure(job: Estimated, plan: Predicted, folder: Path) -> Rates:
     weights, nbytes = sum(one.weights for block in job.selected for one in block), job.model.checkpoint.nbytes
     rough = flops / ROUGH[0] + weights / ROUGH[1] + nbytes / ROUGH[2]
     seconds = min(MOST, SHARE * rough)
-    products = _rate(_product(job, layout), 0.4 * seconds, job.model.device) if flops else float("inf")
+    dtypes = {job.model.dtype, *([torch.float32] if plan.exact else [])} if flops else set()
+    share = 0.4 * seconds / max(1, len(dtypes))
+    products = {dtype: _rate(_product(job, layout, dtype), share, job.model.device) for dtype in dtypes}
     masks = _rate(_mask(job), 0.2 * seconds, job.model.device) if weights else float("inf")
     if job.model.device.type == "cuda":
         torch.cuda.empty_cache()  # else what is cached counts for the job that follows
@@ -144,16 +162,20 @@ def measure(job: Estimated, plan: Predicted, folder: Path) -> Rates:
     written = _write_rate(folder, min(WRITTEN, nbytes // PART + 1, int(ROUGH[2] * 0.2 * seconds) + 1))
     busy = (time.thread_time() - start) / (read[0] + written[0]) * 2
     on_host = job.model.device.type == "cpu"
-    return Rates(products, masks, read[1], written[1], busy if on_host else 0.0, torch.get_num_threads())
+    rates = [products.get(dtype, float("inf")) for dtype in (job.model.dtype, torch.float32)]
+    launches = 1 / LAUNCH if plan.launches and not on_host else 0.0
+    return Rates(*rates, masks, read[1], written[1], launches, busy if on_host else 0.0, torch.get_num_threads())
 
 
 def estimate(job: Estimated, plan: Predicted, rates: Rates) -> float:
     """The seconds from the first block to the last."""
-    flops, slots = plan.flops, plan.layout.slots
+    slots = plan.layout.slots
     weights = sum(one.weights for block in job.selected for one in block)
     inside = sum(tensor.nbytes for index in range(job.model.depth) for tensor in job.model.block_tensors(index))
     depth = job.model.depth
-    computing = (flops / rates.flops / PRODUCTS + weights / rates.weights + inside * rates.busy / rates.cores) / depth
+    products = (plan.flops - plan.exact) / rates.flops + plan.exact / rates.exact
+    small = plan.launches / rates.launches if rates.launches else 0.0
+    computing = (products / PRODUCTS + weights / rates.weights + small + inside * rates.busy / rates.cores) / depth
     reading, writing = inside / rates.read / depth, plan.written / rates.written / depth
     if slots == 1:
         return depth * (computing + reading + writing)
@@ -167,11 +189,13 @@ def seconds_here(job: Estimated, plan: Predicted, target: Path) -> float:
     return estimate(job, plan, measure(job, plan, folder))
 
 
-def _product(job: Estimated, layout: Placement) -> tuple[int, Callable[[], None]]:
+def _product(job: Estimated, layout: Placement, dtype: torch.dtype) -> tuple[int, Callable[[], None]]:
     """The operations of one product of the size of a micro-batch and a part of a matrix, and what computes it."""
+    device = job.model.device
     rows, columns = max((one.shape for one in job.model.skeleton.all_matrices), key=lambda shape: shape[1])
-    tokens, rows = layout.batch * job.workload.length, min(rows, max(1, WEIGHTS // columns))
-    inputs, weight = (torch.ones(size, columns).to(job.model.device, job.model.dtype) for size in (tokens, rows))
+    most = WEIGHTS if device.type == "cpu" else DEVICE_WEIGHTS
+    tokens, rows = layout.batch * job.workload.length, min(rows, max(1, most // columns))
+    inputs, weight = (torch.ones(size, columns, dtype=dtype, device=device) for size in (tokens, rows))
 
     def compute() -> None:
         inputs @ weight.t()

@@ -26,6 +26,7 @@ class Plan:
 
     `read` are the bytes of tensors that are read of the source, and `written` those that are written. That shards which
     are written in groups of experts are read once more for their checksums is not counted.
+    Of the operations `exact` are in float32 whatever the computing dtype; `launches` are small ones, one after another.
     `seconds` are those from the first block to the last, by the `rates` of products (operations), masks (weights),
     reading and writing (bytes), each in a second; None for a machine that is not here and whose rates are not given.
     """
@@ -44,6 +45,8 @@ class Plan:
     read: int
     written: int
     layout: Placement
+    exact: int = 0
+    launches: int = 0
     seconds: float | None = None
     rates: dict[str, float] | None = None
 
@@ -203,6 +206,7 @@ def predict(job: PruneJob, batch: int | None = None, trained_apart: bool | None 
     checkpoint = model.checkpoint
     blocks = [sum(tensor.nbytes for tensor in model.block_tensors(index)) for index in range(model.depth)]
     placement, need = choose(work, batch, trained_apart)
+    exact, launches = _solving(job)
     small = sum((checkpoint.path / file).stat().st_size for file in job.companions.files)
     return Plan(
         parameters=sum(tensor.numel for tensor in checkpoint.tensors.values()),
@@ -212,18 +216,20 @@ def predict(job: PruneJob, batch: int | None = None, trained_apart: bool | None 
         tokens=work.sequences * work.length,
         sequences=work.sequences,
         length=work.length,
-        flops=_flops(job, placement.batch),
+        flops=_flops(job, placement.batch) + exact,
         host_peak=need.host,
         device_peak=need.device,
         disk=checkpoint.nbytes + small + need.disk + (1 << 20),
         read=sum(source_bytes(tensor) for tensor in checkpoint.tensors.values()),
         written=checkpoint.nbytes,
         layout=placement,
+        exact=exact,
+        launches=launches,
     )
 
 
 def _flops(job: PruneJob, batch: int) -> int:
-    """The operations of all matrices, of attention's two products, of X^T X and its solvers, and of recovery.
+    """The operations of all matrices, of attention's two products, and of recovery.
 
     A block is computed once. In the block order it is computed once more, up to its last matrix.
     """
@@ -238,8 +244,18 @@ def _flops(job: PruneJob, batch: int) -> int:
         if job.recovers:
             trained = 6 * job.recover_steps * batch * length + 2 * tokens * (1 + LOOKS / HELD_OUT)
             total += trained * sum(sizes)
-        if job.measures and job.method.statistic is Gram:
-            inputs = {one.inputs: (one.shape[1], shares.get(one.module, 1.0)) for one in job.traced[index]}
-            total += sum(tokens * share * columns * (columns + TILE) for columns, share in inputs.values())
-            total += sum(job.method.flops(*matrix.shape) for matrix in job.selected[index])
     return int(total)
+
+
+def _solving(job: PruneJob) -> tuple[int, int]:
+    """The operations of X^T X and its solvers, which are in float32, and the small ones among them."""
+    if not (job.measures and job.method.statistic is Gram):
+        return 0, 0
+    tokens, total = job.workload.sequences * job.workload.length, 0.0
+    for index, traced in enumerate(job.traced):
+        shares = job.model.skeleton.shares(index)
+        inputs = {one.inputs: (one.shape[1], shares.get(one.module, 1.0)) for one in traced}
+        total += sum(tokens * share * columns * (columns + TILE) for columns, share in inputs.values())
+    matrices = [matrix for block in job.selected for matrix in block]
+    total += sum(job.method.flops(*matrix.shape) for matrix in matrices)
+    return int(total), sum(job.method.launches(matrix.shape[1]) for matrix in matrices)

@@ -45,6 +45,8 @@ class ShrinkPlan:
     read: int
     written: int
     layout: Placement
+    exact: int = 0
+    launches: int = 0
     seconds: float | None = None
     rates: dict[str, float] | None = None
 

@@ -10,6 +10,7 @@ from lowmem_wanda.errors import BudgetError, ModelError
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # that a model can be computed in
 READS = ("auto", "mmap", "pread")
 STATES = ("device", "host", "file")
+MOST_GB = 1e6  # a petabyte
 MOST_BYTES = 1 << 100  # of a size that is read
 
 
@@ -115,7 +116,7 @@ def exact_products() -> bool:
 def byte_size(size: float | str) -> int:
     """The bytes of "8GB", "500MB" or "7.5GiB"; a text that is a bare number is in GB, an int in bytes.
 
-    Raises BudgetError for anything else.
+    Raises BudgetError for anything else, and for a bare number that can only mean bytes.
     """
     if isinstance(size, (int, float)):
         if not 0 <= size < MOST_BYTES:  # NaN is not, either
@@ -127,4 +128,6 @@ def byte_size(size: float | str) -> int:
     number, prefix, binary = match[1], match[2], match[3]
     if str(size).lower().endswith("b") and not prefix:
         return int(float(number))
+    if not prefix and float(number) > MOST_GB:
+        raise BudgetError(f"{size} would be in GB; for bytes give {number}B")
     return int(float(number) * (1024 if binary else 1000) ** ("kmgtp".index(prefix or "g") + 1))

@@ -1,11 +1,15 @@
 """On a GPU: better methods, experts and their removal give the same bytes in every layout, within what is predicted."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiny
+from helpers import ROOT, save_tiny
 
-from lowmem_wanda import Checkpoint, check, plan, plan_shrink, prune, shrink
+from lowmem_wanda import Checkpoint, check, prune, shrink
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,33 +86,47 @@ def test_a_gpu_and_a_cpu_choose_the_same_weights(tmp_path, tokens, way):
     assert different <= 0.005 * sum(mask.numel() for mask in found[0].values()), different
 
 
+def answer(command, source, *flags):
+    """What a command gives as JSON, in a process of its own: nothing that was left behind counts."""
+    call = [sys.executable, "-m", "lowmem_wanda", command, source, *flags, "--device", "cuda", "--json"]
+    done = subprocess.run(list(map(str, call)), cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return json.loads(done.stdout)
+
+
+def flags_of(settings):
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+def within(need, memory):
+    assert 0 < memory["device_measured"] <= memory["device_reserved"] <= need
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_cap_of_just_what_is_predicted_is_enough_for_a_better_method(wide, tokens, tmp_path, way):
-    settings = {"text": [str(tokens)], "device": "cuda", **WAYS[way]}
-    need = plan(wide, **settings).device_peak
-    memory = prune(wide, tmp_path / "out", max_vram=need, **settings)["peak_memory"]
-    assert 0 < memory["device_measured"] <= memory["device_reserved"] <= need
+    flags = ["--text", tokens, *flags_of(WAYS[way])]
+    need = answer("plan", wide, *flags)["device_peak"]
+    within(need, answer("prune", wide, tmp_path / "out", *flags, "--max-vram", f"{need}B")["peak_memory"])
     assert not check(tmp_path / "out", against=wide).problems
 
 
 @pytest.mark.parametrize("statistics", ["block", "sequential"])
-@pytest.mark.parametrize("share", [1.0, 0.7])
-def test_experts_come_in_groups_within_a_cap(mixture, tokens, tmp_path, statistics, share):
-    settings = {"text": [str(tokens)], "device": "cuda", "batch": 16, "statistics": statistics}
-    need = int(plan(mixture, **settings).device_peak * share)
-    memory = prune(mixture, tmp_path / "out", max_vram=need, **settings)["peak_memory"]
-    assert 0 < memory["device_measured"] <= memory["device_reserved"] <= need
-    prune(mixture, tmp_path / "free", **settings)
-    assert shards(tmp_path / "out") == shards(tmp_path / "free")
+def test_experts_come_in_groups_within_a_cap(mixture, tokens, tmp_path, statistics):
+    flags = ["--text", tokens, "--batch", 16, "--statistics", statistics]
+    need = answer("plan", mixture, *flags)["device_peak"]
+    for number, cap in enumerate((need, need * 7 // 10)):
+        within(cap, answer("prune", mixture, tmp_path / str(number), *flags, "--max-vram", f"{cap}B")["peak_memory"])
+    assert shards(tmp_path / "0") == shards(tmp_path / "1")
 
 
-@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("refit", [(), ("--refit",)])
 def test_no_layout_and_no_cap_changes_which_experts_are_kept(mixture, tokens, tmp_path, refit):
-    settings = {"text": [str(tokens)], "device": "cuda", "batch": 16, "drop_experts": "50%", "refit": refit}
-    need = plan_shrink(mixture, **settings).device_peak
-    for number, layout in enumerate([{"max_vram": need}, *LAYOUTS[1:]]):
-        memory = shrink(mixture, tmp_path / str(number), **layout, **settings)["peak_memory"]
-        assert memory["device_measured"] <= memory["device_reserved"] <= need or number
+    flags = ["--text", tokens, "--batch", 16, "--drop-experts", "50%", *refit]
+    need = answer("plan", mixture, *flags)["device_peak"]
+    within(need, answer("shrink", mixture, tmp_path / "0", *flags, "--max-vram", f"{need}B")["peak_memory"])
+    settings = {"text": [str(tokens)], "device": "cuda", "batch": 16, "drop_experts": "50%", "refit": bool(refit)}
+    for number, layout in enumerate(LAYOUTS[1:], 1):
+        shrink(mixture, tmp_path / str(number), **layout, **settings)
         assert shards(tmp_path / str(number)) == shards(tmp_path / "0")
     assert not check(tmp_path / "0", against=mixture).problems
 

@@ -5,19 +5,21 @@ import torch
 from lowmem_wanda.errors import NumberError
 from lowmem_wanda.sparsity.gram import Gram
 from lowmem_wanda.sparsity.masks import lowest_mask
-from lowmem_wanda.sparsity.methods.least_squares import fit
+from lowmem_wanda.sparsity.methods.least_squares import CHUNK, fit
 from lowmem_wanda.sparsity.methods.method import Notes, costs
 from lowmem_wanda.sparsity.patterns import Pattern
+from lowmem_wanda.sparsity.selection import row_chunks
 
 DAMPING = 0.01  # of the diagonal, which is scaled to ones
 PENALTY = 0.1  # at first
 EVERY = 3  # rounds with one penalty
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # where more than a share of the kept weights changed: times so much
 MOST = 100  # rounds with a penalty each
+TILE = 512  # rows and columns that are inverted at a time
 STABLE = 0.001  # a smaller share of the kept weights changes: the support stays (the paper waits for 0)
 
 
-@costs(weight_bytes=32, square_bytes=16, products=2.0 * EVERY * 30 + 60, cubes=30.0)
+@costs(weight_bytes=28, square_bytes=12, products=2.0 * EVERY * 30 + 60, cubes=40.0)
 def alps(weight: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
     """Prunes a weight (rows, columns) to the pattern and changes what is kept, in place (algorithm 1 and 2).
 
@@ -28,8 +30,8 @@ def alps(weight: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
     products, scale = inputs.made("alps", lambda: _scaled(inputs))
     dense = weight.float() * scale
     found, rounds = _split(dense, products, pattern)
-    fitted = fit(found, dense, products)
-    weight.copy_(fitted.div_(scale))
+    for rows in row_chunks(len(weight), weight.shape[1], CHUNK):
+        weight[rows] = fit(found[rows], dense[rows], products).div_(scale)
     return {"rounds": rounds}
 
 
@@ -46,12 +48,13 @@ def _split(dense: torch.Tensor, products: torch.Tensor, pattern: Pattern) -> tup
     """Weights that hold the pattern, by ADMM, float32 (rows, columns), and the number of rounds that this took."""
     target = dense @ products
     sparse, pull, penalty = dense.clone(), torch.zeros_like(dense), PENALTY
-    free, spare, inverse = torch.empty_like(dense), torch.empty_like(dense), torch.empty_like(products)
+    free, spare = torch.empty_like(dense), torch.empty_like(dense)
+    inverse, halfway = torch.empty_like(products), torch.empty_like(products)
     before = torch.zeros_like(dense, dtype=torch.bool)
     rounds = 0
     while rounds < MOST:
         rounds += 1
-        _invert(products, penalty, inverse)
+        _invert(products, penalty, inverse, halfway)
         for _ in range(EVERY):
             torch.mm(torch.sub(target, pull, out=spare).add_(sparse, alpha=penalty), inverse, out=free)
             torch.add(free, pull, alpha=1 / penalty, out=sparse)
@@ -66,10 +69,26 @@ def _split(dense: torch.Tensor, products: torch.Tensor, pattern: Pattern) -> tup
     return sparse, rounds
 
 
-def _invert(products: torch.Tensor, penalty: float, inverse: torch.Tensor) -> None:
-    """Puts the inverse of X^T X plus a penalty into `inverse`, float32 (columns, columns). Raises NumberError."""
+def _invert(products: torch.Tensor, penalty: float, inverse: torch.Tensor, halfway: torch.Tensor) -> None:
+    """Puts the inverse of X^T X plus a penalty into `inverse`; `halfway` is workspace, all float32 (columns, columns).
+
+    With L its lower Cholesky factor it is L^-T L^-1. `torch.cholesky_inverse` takes two more such matrices on a GPU.
+    Raises NumberError where X^T X has no such factor.
+    """
     inverse.copy_(products).diagonal().add_(penalty)
-    lower, failed = torch.linalg.cholesky_ex(inverse)
+    lower = inverse.mT  # in the order that LAPACK works in, so that nothing is copied; the matrix is symmetric
+    _, failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32, device=lower.device)))
     if failed:
         raise NumberError("X^T X of its inputs has no Cholesky factorization")
-    torch.cholesky_inverse(lower, out=inverse)
+    starts = range(0, len(products), TILE)
+    for start in starts:
+        rows = slice(start, start + TILE)
+        corner = lower[rows, rows]
+        corner = torch.linalg.solve_triangular(corner, torch.eye(len(corner), device=corner.device), upper=False)
+        halfway[rows, start:].zero_()
+        halfway[rows, rows] = corner
+        halfway[rows, :start] = corner.neg() @ (lower[rows, :start] @ halfway[:start, :start])
+    for start in starts:
+        rows, stop = slice(start, start + TILE), start + TILE
+        inverse[rows, :stop] = halfway[start:, rows].t() @ halfway[start:, :stop]
+        inverse[:start, rows] = inverse[rows, :start].t()

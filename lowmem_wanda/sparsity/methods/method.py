@@ -40,13 +40,15 @@ class Cost:
 
     It works on the rows of `at_a_time` weights, one row at least (0: of all). A solver that `keeps_bits` changes no
     weight that it keeps. `products` are the operations for each weight and each input of its row (a product of all rows
-    with X^T X has 2), `cubes` those for each input cubed (a Cholesky factorization has 1/3).
+    with X^T X has 2), `cubes` those for each input cubed (a Cholesky factorization has 1/3). `launches` are the small
+    operations for each input, of which one waits for the other.
     """
 
     weight_bytes: int = 12
     square_bytes: int = 0
     products: float = 0.0
     cubes: float = 0.0
+    launches: int = 0
     at_a_time: int = 0
     keeps_bits: bool = False
 
@@ -186,6 +188,10 @@ class Method:
         """
         most = max(cost_of(part).nbytes(rows, columns) for part in self._parts)
         return max(most, rows * columns * 12 * (not self.by_rows)) + rows * columns * itemsize * self.compares_dense
+
+    def launches(self, columns: int) -> int:
+        """The small operations, one after the other, that pruning a matrix of so many inputs takes."""
+        return sum(cost_of(part).launches * columns for part in self._parts)
 
     def flops(self, rows: int, columns: int) -> float:
         """The operations that pruning a (rows, columns) matrix takes in products with X^T X."""

@@ -17,7 +17,7 @@ DAMPING = 0.01  # of the mean of the diagonal
 MOST_DAMPING = 1.0
 
 
-@costs(weight_bytes=12, square_bytes=8, products=1, cubes=5 / 3)
+@costs(weight_bytes=12, square_bytes=8, products=1, cubes=5 / 3, launches=7)
 def sparsegpt(weight: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
     """Prunes a weight (rows, columns) to the pattern and updates what is kept, in place (algorithm 1).
 
