@@ -82,8 +82,8 @@ class Rates:
     """What a machine does in a second.
 
     `flops` are operations of matrix products in the computing dtype, `exact` those in float32, `weights` are weights
-    that are masked, `read` and `written` are bytes. `launches` are small operations (0: they take no time of their own).
-    `busy` are the seconds of a core that a byte takes to be read and written, of `cores` cores.
+    that are masked, `read` and `written` are bytes. `launches` are small operations (0: they take no time of their
+    own). `busy` are the seconds of a core that a byte takes to be read and written, of `cores` cores.
     """
 
     flops: float
@@ -162,9 +162,9 @@ def measure(job: Estimated, plan: Predicted, folder: Path) -> Rates:
     written = _write_rate(folder, min(WRITTEN, nbytes // PART + 1, int(ROUGH[2] * 0.2 * seconds) + 1))
     busy = (time.thread_time() - start) / (read[0] + written[0]) * 2
     on_host = job.model.device.type == "cpu"
-    rates = [products.get(dtype, float("inf")) for dtype in (job.model.dtype, torch.float32)]
+    fast, exact = (products.get(dtype, float("inf")) for dtype in (job.model.dtype, torch.float32))
     launches = 1 / LAUNCH if plan.launches and not on_host else 0.0
-    return Rates(*rates, masks, read[1], written[1], launches, busy if on_host else 0.0, torch.get_num_threads())
+    return Rates(fast, exact, masks, read[1], written[1], launches, busy if on_host else 0.0, torch.get_num_threads())
 
 
 def estimate(job: Estimated, plan: Predicted, rates: Rates) -> float:

@@ -9,7 +9,7 @@ from helpers import save_tiny
 from lowmem_wanda import plan, prune
 from lowmem_wanda.cli.main import main
 from lowmem_wanda.errors import BudgetError
-from lowmem_wanda.pruning.estimate import Rates, estimate, measure
+from lowmem_wanda.pruning.estimate import LAUNCH, Rates, estimate, measure
 from lowmem_wanda.pruning.job import prepare
 from lowmem_wanda.pruning.plan import predict
 
@@ -27,7 +27,7 @@ def test_the_time_is_that_of_what_takes_longest(source, token_file):
     inside = sum(tensor.nbytes for index in range(depth) for tensor in job.model.block_tensors(index))
     nbytes = job.model.checkpoint.nbytes
     computing, reading, writing = made.flops / 0.7 / 1e6, inside / 2e5, nbytes / 4e5
-    fast = Rates(flops=1e6, weights=float("inf"), read=2e5, written=4e5)
+    fast = Rates(flops=1e6, exact=2e6, weights=float("inf"), read=2e5, written=4e5)
     for slots, expected in (
         (1, computing + reading + writing),
         (2, (depth - 1) / depth * max(computing, reading + writing) + (computing + reading + writing) / depth),
@@ -38,6 +38,8 @@ def test_the_time_is_that_of_what_takes_longest(source, token_file):
     masked = sum(matrix.weights for block in job.selected for matrix in block) / 1e3
     slow = replace(fast, weights=1e3, busy=1e-5, cores=2)
     whole = replace(made, layout=replace(made.layout, slots=1))
+    solving = replace(whole, flops=whole.flops + 14 * 10**6, exact=14 * 10**6, launches=30)
+    assert estimate(job, solving, replace(fast, launches=10)) == pytest.approx(computing + reading + writing + 10 + 3)
     assert estimate(job, whole, slow) == pytest.approx(computing + reading + writing + masked + inside * 1e-5 / 2)
 
 
@@ -66,7 +68,10 @@ def test_a_machine_that_is_not_here(source, token_file):
     made = plan(source, **text, **ABSENT)
     assert made.device_peak > 0 and made.seconds is None and made.rates is None
     known = plan(source, **text, **ABSENT, flops="80T", disk="3GB")
-    assert known.rates == {"flops": 80e12, "read": 3e9, "written": 3e9, "cores": 1} and known.seconds > 0
+    assert (
+        known.rates == {"flops": 80e12, "exact": 40e12, "read": 3e9, "written": 3e9, "launches": 1 / LAUNCH, "cores": 1}
+        and known.seconds > 0
+    )
     alone = plan(source, method="magnitude", ram="8GB", disk="1GB")
     assert alone.device_peak == 0 and alone.seconds > 0
     with pytest.raises(BudgetError, match=r"--vram: 2 MB cannot be kept, .*give --vram \d+MB"):

@@ -10,9 +10,10 @@ from lowmem_wanda.sparsity.selection import row_chunks
 CANDIDATES = 8  # kept and pruned weights of a row that are tried with each other
 SHARE = 8  # a row is swapped at most columns / SHARE times
 CHUNK = 1 << 22  # weights that are worked on at a time
+MOVED = 300  # what it moves in memory takes as long as so many operations for each weight and input (2 cores, AVX-512)
 
 
-@costs(weight_bytes=56, at_a_time=CHUNK, products=2.0 + 2.0 / SHARE)
+@costs(weight_bytes=56, at_a_time=CHUNK, products=2.0 + MOVED)
 def swaps(weight: torch.Tensor, dense: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
     """Swaps kept for pruned weights, in place, wherever that lowers tr((W - W0) X^T X (W - W0)^T).
 
