@@ -16,6 +16,13 @@ LATENT = {"model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers":
           "moe_intermediate_size": 2048, "num_experts_per_tok": 8, "n_shared_experts": 1, "q_lora_rank": 1536,
           "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
           "max_position_embeddings": 131072}  # fmt: skip
+DENSE = {
+    "Llama-3.1-70B": {
+        "model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 28672, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 PUBLISHED = {
     "Qwen3-30B-A3B": QWEN3_MOE | {
         "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
@@ -57,7 +64,7 @@ def headers(folder: Path, name: str, blocks: int | None = None) -> Path:
 
     It has the published number of blocks, or the first `blocks` of them.
     """
-    made = dict(PUBLISHED[name])
+    made = dict({**DENSE, **PUBLISHED}[name])
     made["num_hidden_layers"] = blocks or made["num_hidden_layers"]
     config = AutoConfig.for_model(made.pop("model_type"), **made)
     with init_empty_weights():

@@ -19,7 +19,7 @@ def published(tmp_path_factory):
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(3, 1000, (128, 2048)))
 
     def made(name):
-        path, blocks = folder / name, PUBLISHED[name].get("first_k_dense_replace", 0) + 1
+        path, blocks = folder / name, PUBLISHED.get(name, {}).get("first_k_dense_replace", 0) + 1
         return path if path.exists() else headers(path, name, None if ALL else blocks)
 
     return made, [folder / "ids.npy"]
@@ -34,6 +34,17 @@ def test_it_fits_a_card_of_24_gb_and_32_gb_of_memory(published, name, statistics
     assert made.host_peak < 32e9 * 0.95 and made.device_peak < 24e9 * 0.95
     assert made.read == made.written == Checkpoint(source(name)).nbytes
     assert made.flops < 2 * made.prunable * made.tokens  # not all experts on all tokens
+
+
+@pytest.mark.parametrize("statistics", ["block", "sequential"])
+@pytest.mark.parametrize(
+    "way", [{}, {"method": "sparsegpt"}, {"method": "alps"}, {"update": "lsq"}, {"refine": "swaps"},
+            {"recover": "block"}, {"quality": "best"}], ids=lambda way: "-".join(way.values())
+)  # fmt: skip
+def test_every_method_fits_a_70b_model_into_24_gb(published, way, statistics):
+    source, text = published
+    made = plan(source("Llama-3.1-70B"), text=text, statistics=statistics, vram="24GB", ram="32GB", **way)
+    assert made.host_peak < 32e9 * 0.95 and made.device_peak < 24e9 * 0.95
 
 
 def test_better_methods_hold_one_expert_s_statistic(published):
