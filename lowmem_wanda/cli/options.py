@@ -33,7 +33,8 @@ def add_calibration(command: argparse.ArgumentParser, seeds: str = "seed of the 
     """Adds the flags that say what matrices are measured on."""
     add = command.add_argument
     add("--text", nargs="+", default=(), metavar="FILE", help="calibration: plain text, .jsonl, token ids in .npy or "
-        ".safetensors, or c4 or wikitext2, which are downloaded (default: a built-in text)")  # fmt: skip
+        ".safetensors, or c4 or wikitext2, which are downloaded; with shares as in code.jsonl:3 chats.jsonl:1 "
+        "(default: a built-in text)")  # fmt: skip
     add("--sequences", type=positive, default=128, metavar="N", help="number of calibration sequences (default: 128)")
     add("--length", type=positive, default=2048, metavar="N",
         help="tokens of each sequence, capped by the model (default: 2048)")  # fmt: skip

@@ -207,7 +207,10 @@ def calibration_text(calibration: Mapping[str, Any]) -> str:
     if not calibration["text"]:
         return "none needed"
     shape = f"{calibration['sequences']} sequences of {calibration['length']} tokens"
-    return escape(f"{shape} from {', '.join(calibration['text'])}")
+    files = calibration.get("files") or ()
+    named = [f"{file['name']} ({file['share']:.0%})" for file in files if "share" in file]
+    several = 1 < len(calibration["text"]) == len(named)
+    return escape(f"{shape} from {', '.join(named if several else calibration['text'])}")
 
 
 def add_peaks(table: Any, memory: Mapping[str, Any]) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_wanda.data.chats import Render, no_template
+from lowmem_wanda.data.chats import Messages, Render, no_template
 from lowmem_wanda.data.documents import Documents, documents_of
+from lowmem_wanda.data.shares import divided, shares_of
 from lowmem_wanda.data.token_ids import facts_of_ids, holds_ids, load_ids, padded_rows, require_ids
 from lowmem_wanda.errors import CalibrationError
 
@@ -30,8 +31,8 @@ Encode = Callable[[str], list[int]]  # a text -> its token ids
 class Calibration:
     """Token ids, int64 (sequences, length), and the file names of the texts that they come from.
 
-    `files` are the facts of each text: its name, how it was read, its documents, and how many of these, as how many
-    tokens, were read. `warnings` are sentences.
+    `files` are the facts of each text: its name, how it was read, its documents, how many of these, as how many tokens,
+    were read, and its share of the sequences. `warnings` are sentences.
     """
 
     tokens: np.ndarray
@@ -58,30 +59,58 @@ def calibrate(
     """Calibration data of at most `sequences` rows of at most `length` tokens, each id below `vocabulary`.
 
     `texts` are files of text (see `formats`), of chats that `render` makes texts of, or of token ids; or "c4" or
-    "wikitext2", which are downloaded. Without `texts` the built-in text is used, which may hold fewer rows.
-    Two-dimensional ids are used row by row as they are. `encode` is called for texts only. Raises CalibrationError.
+    "wikitext2", which are downloaded. With shares (`code.jsonl:3`) the rows are divided among them. Without `texts` the
+    built-in text is used, which may hold fewer rows. Two-dimensional ids are used row by row as they are. `encode` is
+    called for texts only. Raises CalibrationError.
     """
     require_counts({"--sequences": sequences, "--length": length})
+    named = shares_of(texts)
+    if any(share for _, share in named):
+        given = {"encode": encode, "length": length, "vocabulary": vocabulary, "seed": seed, "render": render}
+        return _by_shares([(name, share or 1.0) for name, share in named], sequences, given)
     name, ids = " and ".join(texts) or "the built-in text", holds_ids(texts)
-    read: list[Documents] = []
+    read, shares = list[Documents](), np.empty(0)
     files: list[dict[str, Any]] = []
     if ids:
         tokens, files = _from_ids([Path(text) for text in texts], sequences, length, seed)
     elif texts:
         read = [_training(text, render) for text in texts]
         documents = [partial(encoded, one, reader, encode) for one in read for reader in one.readers]
-        tokens = _sampled(documents, sequences, length, seed, name)
+        tokens, drawn = _sampled(documents, sequences, length, seed, name)
+        owners = [index for index, one in enumerate(read) for _ in one.readers]
+        shares = np.bincount([owners[document] for document in drawn], minlength=len(read)) / len(drawn)
     else:
-        tokens, read = _built_in(encode, sequences, length, seed)
+        tokens, read = _built_in(encode, render, sequences, length, seed)
+        shares = np.array([one.tokens for one in read]) / max(1, sum(one.tokens for one in read))
     require_ids(tokens, vocabulary, name, made=not ids)
     count, repeated = padded_rows(tokens) if ids else (0, 0)
     warnings = [
         f"{count} of {len(tokens)} rows of token ids end in one repeated id ({repeated}), as padding does; it is "
         "measured like any text: give rows without it"
     ]
-    files += [one.facts() for one in read]
+    files += [{**one.facts(), "share": float(share)} for one, share in zip(read, shares, strict=True)]
     sources = tuple(Path(text).name for text in texts) or ("built-in text",)
     return Calibration(tokens, sources, tuple(files), tuple(warnings if count else ()))
+
+
+def _by_shares(texts: Sequence[tuple[str, float]], sequences: int, given: dict[str, Any]) -> Calibration:
+    """The calibration of (text, share) pairs: each is sampled alone, and then the rows of all are shuffled."""
+    counts = divided(sequences, [share for _, share in texts])
+    parts = [calibrate([name], sequences=count, **given) for (name, _), count in zip(texts, counts, strict=True)]
+    for (name, _), count, part in zip(texts, counts, parts, strict=True):
+        if part.tokens.shape != (count, parts[0].tokens.shape[1]):
+            rows, width = part.tokens.shape
+            raise CalibrationError(
+                f"{name}: {rows} rows of {width} tokens, where its share is {count} of {parts[0].tokens.shape[1]}: "
+                "give files that hold as much, or other shares"
+            )
+    tokens = np.concatenate([part.tokens for part in parts])
+    np.random.default_rng(given["seed"]).shuffle(tokens)
+    files = [
+        {**facts, "share": count / sequences} for count, part in zip(counts, parts, strict=True) for facts in part.files
+    ]
+    warnings = tuple(warning for part in parts for warning in part.warnings)
+    return Calibration(tokens, tuple(name for part in parts for name in part.sources), tuple(files), warnings)
 
 
 def encoded(read: Documents, reader: Callable[[], str], encode: Encode) -> np.ndarray:
@@ -108,15 +137,23 @@ def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
     return [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
 
 
-def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> tuple[np.ndarray, list[Documents]]:
+def _built_in(
+    encode: Encode, render: Render, sequences: int, length: int, seed: int
+) -> tuple[np.ndarray, list[Documents]]:
     """Token ids of the built-in text (sequences, length), and its documents.
 
-    The documents are shuffled, joined and cut into sequences one after the other, so that no token is used twice.
+    Its conversations are rendered by the model's chat template. The documents are shuffled, joined and cut into
+    sequences one after the other, so that no token is used twice.
     """
-    read = [documents_of(path) for path in sorted(BUILT_IN.glob("*.txt"))]
+    texts = [path for path in sorted(BUILT_IN.iterdir()) if path.suffix in (".txt", ".jsonl")]
+    renders = [_Lenient(render) for _ in texts]
+    read = [documents_of(path, one) for path, one in zip(texts, renders, strict=True)]
     readers = [partial(encoded, one, reader, encode) for one in read for reader in one.readers]
     random.Random(seed).shuffle(readers)
     stream = np.concatenate([reader() for reader in readers])
+    for one, how in zip(read, renders, strict=True):
+        if how.refused:
+            one.forms.add(f"{how.refused} of them as plain lines, because the model's template does not take them")
     held = len(stream) // length
     if held == 0:
         raise CalibrationError(
@@ -126,19 +163,37 @@ def _built_in(encode: Encode, sequences: int, length: int, seed: int) -> tuple[n
     return stream[: held * length].reshape(held, length)[:sequences], read
 
 
+class _Lenient:
+    """A render of the built-in conversations, which not every template takes: some know no tools, or no system."""
+
+    def __init__(self, render: Render) -> None:
+        self.render, self.refused = render, 0
+
+    def __call__(self, messages: Messages, tools: Any) -> str:
+        try:
+            return self.render(messages, tools)
+        except CalibrationError:
+            self.refused += 1
+            return ""
+
+
 def _sampled(
     documents: Sequence[Callable[[], np.ndarray]], sequences: int, length: int, seed: int, name: str
-) -> np.ndarray:
-    """Random sequences of random documents (sequences, length). `documents` are functions that read token ids."""
+) -> tuple[np.ndarray, list[int]]:
+    """Random sequences of random documents (sequences, length), and the documents that they begin in.
+
+    `documents` are functions that read token ids.
+    """
 
     @lru_cache(maxsize=32)  # a long document may be drawn many times
     def ids(index: int) -> np.ndarray:
         return documents[index]()
 
     rng = random.Random(seed)
-    rows = []
+    rows, starts = [], []
     for _ in range(sequences):
         start = rng.randrange(len(documents)) if documents else 0
+        starts.append(start)
         tokens = np.empty(0, np.int64)
         for offset in range(len(documents)):
             document = ids((start + offset) % len(documents))
@@ -152,7 +207,7 @@ def _sampled(
             )
         first = rng.randint(0, len(tokens) - length)
         rows.append(np.array(tokens[first : first + length], dtype=np.int64))  # a view would keep the whole document
-    return np.array(rows, dtype=np.int64)
+    return np.array(rows, dtype=np.int64), starts
 
 
 def _training(text: str, render: Render) -> Documents:
@@ -177,11 +232,15 @@ def _from_ids(paths: list[Path], sequences: int, length: int, seed: int) -> tupl
     for path, array in zip(paths, arrays, strict=True):
         facts.append(facts_of_ids(path, array))
     if not widths:
-        return _sampled([partial(np.asarray, array) for array in arrays], sequences, length, seed, name), facts
+        rows, drawn = _sampled([partial(np.asarray, array) for array in arrays], sequences, length, seed, name)
+        return rows, [{**one, "share": drawn.count(index) / len(drawn)} for index, one in enumerate(facts)]
     wanted: list[np.ndarray] = []
     for array in arrays:
         wanted.append(np.array(array[: sequences - sum(map(len, wanted)), :length], np.int64))
-    return np.concatenate(wanted), facts
+    total = sum(map(len, wanted))
+    return np.concatenate(wanted), [
+        {**one, "share": len(rows) / total} for one, rows in zip(facts, wanted, strict=True)
+    ]
 
 
 def download(name: str, split: str) -> list[Callable[[], str]]:

@@ -1,5 +1,6 @@
 """A row of a data set becomes one text: its `text`, or the chat, the prompt or the instruction that it holds."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,17 @@ def no_template(messages: Messages, tools: Any) -> str:
 
 
 def _rendered(messages: Messages, tools: Any, render: Render) -> str:
-    """A chat by the template, or as lines "role: content" where there is none."""
+    """A chat by the template, or where there is none as lines "role: content", with reasoning, calls and tools."""
     if text := render(messages, tools):
         return text
-    return "\n".join(f"{message['role']}: {message.get('content') or ''}".rstrip() for message in messages)
+    lines = [f"tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
+    for message in messages:
+        said = (message.get(field) for field in ("reasoning_content", "content"))
+        calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+        lines.append(
+            f"{message['role']}: " + "\n".join([*(one for one in said if isinstance(one, str) and one), *calls])
+        )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def text_of(row: Any, render: Render) -> tuple[str, str]:

@@ -63,6 +63,7 @@ def started(job: ShrinkJob) -> dict[str, Any]:
     """A record of what will be done, for `on_start`."""
     calibration = job.calibration and {
         "text": list(job.calibration.sources),
+        "files": list(job.calibration.files),
         "warnings": list(job.calibration.warnings),
         "sequences": job.calibration.tokens.shape[0],
         "length": job.calibration.tokens.shape[1],

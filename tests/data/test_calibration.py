@@ -9,6 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lowmem_wanda.data.calibration import BUILT_IN, calibrate
+from lowmem_wanda.data.documents import documents_of
+from lowmem_wanda.data.shares import divided
 from lowmem_wanda.errors import CalibrationError
 
 
@@ -24,15 +26,56 @@ def rows(texts, sequences=5, length=8, vocabulary=256, seed=0):
 
 
 def test_the_built_in_text_gives_as_many_windows_as_it_holds():
-    size = sum(
-        len(encode(document.strip()))
-        for path in BUILT_IN.glob("*.txt")
-        for document in path.read_text("utf-8").split("<|endoftext|>")
-    )
+    texts = [documents_of(path) for path in BUILT_IN.iterdir() if path.suffix in (".txt", ".jsonl")]
+    size = sum(len(encode(reader())) for text in texts for reader in text.readers)
     assert size > 120_000
     calibration = calibrate([], encode, sequences=10**6, length=2048, vocabulary=256)
     assert calibration.tokens.shape == (size // 2048, 2048)
     assert calibration.sources == ("built-in text",)
+
+
+@pytest.mark.parametrize(
+    ("total", "shares", "expected"), [(10, [1, 1], [5, 5]), (7, [2, 1], [5, 2]), (66, [0.7, 0.2, 0.1], [46, 13, 7])]
+)
+def test_sequences_are_divided_by_shares(total, shares, expected):
+    assert divided(total, shares) == expected
+
+
+def test_texts_with_shares(tmp_path):
+    for letter in "ab":
+        (tmp_path / f"{letter}.txt").write_text(letter * 100)
+    texts = [f"{tmp_path}/a.txt:3", f"{tmp_path}/b.txt"]
+    found = calibrate(texts, encode, sequences=8, length=10, vocabulary=256)
+    whole = [bytes(row.tolist()).decode() for row in found.tokens]
+    assert whole.count("a" * 10) == 6 and whole.count("b" * 10) == 2 and whole != sorted(whole)
+    assert [(file["name"], file["share"]) for file in found.files] == [("a.txt", 0.75), ("b.txt", 0.25)]
+    again = calibrate(texts, encode, sequences=8, length=10, vocabulary=256)
+    assert np.array_equal(again.tokens, found.tokens)
+
+
+@pytest.mark.parametrize(("texts", "said"), [
+    (["a.txt:0", "b.txt"], "a share is a number above 0"), (["a.txt:1000", "b.txt"], "one of the texts would get none"),
+    (["ids.npy:1", "more.npy:1"], "3 rows of 8 tokens, where its share is 4 of 8"),
+])  # fmt: skip
+def test_shares_that_cannot_be_had(tmp_path, texts, said):
+    for letter in "ab":
+        (tmp_path / f"{letter}.txt").write_text(letter * 100)
+    np.save(tmp_path / "ids.npy", np.ones((3, 8), int))
+    np.save(tmp_path / "more.npy", np.ones((4, 10), int))
+    with pytest.raises(CalibrationError, match=said):
+        calibrate([f"{tmp_path}/{text}" for text in texts], encode, sequences=8, length=10, vocabulary=256)
+
+
+def test_a_share_of_each_text_is_known_without_shares(tmp_path):
+    for letter in "ab":
+        (tmp_path / f"{letter}.txt").write_text(letter * 100)
+    files = calibrate([f"{tmp_path}/{one}.txt" for one in "ab"], encode, sequences=9, length=10, vocabulary=256).files
+    assert sum(file["share"] for file in files) == pytest.approx(1) and files[0]["share"] in np.arange(10) / 9
+
+
+def test_a_file_that_ends_like_a_share_is_a_file(tmp_path):
+    (tmp_path / "a:3").write_text("a" * 100)
+    assert calibrate([f"{tmp_path}/a:3"], encode, sequences=2, length=10, vocabulary=256).sources == ("a:3",)
 
 
 def test_the_seed_decides(tmp_path):
