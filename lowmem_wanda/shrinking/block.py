@@ -52,6 +52,18 @@ def remove_experts(
     return record | {"parts": clock.seconds()}
 
 
+def measured_sums(job: ShrinkJob, block: Block, states: MicroBatches) -> tuple[Sums | None, dict[str, float]]:
+    """What the experts of a block put out, if it has any, and the seconds; the hidden states move on."""
+    clock, sums = Clock(block.device), ExpertSums(job.layout.count, block.device)
+    with clock.part("measure"), outputs_heard(block, lambda _, *heard: sums.add(*heard)):
+        advance(block, states)
+    block.groups.finish()
+    try:
+        return (sums.record() if block.index in job.layers else None), clock.seconds()
+    except NumberError as error:
+        raise NumberError(f"block {block.index}: {error}") from None
+
+
 def _fitted(
     job: ShrinkJob, block: Block, small: Block, states: MicroBatches, layer: Layer, kept: list[int], moves_on: bool
 ) -> dict[str, Any]:
@@ -74,4 +86,5 @@ def layer_record(job: ShrinkJob, layer: int, sums: Sums | None) -> dict[str, Any
     scores = None
     if choice.scores is not None:
         scores = [float(one) if abs(one) < float("inf") else None for one in choice.scores]
-    return {"layer": layer, "kept": list(choice.kept), "by": choice.by, "scores": scores, "sums": sums}
+    record = {"layer": layer, "kept": list(choice.kept), "by": choice.by, "scores": scores, "sums": sums}
+    return {**record, "protected": list(job.protected.get(layer, ()))} if job.protect else record

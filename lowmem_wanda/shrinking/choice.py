@@ -1,7 +1,7 @@
 """Which experts of a checkpoint are kept: by a plan, by sums of what they put out, or by their weights."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,19 @@ def chosen_score(score: str | None, plan: Any, scores_from: Any) -> str:
 
 
 def choose(
-    layout: ExpertLayout, layer: int, keep: int, score: str, sums: Sums | None, source: Checkpoint, seed: int
+    layout: ExpertLayout,
+    layer: int,
+    keep: int,
+    score: str,
+    sums: Sums | None,
+    source: Checkpoint,
+    seed: int,
+    protected: Sequence[int] = (),
 ) -> LayerChoice:
     """The choice of a layer: the highest scores, of `sums` where the score is of what experts put out.
 
-    A layer that predicts further tokens is not measured, and chosen by its weights.
+    Those of `protected` ids come first. A layer that predicts further tokens is not measured, and chosen by its
+    weights.
     """
     if score in MEASURED and sums is not None:
         scores, by = measured(sums, score), score
@@ -56,7 +64,9 @@ def choose(
         scores, by = np.random.default_rng([seed, layer]).random(layout.count), score
     else:
         scores, by = by_weights(layout, layer, source), "aimer"
-    return LayerChoice(highest(scores, keep, layout.groups), by, scores)
+    first = scores.copy()
+    first[list(protected)] = np.inf
+    return LayerChoice(highest(first, keep, layout.groups), by, scores)
 
 
 def by_weights(layout: ExpertLayout, layer: int, source: Checkpoint) -> np.ndarray:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowmem_wanda.checkpoint.checksum import sha256_of
@@ -13,6 +14,7 @@ from lowmem_wanda.checkpoint.directory import Checkpoint, fingerprint
 from lowmem_wanda.data.calibration import Calibration
 from lowmem_wanda.llamacpp.expert_choice import LayerChoice
 from lowmem_wanda.shrinking.choice import Sums, choose
+from lowmem_wanda.sparsity.experts import super_experts
 from lowmem_wanda.streaming.expert_layout import ExpertLayout
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.model import StreamedModel, describe_device, versions
@@ -30,7 +32,8 @@ class ShrinkJob:
     layers that were measured before. `given` are the checksums of files that decide, and `origin` the name of
     one. In the order `statistics` "block"
     each layer is measured on what the smaller blocks before it put out, else on what the whole ones do. With `refit`,
-    kept experts are fitted to the whole layer. `small` is the smaller model, and `computing` the layout of what is
+    kept experts are fitted to the whole layer. With `protect` experts that put out outlying values are kept: then all
+    layers are measured before the first is chosen. `small` is the smaller model, and `computing` the layout of what is
     computed with.
     """
 
@@ -49,6 +52,7 @@ class ShrinkJob:
     verify_source: bool
     statistics: str
     refit: bool
+    protect: bool
     small: Skeleton
     computing: ExpertLayout
 
@@ -71,7 +75,16 @@ class ShrinkJob:
         """The choice of a layer, from its sums where the score is of what experts put out."""
         if layer in self.planned:
             return LayerChoice(self.planned[layer], "plan", None)
-        return choose(self.layout, layer, self.keep, self.score, sums, self.model.checkpoint, self.seed)
+        protected = self.protected.get(layer, ())
+        return choose(self.layout, layer, self.keep, self.score, sums, self.model.checkpoint, self.seed, protected)
+
+    @cached_property
+    def protected(self) -> Mapping[int, tuple[int, ...]]:
+        """{layer: ids} of the experts that are kept whatever their score is, of what is known of all layers."""
+        if not self.protect:
+            return {}
+        largest = {layer: np.asarray(self.known[layer]["largest"]) for layer in self.layout.running}
+        return super_experts(largest, self.model.depth)
 
     @cached_property
     def companions(self) -> Companions:
@@ -146,6 +159,7 @@ class ShrinkJob:
             **self.given,
             **({"seed": self.seed} if self.calibration or self.score == "random" else {}),
             **(measured or {}),
+            **({"protect": "super"} if self.protect else {}),
             "mtp": self.mtp if self.layout.predicting else "none",
             "device": describe_device(model.device),
             "trust_remote_code": model.trust_remote_code,

@@ -26,6 +26,7 @@ from lowmem_wanda.streaming.skeleton import Skeleton, build_skeleton
 
 NUMBERED = re.compile(r"experts\W*\d")  # an expert by its number, in a configuration
 ORDERS = ("dense", "block")
+PROTECTED = ("none", "super")
 MTP = ("keep", "drop")  # what becomes of layers that predict further tokens
 
 
@@ -40,6 +41,7 @@ def prepare(
     mtp: str = "keep",
     statistics: str = "dense",
     refit: bool = False,
+    protect: str = "none",
     text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
@@ -71,6 +73,7 @@ def prepare(
         raise PatternError("--text is what experts are measured on, and nothing is measured here; leave it out")
     measures = decides in MEASURED and not known
     _require_passes(measures, statistics, refit, model, stored)
+    _require_known(protect, measures or (bool(known) and Path(scores_from or "").suffix != ".gguf"), statistics, refit)
     if measures:
         _require_heard(model, layout)
         calibration = calibration or choose_calibration(model, text, sequences, length, seed)
@@ -80,7 +83,7 @@ def prepare(
         source=stored, layout=layout, model=model, keep=keep, score=decides, seed=seed, planned=planned, known=known,
         origin=Path(plan or scores_from or "").name, given={f"{name}_sha256": value for name, value in given.items()},
         calibration=calibration if measures else None, mtp=mtp, verify_source=verify_source, statistics=statistics,
-        refit=refit, computing=computing, small=_smaller(model, computing, keep, mtp),
+        refit=refit, protect=protect == "super", computing=computing, small=_smaller(model, computing, keep, mtp),
     )  # fmt: skip
 
 
@@ -152,3 +155,20 @@ def _require_passes(measures: bool, statistics: str, refit: bool, model: Streame
         )
     if refit and any(getattr(one, "has_post_expert_norm", False) for one in model.skeleton.model.modules()):
         raise ModelError("--refit: experts of this model are normed behind their down projection; leave it out")
+
+
+def _require_known(protect: str, known: bool, statistics: str, refit: bool) -> None:
+    """Raises PatternError where experts are to be protected by what they put out, and that is not known in time."""
+    if protect not in PROTECTED:
+        raise PatternError(f"--protect {protect}: give one of {', '.join(PROTECTED)}")
+    if protect == "super" and not known:
+        raise PatternError(
+            "--protect super: is told by the largest values that experts put out, and they are not measured here; give "
+            "a score that measures, such as reap, or --from what --record wrote"
+        )
+    if protect == "super" and (refit or statistics != "dense"):
+        flag = "--refit" if refit else f"--statistics {statistics}"
+        raise PatternError(
+            f"--protect super: all layers are measured before the first is cut, so {flag} does not go with it; leave "
+            "one of them out"
+        )

@@ -44,6 +44,7 @@ class ShrinkReport(TypedDict, total=False):
     calibration: dict[str, Any] | None
     tokens: dict[str, Any] | None
     refit: dict[str, Any] | None
+    imatrix: dict[str, Any]
     layers: list[dict[str, Any]]
     warnings: list[str]
     costs: list[str]
@@ -158,7 +159,7 @@ def _layer(job: ShrinkJob, record: Mapping[str, Any]) -> dict[str, Any]:
     if counts and sum(counts):
         lost = 1 - sum(counts[expert] for expert in record["kept"]) / sum(counts)
     fields = {name: record[name] for name in ("layer", "kept", "by", "scores", "sums")}
-    fields |= {"refit": record["refit"]} if "refit" in record else {}
+    fields |= {name: record[name] for name in ("refit", "protected") if name in record}
     return {**fields, "stem": job.layout.stem(record["layer"]), "tokens_lost": lost, "counts": counts}
 
 

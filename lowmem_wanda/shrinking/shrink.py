@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lowmem_wanda.checkpoint.writer import named_partial, require_new, write_jso
 from lowmem_wanda.errors import PatternError
 from lowmem_wanda.llamacpp.expert_choice import LayerChoice, plan_text
 from lowmem_wanda.shrinking.choice import scores_text
+from lowmem_wanda.shrinking.imatrix import of_smaller, require_imatrix
 from lowmem_wanda.shrinking.job import ShrinkJob
 from lowmem_wanda.shrinking.prepare import prepare
 from lowmem_wanda.shrinking.report import ShrinkReport, build, started
@@ -43,6 +44,8 @@ def shrink(
     mtp: str = "keep",
     statistics: str = "dense",
     refit: bool = False,
+    protect: str = "none",
+    imatrix: str | Path | None = None,
     text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
@@ -81,6 +84,10 @@ def shrink(
             what the smaller blocks before them do.
         refit: fit the kept experts' down projections to what the whole layer put out, by least squares (default:
             False). Then these weights are not the source's.
+        protect: "super" to keep experts that put out outlying values, whatever their score is; all layers are measured
+            before the first is cut (default: "none").
+        imatrix: a new file for the importance matrix of the smaller model, which is computed once more for it
+            (default: none).
         text: the calibration: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
         sequences: the number of calibration sequences (default: 128).
         length: the tokens of each sequence, capped by the model's positions (default: 2048).
@@ -122,13 +129,20 @@ def shrink(
                          dequantize=dequantize)  # fmt: skip
     job = prepare(
         source, drop_experts=drop_experts, keep_experts=keep_experts, score=score, plan=plan, scores_from=scores_from,
-        mtp=mtp, statistics=statistics, refit=refit, text=text, sequences=sequences, length=length, seed=seed,
-        verify_source=verify_source, machine=machine,
+        mtp=mtp, statistics=statistics, refit=refit, protect=protect, text=text, sequences=sequences, length=length,
+        seed=seed, verify_source=verify_source, machine=machine,
     )  # fmt: skip
     if record is not None and job.calibration is None:
         raise PatternError("--record: nothing is measured here; leave it out")
     beside = {name: Path(file) for name, file in (("record", record), ("plan", write_plan)) if file is not None}
-    return run(job, Path(target), beside, on_start, on_block, on_report)
+    if imatrix is not None:
+        require_imatrix(job, Path(imatrix), Path(target))
+    report = run(job, Path(target), beside, on_start, on_block, on_report)
+    if imatrix is not None and not Path(imatrix).exists():
+        report["imatrix"] = of_smaller(job, Path(imatrix), Path(target), machine)
+        on_report(report)  # type: ignore[arg-type]
+        write_json(Path(target) / REPORT, report)
+    return report
 
 
 def run(
@@ -174,8 +188,14 @@ def _walk(
         walk.without_computing()
         return {}, None
     with streamed(job.model, batches=walk.batches, placement=placement, folder=output.path) as stream:
-        walk.through(stream)
-        return stream.timing(), stream.peak.beside(need.host, need.device)
+        if job.protect:
+            walk.measure(stream)
+        else:
+            walk.through(stream)
+        found = stream.timing(), stream.peak.beside(need.host, need.device)
+    if job.protect:  # all layers are known now
+        ShrinkWalk(replace(job, known=walk.measured), output, placement.batch, on_block).without_computing()
+    return found
 
 
 def _publish(job: ShrinkJob, output: Output, report: ShrinkReport, beside: dict[str, Path], on_report: Notify) -> None:

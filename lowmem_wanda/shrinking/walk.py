@@ -12,7 +12,7 @@ from lowmem_wanda.checkpoint.output import Output, shard_names
 from lowmem_wanda.checkpoint.reader import PIECE, Tensor, read_header
 from lowmem_wanda.checkpoint.writer import COPIED_PIECE, write_shard
 from lowmem_wanda.data.calibration import in_batches
-from lowmem_wanda.shrinking.block import layer_record, remove_experts
+from lowmem_wanda.shrinking.block import layer_record, measured_sums, remove_experts
 from lowmem_wanda.shrinking.choice import Sums
 from lowmem_wanda.shrinking.job import ShrinkJob
 from lowmem_wanda.streaming.block import Block
@@ -37,6 +37,7 @@ class ShrinkWalk:
         self.walked = list(range(max(self.unfinished, default=-1) + 1)) if job.measures else []
         self.batches = in_batches(job.calibration.tokens, batch) if job.calibration else []
         self.smaller = job.smaller()
+        self.measured: dict[int, Sums] = {}
         self.spent: dict[str, float] = {}
         self.last = time.perf_counter()  # when the last shard was written
 
@@ -47,6 +48,22 @@ class ShrinkWalk:
             stream.submit(self.write_shared)
         if self.walked:
             stream.walk(self.step, indices=self.walked)
+
+    def measure(self, stream: Stream) -> None:
+        """Measures the experts of all blocks; nothing is chosen or written."""
+        self.spent = stream.spent
+        if self.unfinished:
+            stream.walk(self._measure)
+
+    def _measure(self, block: Block, states: MicroBatches) -> None:
+        sums, seconds = measured_sums(self.job, block, states)
+        add_seconds(self.spent, seconds)
+        if sums:
+            self.measured[block.index] = sums
+        now = time.perf_counter()
+        record = {"index": block.index, "measured": True, "host_bytes": anonymous(), "seconds": now - self.last}
+        self.last = now
+        self.on_block(record)
 
     def without_computing(self) -> None:
         """Writes all shards that are missing, of the choices that need no forward pass."""

@@ -105,6 +105,20 @@ def measured(sums: Mapping[str, Sequence[float]], score: str) -> np.ndarray:
     return found / np.maximum(tokens, 1) if divided else found
 
 
+def super_experts(largest: Mapping[int, np.ndarray], depth: int) -> dict[int, tuple[int, ...]]:
+    """{layer: ids} of experts that put out outlying values ("super experts", arXiv 2507.23279).
+
+    `largest` holds the largest |value| that each expert put out, (experts,) for each measured layer of a model of
+    `depth` blocks. As in REAP's code an expert is one if that is above the 99.5th percentile of all experts and above
+    a tenth of the largest, and its layer is in the first three quarters.
+    """
+    values = np.concatenate(list(largest.values()))
+    threshold = max(np.quantile(values, 0.995), values.max() / 10)
+    first = (layer for layer in largest if layer < 0.75 * depth)
+    found = {layer: tuple(int(one) for one in np.flatnonzero(largest[layer] > threshold)) for layer in first}
+    return {layer: ids for layer, ids in found.items() if ids}
+
+
 def aimer(absolute: np.ndarray, squares: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Minus mean |w| over root mean square of each expert's weights, which needs no data (arXiv 2603.18492).
 

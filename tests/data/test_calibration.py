@@ -78,6 +78,23 @@ def test_a_file_that_ends_like_a_share_is_a_file(tmp_path):
     assert calibrate([f"{tmp_path}/a:3"], encode, sequences=2, length=10, vocabulary=256).sources == ("a:3",)
 
 
+def test_built_in_conversations_go_through_the_template_or_are_plain_lines():
+    seen = []
+
+    def render(messages, tools):
+        seen.append(tools)
+        if messages[0]["role"] == "system":
+            raise CalibrationError("knows no system")
+        return "<chat>" + "".join(f"<{one['role']}>{one['content']}" for one in messages)
+
+    found = calibrate([], encode, sequences=10**6, length=64, vocabulary=256, render=render)
+    text = bytes(found.tokens.reshape(-1).tolist())
+    facts = {file["name"]: file for file in found.files}
+    assert any(seen) and b"<chat><user>" in text and b"system: " in text and b'tools: [{"type": "function"' in text
+    assert "of them as plain lines" in facts["agents.jsonl"]["how"] and "plain" not in facts["code.txt"]["how"]
+    assert sum(file["share"] for file in found.files) == pytest.approx(1)
+
+
 def test_the_seed_decides(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("the quick brown fox jumps over the lazy dog " * 20)

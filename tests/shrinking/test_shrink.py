@@ -12,7 +12,7 @@ from quantizing import FP8, MXFP4, edit, to_fp8, to_mxfp4
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowmem_wanda import Checkpoint, check, shrink, shrink_gguf
+from lowmem_wanda import Checkpoint, check, imatrix, shrink, shrink_gguf
 from lowmem_wanda.errors import CheckpointError, LowmemError, ModelError, OutputError, PatternError
 
 KEPT = (0, 2, 3, 6)  # of 8 experts, in the first layer; others rotate it
@@ -253,6 +253,54 @@ def test_recorded_scores_choose_again_without_a_forward_pass(made, token_file, t
         plan.unlink()
 
 
+def test_experts_with_outlying_outputs_are_kept(tmp_path, token_file, monkeypatch):
+    source = build(tmp_path / "source", "qwen3_moe")
+    way = {"keep_experts": 4, "score": "frequency", "text": [token_file], **FEW}
+    plain = shrink(source, tmp_path / "plain", **way)["layers"][1]
+    gone = next(one for one in range(8) if one not in plain["kept"] and plain["counts"][one])
+    edit(source, lambda tensors: {
+        name: tensor * 60 if f".1.mlp.experts.{gone}.down_proj" in name else tensor for name, tensor in tensors.items()
+    }, {})  # fmt: skip
+    report = shrink(source, tmp_path / "out", protect="super", record=tmp_path / "scores.json", **way)
+    assert [layer["protected"] for layer in report["layers"]] == [[], [gone], []][: len(report["layers"])]
+    assert gone in report["layers"][1]["kept"] and not check(tmp_path / "out", against=source).problems
+    known = {"keep_experts": 4, "score": "frequency", "scores_from": tmp_path / "scores.json", "device": "cpu"}
+    shrink(source, tmp_path / "again", protect="super", **known)
+    assert shards(tmp_path / "again") == shards(tmp_path / "out")
+
+    class Killed(BaseException):
+        pass
+
+    def stop(record):
+        if "kept" in record:
+            raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            shrink(source, tmp_path / "stopped", protect="super", on_block=stop, **way)
+    shrink(source, tmp_path / "stopped", protect="super", **way)
+    assert digests(tmp_path / "stopped") == digests(tmp_path / "out")
+
+
+def shards(path):
+    return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
+
+
+def test_the_importance_matrix_is_that_of_the_smaller_model(made, token_file, tmp_path):
+    pytest.importorskip("gguf")
+    way = {"keep_experts": 4, "text": [token_file], **FEW}
+    for _ in range(2):  # a finished one is proved, and stays
+        report = shrink(made("qwen3_moe"), tmp_path / "out", imatrix=tmp_path / "ours.gguf", **way)
+    assert report["imatrix"]["sequences"] == 22 and not report["imatrix"]["left_out"]
+    imatrix(tmp_path / "out", tmp_path / "theirs.gguf", text=[token_file], **FEW)
+    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
+    with pytest.raises(PatternError, match="run `imatrix` on what is written"):
+        shrink(made("qwen3_moe"), tmp_path / "no", imatrix=tmp_path / "no.gguf", keep_experts=4, score="aimer")
+    with pytest.raises(OutputError, match="exists"):
+        shrink(made("qwen3_moe"), tmp_path / "no", imatrix=tmp_path / "ours.gguf", **way)
+    assert not (tmp_path / "no").exists()
+
+
 def test_other_scores_are_refused_in_words(made, token_file, tmp_path):
     recorded = tmp_path / "scores.json"
     shrink(made("qwen3_moe"), tmp_path / "1", record=recorded, keep_experts=4, text=[token_file], **FEW)
@@ -381,6 +429,8 @@ def test_layers_that_predict_further_tokens_are_cut_or_dropped(tmp_path, token_f
     ("qwen3_moe", {"keep_experts": 4, "mtp": "half"}, PatternError, "--mtp half"),
     ("qwen3_moe", {"keep_experts": 4, "score": "aimer", "refit": True}, PatternError, "--refit: needs a forward pass"),
     ("qwen3_moe", {"keep_experts": 4, "statistics": "sequential"}, PatternError, "give one of dense, block"),
+    ("qwen3_moe", {"keep_experts": 4, "protect": "super", "refit": True}, PatternError, "so --refit does not go with it"),
+    ("qwen3_moe", {"keep_experts": 4, "protect": "super", "score": "random"}, PatternError, "are not measured here"),
     ("qwen3_moe", {}, PatternError, "say how many experts are dropped"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_is_refused_and_leaves_nothing(made, tiny, tmp_path, family, given, error, says):
