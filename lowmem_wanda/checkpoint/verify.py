@@ -109,7 +109,7 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     checkpoint, findings = Checkpoint(path), Findings()
     report = read_report(path)
     shrunk = report.get("kind") == "shrink"
-    promises = promises_of({} if shrunk else report)
+    promises = promises_of({} if shrunk and "blocks" not in report else report)
     parted = {promise.tensor for promise in promises.values() if promise.tensor}
     for tensor in checkpoint.tensors.values():
         if tensor.name not in parted and is_matrix(as_matrix(tensor)):
@@ -124,8 +124,11 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
         findings.kept, findings.experts = removal.layers, removal.count
         if against is not None:
             source = Checkpoint(against, dequantize=not removal.quantized)
-            (findings.identical, findings.cut, findings.moved), problems = compare_cut(checkpoint, source, removal)
-            findings.problems += problems
+            masked = {promise.tensor or name for name, promise in promises.items()}
+            found = compare_cut(checkpoint, source, removal, masked)
+            findings.identical, findings.cut, findings.moved = found.identical, found.cut, found.moved
+            findings.masked, findings.zeroed = found.masked, found.zeroed
+            findings.problems += found.problems
     elif against is not None:
         of_tensors = {promise.tensor or name: promise for name, promise in promises.items()}
         moved = set() if keeps_bits(report) else of_tensors.keys() | recovered_in(report)

@@ -5,14 +5,17 @@ names, shapes and bytes alone, without torch, transformers or the code that made
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lowmem_wanda.checkpoint.companions import REPORT, companions, differing
 from lowmem_wanda.checkpoint.cut import MEMBER, cut, renamed, stem_of
 from lowmem_wanda.checkpoint.directory import CONFIG, Checkpoint
-from lowmem_wanda.checkpoint.reader import Tensor, nonfinite
+from lowmem_wanda.checkpoint.reader import FLOATS, Tensor, nonfinite
 from lowmem_wanda.errors import CheckpointError
 
 OF_EXPERTS = re.compile(r"\bexperts\.|block_sparse_moe\.")  # in the names of what a refit may change
@@ -41,30 +44,61 @@ class Removal:
             ) from None
 
 
-def compare_cut(ours: Checkpoint, source: Checkpoint, removal: Removal) -> tuple[tuple[int, int, int], list[str]]:
+@dataclass
+class CutFindings:
     """The numbers of tensors that are the source's to the byte, that are slices of it, and whose values were moved.
 
-    With them, all that differs, in words.
+    In `masked` tensors weights are zero that are not in the source, `zeroed` of them in all. `problems` are all that
+    differs otherwise, in words.
     """
-    identical = sliced = moved = 0
-    problems, left = [], set(ours.tensors)
+
+    identical: int = 0
+    cut: int = 0
+    moved: int = 0
+    masked: int = 0
+    zeroed: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def compare_cut(ours: Checkpoint, source: Checkpoint, removal: Removal, pruned: Collection[str] = ()) -> CutFindings:
+    """What is found where a checkpoint is compared with its source, of which some experts were removed.
+
+    In the `pruned` tensors weights may be zero instead of the source's.
+    """
+    findings, left = CutFindings(), set(ours.tensors)
     for tensor, expected in _expected(source, ours, removal):
         left.discard(expected.name)
         found = ours.tensors.get(expected.name)
         if found is None:
-            problems.append(f"{expected.name}: is missing in {ours.path}")
+            findings.problems.append(f"{expected.name}: is missing in {ours.path}")
         elif (found.dtype, found.shape) != (expected.dtype, expected.shape):
-            problems.append(f"{found.name}: is {found.dtype} {list(found.shape)}, not {list(expected.shape)}")
+            findings.problems.append(f"{found.name}: is {found.dtype} {list(found.shape)}, not {list(expected.shape)}")
         elif found.name in removal.moved:
-            moved += 1
+            findings.moved += 1
             if any(nonfinite(piece, found.dtype) for piece in found.pieces()):
-                problems.append(f"{found.name}: holds NaN or infinity")
-        elif any(mine != its for mine, its in zip(found.pieces(), expected.pieces(), strict=True)):
-            problems.append(f"{found.name}: its bytes are not those of the source's {tensor.name}")
+                findings.problems.append(f"{found.name}: holds NaN or infinity")
         else:
-            identical, sliced = identical + (not expected.is_made), sliced + expected.is_made
-    problems += [f"{name}: is not in the source" for name in sorted(left)]
-    return (identical, sliced, moved), problems + list(_small_files(ours, source, removal))
+            _compare(found, expected, tensor.name, found.name in pruned, findings)
+    findings.problems += [f"{name}: is not in the source" for name in sorted(left)]
+    findings.problems += _small_files(ours, source, removal)
+    return findings
+
+
+def _compare(found: Tensor, expected: Tensor, name: str, pruned: bool, findings: CutFindings) -> None:
+    """Compares the bytes of a tensor with what is left of the source's tensor `name`."""
+    zeroed = changed = 0
+    for mine, its in zip(found.pieces(), expected.pieces(), strict=True):
+        if mine != its:
+            bits, before = (np.frombuffer(piece, f"<u{FLOATS.get(found.dtype, 1)}") for piece in (mine, its))
+            zeroed += int(((bits != before) & (bits == 0)).sum())
+            changed += int(((bits != before) & (bits != 0)).sum())
+    if changed or (zeroed and not pruned):
+        findings.problems.append(f"{found.name}: its bytes are not those of the source's {name}")
+    elif zeroed:
+        findings.masked, findings.zeroed = findings.masked + 1, findings.zeroed + zeroed
+    else:
+        findings.identical += not expected.is_made
+        findings.cut += expected.is_made
 
 
 def _expected(source: Checkpoint, ours: Checkpoint, removal: Removal) -> Iterator[tuple[Tensor, Tensor]]:

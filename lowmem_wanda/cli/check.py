@@ -41,8 +41,10 @@ def lines(findings: "Findings") -> list[str]:
         made.append(f"{findings.shards_verified} shards have the checksums of report.json")
     for layer, kept in findings.kept.items():
         made.append(f"layer {layer:>2}  keeps {ranges(kept)} of {findings.experts} experts")
-    if findings.kept and (findings.identical or findings.cut):
+    if findings.kept and (findings.identical or findings.cut or findings.masked):
         moved = f"; {findings.moved} were refitted, as report.json says" if findings.moved else ""
+        if findings.masked:
+            moved += f"; {findings.masked} are either but for {findings.zeroed} weights that are zero"
         made.append(
             f"{findings.identical} tensors are the source's to the byte; {findings.cut} are the source's slices of the "
             f"kept experts{moved}" + ("" if findings.problems else "; nothing else differs")

@@ -16,7 +16,7 @@ from lowmem_wanda.errors import PatternError
 MEGA = 10**6  # bytes
 BOTH = ("drop_experts", "keep_experts", "scores_from", "score", "seed", "plan", "write_plan")
 OF_GGUF = ("imatrix_out", "split_size")
-OF_CHECKPOINT = ("record", "mtp", "statistics", "refit", "protect", "imatrix", "text", "sequences", "length",
+OF_CHECKPOINT = ("record", "mtp", "statistics", "refit", "protect", "imatrix", "pattern", "text", "sequences", "length",
                  "verify_source")  # fmt: skip
 
 
@@ -47,6 +47,8 @@ def add(commands: Any) -> None:
         "values, whatever their score is; all layers are measured before the first is cut (default: none)")  # fmt: skip
     add("--imatrix", metavar="FILE", help="write the importance matrix of the smaller model too, for llama.cpp (.gguf, "
         ".dat); it is computed once more for that")  # fmt: skip
+    add("--pattern", metavar="PATTERN", help="prune what is left by Wanda in the same walk: N:M, or a share; needs "
+        "--statistics block (default: no zeros)")  # fmt: skip
     add_calibration(command, seeds="seed of the calibration sample, and of --score random")
     add("--verify-source", action="store_true", help="know the source again by all of its bytes when the job goes on")
     add_machine(command)

@@ -7,7 +7,7 @@ from pathlib import Path
 from lowmem_wanda.checkpoint.writer import write_bytes
 from lowmem_wanda.cli import plots
 from lowmem_wanda.cli.markup import Record, Section, pairs, paragraphs, sections, table
-from lowmem_wanda.cli.shrink_text import imatrix_text, measuring, protected_text, refit_text
+from lowmem_wanda.cli.shrink_text import imatrix_text, measuring, protected_text, refit_text, zeros_text
 from lowmem_wanda.cli.terminal import duration, ranges, size
 
 LOST = "Share of a layer's routed tokens that went to experts which are gone, in the text that they were measured on."
@@ -33,6 +33,7 @@ def _sections(report: Record) -> Iterator[Section]:
         "tokens": tokens and f"{tokens['lost_mean']:.2%} of routed tokens went to dropped experts; at most "
                              f"{tokens['lost_most']:.2%}, in layer {tokens['lost_most_in']}",
         "refit": report.get("refit") and refit_text(report["refit"]),
+        "zeros": zeros_text(report) if "pattern" in report else None,
         "protected": protected_text(report),
         "imatrix": imatrix_text(report["imatrix"]) if report.get("imatrix") else None,
         "routing": report["routing_text"],

@@ -74,6 +74,8 @@ def table(report: Mapping[str, Any]) -> Any:
         table.add_row("tokens", f"not known what went to dropped experts; {move} tells")
     if refit := report.get("refit"):
         table.add_row("refit", refit_text(refit))
+    if "pattern" in report:
+        table.add_row("zeros", zeros_text(report))
     if protected := protected_text(report):
         table.add_row("protected", protected)
     if matrix := report.get("imatrix"):
@@ -93,6 +95,15 @@ def refit_text(refit: Mapping[str, Any]) -> str:
     """What fitting kept experts did, in words."""
     before, after = refit["before"], refit["after"]
     return f"layers lose {before:.1%} of the squares of their outputs before it, {after:.1%} after it, in the mean"
+
+
+def zeros_text(report: Mapping[str, Any]) -> str:
+    """What was pruned of what is left, in words."""
+    summary = report["summary"]
+    return (
+        f"{report['pattern']} by wanda in {summary['linears']} matrices that are left: {number(summary['zeros'])} of "
+        f"{number(summary['weights'])} weights ({summary['sparsity']:.2%}); they do not make the files smaller"
+    )
 
 
 def protected_text(report: Mapping[str, Any]) -> str:

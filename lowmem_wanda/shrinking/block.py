@@ -6,24 +6,28 @@ from typing import Any
 from lowmem_wanda.errors import NumberError
 from lowmem_wanda.shrinking.choice import Sums
 from lowmem_wanda.shrinking.job import ShrinkJob
+from lowmem_wanda.shrinking.masks import prune_kept, prune_without_experts
 from lowmem_wanda.shrinking.refit import Layer, refit, routes_of
 from lowmem_wanda.sparsity.expert_sums import ExpertSums
 from lowmem_wanda.streaming.block import Block
-from lowmem_wanda.streaming.resources import Clock
+from lowmem_wanda.streaming.resources import Clock, add_seconds
 from lowmem_wanda.streaming.smaller import Smaller
 from lowmem_wanda.streaming.walk import MicroBatches, advance
 from lowmem_wanda.streaming.watching import outputs_heard
+from lowmem_wanda.streaming.workload import Placement
 
 
 def remove_experts(
-    job: ShrinkJob, block: Block, states: MicroBatches, smaller: Smaller | None, moves_on: bool
+    job: ShrinkJob, block: Block, states: MicroBatches, smaller: Smaller | None, moves_on: bool, placement: Placement
 ) -> dict[str, Any]:
-    """Chooses the experts that a block keeps; gives its record.
+    """Chooses the experts that a block keeps, and prunes what is left where the job does so; gives its record.
 
     If it `moves_on`, the hidden states are replaced by the output of the whole block, or in the block order by that of
     the block with the kept experts alone, which `smaller` gives.
     """
     clock, record = Clock(block.device), dict[str, Any](index=block.index)
+    if block.index not in job.layers and job.pruning is not None:
+        return record | prune_without_experts(job.pruning, block, states, placement, moves_on)
     if block.index not in job.layers:
         with clock.part("measure"):
             if moves_on:
@@ -46,10 +50,15 @@ def remove_experts(
             record |= layer_record(job, block.index, sums.record())
         except NumberError as error:
             raise NumberError(f"block {block.index}: {error}") from None
-    if smaller is not None:
+    if smaller is not None and job.pruning is not None:
+        with smaller.block(block, record["kept"]) as small:
+            record |= prune_kept(job, block, small, states, record["kept"], moves_on, placement.chunk)
+    elif smaller is not None:
         with clock.part("refit" if job.refit else "onward"), smaller.block(block, record["kept"]) as small:
             record |= _fitted(job, block, small, states, layer, record["kept"], moves_on)
-    return record | {"parts": clock.seconds()}
+    parts = record.get("parts", {})
+    add_seconds(parts, clock.seconds())
+    return record | {"parts": parts}
 
 
 def measured_sums(job: ShrinkJob, block: Block, states: MicroBatches) -> tuple[Sums | None, dict[str, float]]:

@@ -1,7 +1,7 @@
 """A removal of experts that is ready to start: everything that is chosen and checked before a weight is read."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from lowmem_wanda.checkpoint.companions import Companions, companions
 from lowmem_wanda.checkpoint.directory import Checkpoint, fingerprint
 from lowmem_wanda.data.calibration import Calibration
 from lowmem_wanda.llamacpp.expert_choice import LayerChoice
+from lowmem_wanda.pruning.job import PruneJob
 from lowmem_wanda.shrinking.choice import Sums, choose
 from lowmem_wanda.sparsity.experts import super_experts
 from lowmem_wanda.streaming.expert_layout import ExpertLayout
@@ -34,7 +35,7 @@ class ShrinkJob:
     each layer is measured on what the smaller blocks before it put out, else on what the whole ones do. With `refit`,
     kept experts are fitted to the whole layer. With `protect` experts that put out outlying values are kept: then all
     layers are measured before the first is chosen. `small` is the smaller model, and `computing` the layout of what is
-    computed with.
+    computed with. With `pruning` the matrices that are left are masked by it, in the same walk.
     """
 
     source: Checkpoint
@@ -55,6 +56,7 @@ class ShrinkJob:
     protect: bool
     small: Skeleton
     computing: ExpertLayout
+    pruning: PruneJob | None = None
 
     @property
     def measures(self) -> bool:
@@ -100,7 +102,12 @@ class ShrinkJob:
         tokens, size = sequences * length, self.model.dtype.itemsize
         fitted = tokens * self.model.skeleton.width * (size + 4) * self.refit  # what a layer is given and puts out
         largest = max(matrix.weights for matrix in self.model.skeleton.all_matrices) * size
-        return Workload((self.model,), sequences, length, statistics=fitted, workspace=2 * largest, whole_blocks=True)
+        made = Workload((self.model,), sequences, length, statistics=fitted, workspace=2 * largest, whole_blocks=True)
+        if self.pruning is None:
+            return made
+        masks = self.pruning.workload
+        return replace(made, statistics=fitted + masks.statistics, workspace=made.workspace + masks.workspace,
+                       chunk=masks.chunk, score_bytes=masks.score_bytes)  # fmt: skip
 
     @property
     def passes_twice(self) -> bool:
@@ -160,6 +167,7 @@ class ShrinkJob:
             **({"seed": self.seed} if self.calibration or self.score == "random" else {}),
             **(measured or {}),
             **({"protect": "super"} if self.protect else {}),
+            **({"pattern": str(self.pruning.pattern)} if self.pruning else {}),
             "mtp": self.mtp if self.layout.predicting else "none",
             "device": describe_device(model.device),
             "trust_remote_code": model.trust_remote_code,

@@ -13,11 +13,13 @@ from lowmem_wanda.data.calibration import Calibration, name_list, require_counts
 from lowmem_wanda.errors import ModelError, PatternError
 from lowmem_wanda.llamacpp.expert_choice import numbers
 from lowmem_wanda.pruning.choices import choose_calibration
+from lowmem_wanda.pruning.job import prepare as prepare_pruning
 from lowmem_wanda.shrinking.choice import Sums, chosen_score, read_scores
 from lowmem_wanda.shrinking.from_imatrix import Estimates
 from lowmem_wanda.shrinking.job import ShrinkJob
 from lowmem_wanda.sparsity import MEASURED
 from lowmem_wanda.sparsity.experts import require_kept
+from lowmem_wanda.sparsity.patterns import parse
 from lowmem_wanda.streaming.expert_layout import ExpertLayout, expert_layout
 from lowmem_wanda.streaming.experts import is_experts
 from lowmem_wanda.streaming.machine import ANY, Machine
@@ -42,6 +44,7 @@ def prepare(
     statistics: str = "dense",
     refit: bool = False,
     protect: str = "none",
+    pattern: str | None = None,
     text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
@@ -74,6 +77,8 @@ def prepare(
     measures = decides in MEASURED and not known
     _require_passes(measures, statistics, refit, model, stored)
     _require_known(protect, measures or (bool(known) and Path(scores_from or "").suffix != ".gguf"), statistics, refit)
+    if pattern is not None:
+        _require_masks(pattern, measures, statistics, refit, stored is model.checkpoint)
     if measures:
         _require_heard(model, layout)
         calibration = calibration or choose_calibration(model, text, sequences, length, seed)
@@ -84,6 +89,7 @@ def prepare(
         origin=Path(plan or scores_from or "").name, given={f"{name}_sha256": value for name, value in given.items()},
         calibration=calibration if measures else None, mtp=mtp, verify_source=verify_source, statistics=statistics,
         refit=refit, protect=protect == "super", computing=computing, small=_smaller(model, computing, keep, mtp),
+        pruning=None if pattern is None else prepare_pruning(model, pattern=pattern, calibration=calibration),
     )  # fmt: skip
 
 
@@ -171,4 +177,23 @@ def _require_known(protect: str, known: bool, statistics: str, refit: bool) -> N
         raise PatternError(
             f"--protect super: all layers are measured before the first is cut, so {flag} does not go with it; leave "
             "one of them out"
+        )
+
+
+def _require_masks(pattern: str, measures: bool, statistics: str, refit: bool, in_place: bool) -> None:
+    """Raises PatternError where what is left cannot be pruned in the same walk."""
+    said = f"--pattern {pattern}: "
+    parse(pattern)
+    if not measures:
+        raise PatternError(f"{said}weights are pruned by what is measured, and nothing is here; prune what is written")
+    if statistics != "block":
+        raise PatternError(
+            f"{said}what is left is measured on what the smaller blocks before it put out; give --statistics block, too"
+        )
+    if refit:
+        raise PatternError(f"{said}changes what --refit would fit; leave one of them out")
+    if not in_place:
+        raise PatternError(
+            f"{said}changes weights, and those of this checkpoint are quantized: give --dequantize, too, to write "
+            "bfloat16"
         )

@@ -1,5 +1,6 @@
 """The facts of a removal of experts, as they stand in report.json."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
@@ -46,6 +47,8 @@ class ShrinkReport(TypedDict, total=False):
     refit: dict[str, Any] | None
     imatrix: dict[str, Any]
     layers: list[dict[str, Any]]
+    pattern: str
+    blocks: list[dict[str, Any]]
     warnings: list[str]
     costs: list[str]
     commands: list[str]
@@ -119,7 +122,24 @@ def build(
         "copied_files": [str(file) for file in job.companions.files],
         "left_out_files": job.companions.left_out,
         "without": list(job.layout.predicted) if job.mtp == "drop" else [],
-        "summary": {"sparsity": 0.0},
+        **_masks(job, shards),  # type: ignore[typeddict-item]
+    }
+
+
+def _masks(job: ShrinkJob, shards: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was pruned of what is left: the records of its matrices, block by block, and their sparsity."""
+    if job.pruning is None:
+        return {"summary": {"sparsity": 0.0}}
+    records = [one for one in shards.values() if "linears" in one]
+    blocks = [{name: one[name] for name in ("index", "linears", "passes")} for one in records]
+    linears = [linear for block in blocks for linear in block["linears"].values()]
+    weights = [math.prod(linear["shape"]) for linear in linears]
+    zeros = sum(linear["zeros"] for linear in linears)
+    counts = {"linears": len(linears), "zeros": zeros, "weights": sum(weights)}
+    return {
+        "summary": {"sparsity": zeros / max(1, sum(weights)), **counts},
+        "pattern": str(job.pruning.pattern),
+        "blocks": blocks,
     }
 
 

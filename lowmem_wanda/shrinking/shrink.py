@@ -26,8 +26,8 @@ from lowmem_wanda.streaming.workload import Need, Placement
 
 NOTHING = Need(0, 0, 0)  # what a job needs of memory that computes nothing
 LABELS = {"source_sha256": "--verify-source", "threads": "threads (OMP_NUM_THREADS)", "lowmem_wanda": "lowmem-wanda"}
-FLAGS = ("keep_experts", "score", "seed", "text", "statistics", "dtype", "batch", "mtp", "device", "dequantize",
-         "trust_remote_code")  # fmt: skip
+FLAGS = ("keep_experts", "pattern", "score", "seed", "text", "statistics", "dtype", "batch", "mtp", "device",
+         "dequantize", "trust_remote_code")  # fmt: skip
 
 
 def shrink(
@@ -46,6 +46,7 @@ def shrink(
     refit: bool = False,
     protect: str = "none",
     imatrix: str | Path | None = None,
+    pattern: str | None = None,
     text: str | Path | Sequence[str | Path] = (),
     sequences: int = 128,
     length: int = 2048,
@@ -88,6 +89,8 @@ def shrink(
             before the first is cut (default: "none").
         imatrix: a new file for the importance matrix of the smaller model, which is computed once more for it
             (default: none).
+        pattern: prune what is left by Wanda in the same walk, to "N:M" or a share such as "50%"; needs `statistics`
+            "block" (default: none).
         text: the calibration: files of text or token ids, or "c4", "wikitext2" (default: the built-in text).
         sequences: the number of calibration sequences (default: 128).
         length: the tokens of each sequence, capped by the model's positions (default: 2048).
@@ -129,8 +132,8 @@ def shrink(
                          dequantize=dequantize)  # fmt: skip
     job = prepare(
         source, drop_experts=drop_experts, keep_experts=keep_experts, score=score, plan=plan, scores_from=scores_from,
-        mtp=mtp, statistics=statistics, refit=refit, protect=protect, text=text, sequences=sequences, length=length,
-        seed=seed, verify_source=verify_source, machine=machine,
+        mtp=mtp, statistics=statistics, refit=refit, protect=protect, pattern=pattern, text=text,
+        sequences=sequences, length=length, seed=seed, verify_source=verify_source, machine=machine,
     )  # fmt: skip
     if record is not None and job.calibration is None:
         raise PatternError("--record: nothing is measured here; leave it out")
@@ -183,7 +186,7 @@ def _walk(
     job: ShrinkJob, output: Output, placement: Placement | None, need: Need, on_block: Notify
 ) -> tuple[dict[str, Any], dict[str, int] | None]:
     """Writes all shards; gives the seconds, and the peaks of memory beside what was predicted, where it computed."""
-    walk = ShrinkWalk(job, output, placement.batch if placement else 0, on_block)
+    walk = ShrinkWalk(job, output, placement, on_block)
     if placement is None:
         walk.without_computing()
         return {}, None
@@ -194,7 +197,7 @@ def _walk(
             walk.through(stream)
         found = stream.timing(), stream.peak.beside(need.host, need.device)
     if job.protect:  # all layers are known now
-        ShrinkWalk(replace(job, known=walk.measured), output, placement.batch, on_block).without_computing()
+        ShrinkWalk(replace(job, known=walk.measured), output, placement, on_block).without_computing()
     return found
 
 

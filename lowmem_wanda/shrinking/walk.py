@@ -19,6 +19,7 @@ from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.buffers import DTYPES, Slot, Write, raw, read_cast
 from lowmem_wanda.streaming.resources import Clock, add_seconds, anonymous
 from lowmem_wanda.streaming.walk import MicroBatches, Notify, Stream, advance
+from lowmem_wanda.streaming.workload import Placement
 
 Contents = Iterable[bytes | memoryview] | None
 
@@ -30,12 +31,13 @@ class ShrinkWalk:
     computed, and shards are written one after the other.
     """
 
-    def __init__(self, job: ShrinkJob, output: Output, batch: int, on_block: Notify) -> None:
-        self.job, self.output, self.on_block = job, output, on_block
+    def __init__(self, job: ShrinkJob, output: Output, placement: Placement | None, on_block: Notify) -> None:
+        self.job, self.output, self.placement, self.on_block = job, output, placement, on_block
         self.shared, *self.shards = shard_names(job.model.depth)
         self.unfinished = [index for index, shard in enumerate(self.shards) if shard not in output.finished]
         self.walked = list(range(max(self.unfinished, default=-1) + 1)) if job.measures else []
-        self.batches = in_batches(job.calibration.tokens, batch) if job.calibration else []
+        computes = job.calibration is not None and placement is not None
+        self.batches = in_batches(job.calibration.tokens, placement.batch) if computes else []  # type: ignore[union-attr]
         self.smaller = job.smaller()
         self.measured: dict[int, Sums] = {}
         self.spent: dict[str, float] = {}
@@ -77,7 +79,9 @@ class ShrinkWalk:
         if block.index not in self.unfinished:
             self._replay(block, states)
             return None
-        record = remove_experts(self.job, block, states, self.smaller, moves_on=block.index != self.walked[-1])
+        assert self.placement is not None
+        moves_on = block.index != self.walked[-1]
+        record = remove_experts(self.job, block, states, self.smaller, moves_on, self.placement)
         add_seconds(self.spent, record["parts"])
         return partial(self._write_from, record)
 
@@ -86,21 +90,22 @@ class ShrinkWalk:
         clock = Clock(block.device)
         with clock.part("onward"):
             kept = self.output.finished[self.shards[block.index]].get("kept")
+            as_written = self.job.statistics != "dense" and (self.job.refit or self.job.pruning is not None)
+            if as_written:
+                self._take_up(block, kept or [])
             if kept is None or self.job.statistics == "dense" or self.smaller is None:
                 advance(block, states)
             else:
-                if self.job.refit:
-                    self._take_up(block, kept)
                 with self.smaller.block(block, kept) as small:
                     advance(small, states)
         add_seconds(self.spent, clock.seconds())
 
     def _take_up(self, block: Block, kept: list[int]) -> None:
-        """Puts the kept experts' weights, as they were written, into a block that was read from the source."""
+        """Puts the weights that were changed, as they were written, into a block that was read from the source."""
         written = read_header(self.output.path / self.shards[block.index])
         layout = self.job.layout
-        for tensor, made in layout.tensors({block.index: kept}):
-            if tensor.name in block.stored and made is not tensor:
+        for tensor, made in layout.tensors({block.index: kept} if kept else {}):
+            if tensor.name in block.stored and (made is not tensor or self.job.pruning):
                 found = _read(written[made.name]).to(block.device)
                 rows = layout.rows.get(tensor.name)
                 if rows is None:

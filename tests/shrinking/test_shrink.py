@@ -12,7 +12,7 @@ from quantizing import FP8, MXFP4, edit, to_fp8, to_mxfp4
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowmem_wanda import Checkpoint, check, imatrix, shrink, shrink_gguf
+from lowmem_wanda import Checkpoint, check, imatrix, prune, shrink, shrink_gguf
 from lowmem_wanda.errors import CheckpointError, LowmemError, ModelError, OutputError, PatternError
 
 KEPT = (0, 2, 3, 6)  # of 8 experts, in the first layer; others rotate it
@@ -212,9 +212,37 @@ def test_any_batch_and_groups_of_experts_give_the_same(made, token_file, tmp_pat
             np.testing.assert_allclose(values, two["sums"][name], rtol=1e-5)
 
 
+def tensors_of(path):
+    return {name: load_file(tensor.file)[name] for name, tensor in Checkpoint(path).tensors.items()}
+
+
+def linears_of(report):
+    return {name: one for block in report["blocks"] for name, one in block["linears"].items()}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "glm4_moe"])
+def test_what_is_left_is_pruned_as_the_smaller_checkpoint_would_be(made, token_file, tmp_path, family, pattern):
+    given, plan = {"pattern": pattern, "text": [token_file], **FEW}, tmp_path / "plan.json"
+    one = shrink(made(family), tmp_path / "one", keep_experts=4, statistics="block", write_plan=plan, **given)
+    shrink(made(family), tmp_path / "smaller", plan=plan, device="cpu")
+    two = prune(tmp_path / "smaller", tmp_path / "two", **given)
+    found, expected = (tensors_of(tmp_path / name) for name in ("one", "two"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in found)
+    assert linears_of(one).keys() == linears_of(two).keys()
+    assert one["summary"]["sparsity"] == two["summary"]["sparsity"]
+    same = ("zeros", "shape", "pattern", "tensor", "start", "tokens", "expert", "scored_by")
+    assert all(linears_of(one)[name].get(key) == its.get(key) for name, its in linears_of(two).items() for key in same)
+    findings = check(tmp_path / "one", against=made(family))
+    assert not findings.problems and findings.masked and findings.zeroed
+    assert all(matrix.pattern[:3] == "2:4" for matrix in findings.matrices if matrix.sparsity) or pattern != "2:4"
+
+
 @pytest.mark.parametrize(
-    "more", [{}, {"statistics": "block"}, {"refit": True}, {"statistics": "block", "refit": True}], ids=str
-)
+    "more", [{}, {"statistics": "block"}, {"refit": True}, {"statistics": "block", "refit": True},
+             {"statistics": "block", "pattern": "2:4"}], ids=str
+)  # fmt: skip
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(made, token_file, tmp_path, more):
     way = {"keep_experts": 4, "score": "weighted", "text": [token_file], **more, **FEW}
     shrink(made("deepseek_v3"), tmp_path / "whole", **way)
@@ -429,6 +457,10 @@ def test_layers_that_predict_further_tokens_are_cut_or_dropped(tmp_path, token_f
     ("qwen3_moe", {"keep_experts": 4, "mtp": "half"}, PatternError, "--mtp half"),
     ("qwen3_moe", {"keep_experts": 4, "score": "aimer", "refit": True}, PatternError, "--refit: needs a forward pass"),
     ("qwen3_moe", {"keep_experts": 4, "statistics": "sequential"}, PatternError, "give one of dense, block"),
+    ("qwen3_moe", {"keep_experts": 4, "pattern": "2:4"}, PatternError, "give --statistics block, too"),
+    ("qwen3_moe", {"keep_experts": 4, "pattern": "2:4", "score": "aimer"}, PatternError, "prune what is written"),
+    ("qwen3_moe", {"keep_experts": 4, "pattern": "2:4", "statistics": "block", "refit": True}, PatternError, "--refit"),
+    ("qwen3_moe", {"keep_experts": 4, "pattern": "4:2", "statistics": "block"}, PatternError, "4:2"),
     ("qwen3_moe", {"keep_experts": 4, "protect": "super", "refit": True}, PatternError, "so --refit does not go with it"),
     ("qwen3_moe", {"keep_experts": 4, "protect": "super", "score": "random"}, PatternError, "are not measured here"),
     ("qwen3_moe", {}, PatternError, "say how many experts are dropped"),
