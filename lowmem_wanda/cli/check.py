@@ -51,10 +51,14 @@ def lines(findings: "Findings") -> list[str]:
         )
     elif findings.identical or findings.masked:
         what = "the smallest number" if any(matrix.filled for matrix in findings.matrices) else "zero"
-        made.append(
-            f"{findings.identical} tensors are the source's to the byte; {findings.masked} are the source's "
-            f"but for {findings.zeroed} weights that are {what}"
-        )
-    if findings.moved and not findings.kept:
-        made.append(f"{findings.moved} of them have kept weights of other values, as report.json says of its method")
+        identical = f"{findings.identical} tensors are the source's to the byte; "
+        if findings.moved:
+            made.append(
+                f"{identical}{findings.masked} have {findings.zeroed} weights that are {what}; {findings.moved} have "
+                "other values in what is kept, as report.json says"
+            )
+        else:
+            made.append(
+                f"{identical}{findings.masked} are the source's but for {findings.zeroed} weights that are {what}"
+            )
     return made

@@ -90,6 +90,18 @@ def taken(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
+GIVEN = "given"  # where it is stored which flags were
+
+
+class Given(argparse.Action):
+    """Stores a flag's value, and that it was given."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Stores it."""
+        setattr(namespace, self.dest, values)
+        setattr(namespace, GIVEN, {*getattr(namespace, GIVEN, ()), self.dest})
+
+
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text)):

@@ -9,7 +9,9 @@ from typing import Any
 from lowmem_wanda import ALLOCATIONS, METHODS, ORDERS, QUALITIES, RECOVERIES, REFINEMENTS, UPDATES
 from lowmem_wanda.cli.gguf import show_outline
 from lowmem_wanda.cli.options import (
+    GIVEN,
     MACHINE,
+    Given,
     add_calibration,
     add_command,
     add_machine,
@@ -68,7 +70,13 @@ def add_pruning(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--pattern", default="2:4", help="N:M to keep N of each M inputs (2:4, 4:8), or a share to prune (0.5, "
         "60%%) (default: 2:4)")  # fmt: skip
-    add("--method", default="wanda", choices=METHODS, help="how weights are scored, or solved for (default: wanda)")
+    add(
+        "--method",
+        default="wanda",
+        action=Given,
+        choices=METHODS,
+        help="how weights are scored, or solved for (default: wanda)",
+    )
     add("--refine", default="none", choices=REFINEMENTS, help="improve the mask by swaps that lower the output's error "
         "(default: none)")  # fmt: skip
     add("--update", default="none", choices=UPDATES, help="fit kept weights to the dense outputs by least "
@@ -119,6 +127,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
     from lowmem_wanda import prune
     from lowmem_wanda.cli.page import PAGE, save_page
 
+    _require_one_choice(arguments)
     settings = {**taken(arguments, *PRUNING, "verify_source"), **machine(arguments)}
     made: list[Mapping[str, Any]] = []
     with Bar("pruning") as bar:
@@ -158,10 +167,17 @@ def run_plan(arguments: argparse.Namespace) -> int:
         return show_outline(arguments)
     if arguments.drop_experts is not None or arguments.keep_experts is not None:
         return show_plan(arguments, {**taken(arguments, *ABSENT), **machine(arguments)})
+    _require_one_choice(arguments)
     facts: dict[str, Any] = {}
     settings = {**taken(arguments, *PRUNING, *ABSENT), **machine(arguments)}
     found = plan(arguments.source, **settings, on_start=facts.update)
     return shown(arguments, asdict(found), plan_table(found, facts))
+
+
+def _require_one_choice(arguments: argparse.Namespace) -> None:
+    """Raises PatternError for a method that is given beside a quality, be it the usual one."""
+    if arguments.quality is not None and "method" in getattr(arguments, GIVEN, ()):
+        raise PatternError(f"--quality {arguments.quality} chooses the method; leave --method out")
 
 
 def _require_defaults(arguments: argparse.Namespace) -> None:
@@ -257,6 +273,8 @@ def plan_table(plan: Any, facts: Mapping[str, Any]) -> Any:
     from rich.markup import escape
 
     table = pairs(f"plan: {facts['source']}, {facts['method']} {facts['pattern']}")
+    for also in facts["also"]:
+        table.add_row("with", escape(also))
     table.add_row("parameters", f"{number(plan.parameters)}, of which {number(plan.prunable)} can be pruned")
     table.add_row("blocks", f"{plan.blocks}, the largest {size(plan.largest_block)}")
     calibration = (

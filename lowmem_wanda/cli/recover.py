@@ -36,13 +36,13 @@ def add(commands: Any) -> None:
 
 
 def above_zero(text: str) -> float:
-    """A number above 0, for argparse."""
+    """A number above 0 and up to a million, for argparse."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number above 0")
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number above 0, and at most 1e6")
     return value
 
 
@@ -86,6 +86,8 @@ def closing(report: Mapping[str, Any], target: str) -> Any:
         "perplexity",
         f"{tuned['before']:.2f} before, {tuned['after']:.2f} after, on {tuned['held_out']} sequences held out",
     )
+    if tuned["after"] > tuned["before"]:
+        table.add_row("warning", "training made it worse: give a lower --learning-rate, fewer --steps, or more text")
     zeros, weights = number(summary["zeros"]), number(summary["weights"])
     table.add_row("pruned", f"{zeros} of {weights} weights ({summary['sparsity']:.2%})")
     table.add_row("gives", summary["gives"])

@@ -58,7 +58,28 @@ def balanced(moved: np.ndarray, pattern: Unstructured, selected: Selected) -> tu
             f"--allocation: gives blocks {shares.min():.1%} to {shares.max():.1%}, which is not within 1% and 99%; use "
             "another share, or --allocation uniform"
         )
+    if pattern.group == "row":
+        shares = shares + _missing(shares, pattern, selected)
     return tuple(float(share) for share in shares)
+
+
+def _missing(shares: np.ndarray, pattern: Unstructured, selected: Selected) -> float:
+    """What to add to all shares so that rows, whose zeros are whole numbers, have no fewer of them than without shares.
+
+    The most that has not more; what then is missing is less than a weight for each row of a block.
+    """
+    columns = [np.array([matrix.shape[1] for matrix in block]) for block in selected]
+    rows = [np.array([matrix.shape[0] for matrix in block]) for block in selected]
+
+    def zeros(given: Sequence[float]) -> int:
+        each = zip(rows, columns, given, strict=True)
+        return sum(int((down * (along * share).astype(np.int64)).sum()) for down, along, share in each)
+
+    wanted, least, most = zeros([pattern.sparsity] * len(selected)), 0.0, 1 / min(map(np.min, columns))
+    for _ in range(40):
+        middle = (least + most) / 2
+        least, most = (middle, most) if zeros(shares + middle) <= wanted else (least, middle)
+    return least
 
 
 def outlier_ratio(weights: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowmem_wanda.errors import ModelError, NumberError
+from lowmem_wanda.errors import ModelError, NonFiniteError, NumberError
 from lowmem_wanda.llamacpp.collect import InputSums
 from lowmem_wanda.pruning.demand import trained_parts
 from lowmem_wanda.pruning.job import PruneJob
@@ -153,6 +153,8 @@ def _change(method: Method, weight: torch.Tensor, dense: torch.Tensor, inputs: A
 
     Raises NumberError where they leave what is no number.
     """
+    if not bool(torch.isfinite(dense).all()):
+        raise NonFiniteError("its weights hold NaN or infinity")
     notes = method.solve(weight, inputs, pattern) if method.solve is not None else {}
     if method.refine is not None:
         notes |= method.refine(weight, dense, inputs, pattern)

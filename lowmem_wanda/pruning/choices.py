@@ -8,9 +8,10 @@ from pathlib import Path
 from lowmem_wanda.data.calibration import Calibration, calibrate, require_counts
 from lowmem_wanda.errors import CalibrationError, PatternError
 from lowmem_wanda.llamacpp.names import gguf_names
-from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES
+from lowmem_wanda.pruning import ALLOCATIONS, ORDERS, QUALITIES, RECOVERIES, STEPS
 from lowmem_wanda.pruning.experts import OfExperts
 from lowmem_wanda.sparsity import GROUPS
+from lowmem_wanda.sparsity.gram import Gram
 from lowmem_wanda.sparsity.methods.known import find_method
 from lowmem_wanda.sparsity.methods.method import Method
 from lowmem_wanda.sparsity.patterns import Pattern, Unstructured, parse
@@ -71,6 +72,8 @@ def require_options(
         if word not in known:
             raise PatternError(f"{flag} {word}: give one of {', '.join(known)}")
     require_counts(counts)
+    if recover == "none" and counts["--recover-steps"] != STEPS:
+        raise PatternError("--recover-steps: nothing is trained without --recover; give --recover block, too")
     if allocation != "uniform" and not isinstance(pattern, Unstructured):
         raise PatternError(f"--allocation {allocation}: divides a share, such as 50%, and {pattern} has none")
     if recover != "none":
@@ -112,6 +115,29 @@ def choose_calibration(
     """The calibration tokens of a text, in sequences that the model has positions for."""
     size = {"sequences": sequences, "length": model.window(length), "seed": seed}
     return calibrate(text, model.encode, vocabulary=model.skeleton.vocabulary, render=model.render, **size)
+
+
+def judged(
+    calibration: Calibration, matrices: Sequence[Matrix], method: Method, trained: str, batch: int | None
+) -> Calibration:
+    """The calibration, with a warning where X^T X of so few tokens is singular.
+
+    Raises CalibrationError where what is `trained` needs a micro-batch to be held out, and there is one alone.
+    """
+    count, length = calibration.tokens.shape
+    if trained != "none" and batch is not None and batch >= count:
+        raise CalibrationError(
+            f"--recover {trained}: --batch {batch} makes one micro-batch of {count} sequences, and one is held out; "
+            f"give --batch {max(1, count // 4)}, or leave it out"
+        )
+    columns = max((matrix.shape[1] for matrix in matrices if matrix.expert is None), default=0)
+    if method.statistic is not Gram or count * length >= columns:
+        return calibration
+    warning = (
+        f"{count * length} tokens are fewer than the {columns} inputs of a matrix, so {method} fits weights to them "
+        "alone; give more --sequences, or a larger --length"
+    )
+    return replace(calibration, warnings=(*calibration.warnings, warning))
 
 
 def choose_names(model: StreamedModel, norms: str | Path | None, imatrix: str | Path | None) -> Mapping[str, str]:

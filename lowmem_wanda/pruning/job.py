@@ -13,6 +13,7 @@ from lowmem_wanda.checkpoint.companions import Companions, companions
 from lowmem_wanda.checkpoint.directory import fingerprint
 from lowmem_wanda.data.calibration import Calibration, name_list
 from lowmem_wanda.llamacpp.norms import Norms, load_norms
+from lowmem_wanda.pruning import STEPS
 from lowmem_wanda.pruning.allocate import rising
 from lowmem_wanda.pruning.choices import (
     choose_calibration,
@@ -21,6 +22,7 @@ from lowmem_wanda.pruning.choices import (
     choose_method,
     choose_names,
     choose_pattern,
+    judged,
     require_no_doubles,
     require_options,
     require_use_of_norms,
@@ -37,7 +39,6 @@ from lowmem_wanda.streaming.tracing import Trace
 from lowmem_wanda.streaming.walk import require_chain
 from lowmem_wanda.streaming.workload import Workload
 
-STEPS = 200  # of a block's recovery
 FLAGS = ("method", "pattern", "group", "include", "exclude", "zeros", "seed", "text", "statistics", "dtype", "batch",
          "device", "trust_remote_code", "calibration", "length", "recover", "recover_steps", "allocation", "min_tokens",
          "all_experts", "gate_weighted")  # fmt: skip
@@ -265,26 +266,13 @@ def prepare(
     known = load_norms(str(norms), names, columns) if norms else None
     if not needs_text and (known or chosen.statistic is None):
         calibration = None  # nothing is measured
-    elif calibration is None:
-        calibration = choose_calibration(model, text, sequences, length, seed)
+    else:
+        calibration = calibration or choose_calibration(model, text, sequences, length, seed)
+        calibration = judged(calibration, matrices, chosen, trained, model.batch)
     return PruneJob(
-        model=model,
-        method=chosen,
-        pattern=compared,
-        selected=selected,
-        calibration=calibration,
-        statistics=statistics,
-        seed=seed,
-        include=tuple(include),
-        exclude=tuple(exclude),
-        norms=known,
-        imatrix=Path(imatrix) if imatrix else None,
-        names=names,
-        zeros=zeros,
-        verify_source=verify_source,
-        recover=trained,
-        recover_steps=recover_steps,
-        allocation=allocation,
-        experts=experts,
+        model=model, method=chosen, pattern=compared, selected=selected, calibration=calibration,
+        statistics=statistics, seed=seed, include=tuple(include), exclude=tuple(exclude), norms=known,
+        imatrix=Path(imatrix) if imatrix else None, names=names, zeros=zeros, verify_source=verify_source,
+        recover=trained, recover_steps=recover_steps, allocation=allocation, experts=experts,
         shares=rising(compared, selected) if allocation == "atp" and isinstance(compared, Unstructured) else None,
-    )
+    )  # fmt: skip

@@ -7,9 +7,10 @@ from pathlib import Path
 from lowmem_wanda.checkpoint.quantized import source_bytes
 from lowmem_wanda.errors import BudgetError
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
+from lowmem_wanda.pruning import STEPS
 from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folder_for_files, measure
 from lowmem_wanda.pruning.experts import MIN_TOKENS
-from lowmem_wanda.pruning.job import STEPS, PruneJob, prepare
+from lowmem_wanda.pruning.job import PruneJob, prepare
 from lowmem_wanda.pruning.recover import HELD_OUT, LOOKS
 from lowmem_wanda.pruning.report import started
 from lowmem_wanda.sparsity.gram import TILE, Gram

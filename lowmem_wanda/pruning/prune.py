@@ -16,10 +16,11 @@ from lowmem_wanda.checkpoint.output import (
 )
 from lowmem_wanda.checkpoint.writer import require_new
 from lowmem_wanda.llamacpp.imatrix import require_matrix_target
+from lowmem_wanda.pruning import STEPS
 from lowmem_wanda.pruning.allocate import owl_shares
 from lowmem_wanda.pruning.estimate import seconds_here
 from lowmem_wanda.pruning.experts import MIN_TOKENS
-from lowmem_wanda.pruning.job import STEPS, PruneJob, label, prepare
+from lowmem_wanda.pruning.job import PruneJob, label, prepare
 from lowmem_wanda.pruning.plan import predict
 from lowmem_wanda.pruning.publish import publish, verified
 from lowmem_wanda.pruning.records import PruneReport

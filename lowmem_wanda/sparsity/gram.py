@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from lowmem_wanda.sparsity.selection import row_chunks
 from lowmem_wanda.sparsity.statistics import SquaredNorm
 
 TILE = 512  # columns of the triangle that are computed at a time
-SAMPLED = 128  # rows at most that an error is measured on
+CHUNK = 1 << 22  # weights whose error is measured at a time
 PIECE = 1 << 24  # inputs that are multiplied at a time; sums depend on it, so it is the same everywhere
 
 
@@ -73,12 +74,11 @@ class Gram(SquaredNorm):
         return self._made[name]
 
     def error(self, weight: torch.Tensor, dense: torch.Tensor) -> float:
-        """||(W - W0) X^T||^2 / ||W0 X^T||^2 for weights (rows, columns): the share of the output that is lost.
-
-        Of evenly spaced rows, where there are more than 128.
-        """
-        products, step = self.matrix(), -(-len(weight) // SAMPLED)
-        before = dense[::step].float()
-        difference = weight[::step].float() - before
-        lost, whole = (float((one @ products).mul_(one).sum()) for one in (difference, before))
+        """||(W - W0) X^T||^2 / ||W0 X^T||^2 for weights (rows, columns): the share of the output that is lost."""
+        products, lost, whole = self.matrix(), 0.0, 0.0
+        for rows in row_chunks(len(weight), weight.shape[1], CHUNK):
+            before = dense[rows].float()
+            difference = weight[rows].float() - before
+            lost += float((difference @ products).mul_(difference).sum())
+            whole += float((before @ products).mul_(before).sum())
         return max(0.0, lost) / whole if whole > 0 else 0.0

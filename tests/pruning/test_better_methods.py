@@ -8,10 +8,11 @@ import torch
 from helpers import digests, read_tensor, save_tiny
 
 from lowmem_wanda import Checkpoint, check, evaluate, imatrix, plan, prune
-from lowmem_wanda.errors import CalibrationError, OutputError, PatternError
+from lowmem_wanda.errors import CalibrationError, NumberError, OutputError, PatternError
 from lowmem_wanda.pruning.job import prepare
 from lowmem_wanda.pruning.plan import predict
 from lowmem_wanda.streaming import placement
+from lowmem_wanda.streaming.machine import Machine
 
 WAYS = {
     "sparsegpt": {"method": "sparsegpt"},
@@ -167,6 +168,9 @@ def test_an_allocation_keeps_the_share_in_all(source, settings, tmp_path, alloca
     shares = [sum(one["zeros"] for one in block["linears"].values()) for block in report["blocks"]]
     rows = sum(one["shape"][0] for block in report["blocks"] for one in block["linears"].values())
     assert 0 <= 0.6 * report["summary"]["weights"] - sum(shares) <= rows and len(set(shares)) == 3
+    even = prune(source, tmp_path / "even", **settings, pattern="60%")["summary"]["zeros"]
+    most = max(one["shape"][0] for one in report["blocks"][0]["linears"].values())
+    assert 0 <= even - sum(shares) <= 4 * most  # a weight for each row of matrices that gain one together
     assert (shares == sorted(shares)) if allocation == "atp" else (tmp_path / "out/allocation.json").exists()
     if allocation == "owl":
         held = json.loads((tmp_path / "out/allocation.json").read_text())
@@ -217,6 +221,8 @@ def test_owl_counts_outliers(source, settings):
         ({"allocation": "owl"}, "--allocation owl: divides a share"),
         ({"allocation": "even", "pattern": "50%"}, "--allocation even: give one of"),
         ({"allocation": "atp", "pattern": "95%"}, "is not within 1% and 99%"),
+        ({"recover_steps": 5}, "--recover-steps: nothing is trained without --recover"),
+        ({"method": "wanda+recover+lsq"}, "recover is none of swaps and lsq .[+]recover comes last."),
         ({"method": "alps+recover", "recover": "norms"}, "--recover norms: alps[+]recover recovers the block"),
     ],
 )
@@ -228,6 +234,30 @@ def test_what_does_not_go_together_is_refused(source, settings, words, says):
 def test_recovery_needs_two_sequences(source, settings):
     with pytest.raises(CalibrationError, match="2 sequences at least"):
         prepare(source, text=settings["text"], recover="block", sequences=1)
+    with pytest.raises(CalibrationError, match="--batch 6 makes one micro-batch of 6 sequences, .* give --batch 1"):
+        prepare(source, text=settings["text"], recover="block", machine=Machine.of(device="cpu", batch=6))
+
+
+def test_too_few_tokens_for_x_t_x_are_warned_of(source, settings):
+    few = prepare(source, text=settings["text"], method="sparsegpt", sequences=2).calibration.warnings
+    assert few == ("32 tokens are fewer than the 64 inputs of a matrix, so sparsegpt fits weights to them alone; give more "
+                   "--sequences, or a larger --length",)  # fmt: skip
+    assert not prepare(source, text=settings["text"], method="sparsegpt").calibration.warnings
+    assert not prepare(source, text=settings["text"], sequences=2).calibration.warnings
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "alps", "wanda+lsq", "wanda-variant"])
+def test_what_is_no_number_in_the_source_is_named_as_that(tmp_path, settings, method):
+    from safetensors.torch import load_file, save_file
+
+    source = save_tiny(tmp_path / "source", "llama")
+    name = "model.layers.1.mlp.down_proj.weight"
+    file = Checkpoint(source).tensors[name].file
+    tensors = load_file(file)
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(NumberError, match=f"tensor {name} holds NaN or infinity; download it again"):
+        prune(source, tmp_path / "out", **settings, method=method, pattern="50%")
 
 
 @pytest.mark.real
@@ -237,7 +267,8 @@ def test_the_best_is_better_than_wanda_on_a_real_model(shared, tmp_path):
     text = [str(shared / "corpora/craftgpt-eval.npy")]
     made = {}
     for method in ("wanda", "sparsegpt", "alps", "alps+recover"):
-        prune(source, tmp_path / method, method=method, text=[str(calibration)], length=64, recover_steps=25)
+        more = {"recover_steps": 25} if "recover" in method else {}
+        prune(source, tmp_path / method, method=method, text=[str(calibration)], length=64, **more)
         made[method] = evaluate(tmp_path / method, text=text, length=64, windows=48)["perplexity"]
     dense = evaluate(source, text=text, length=64, windows=48)["perplexity"]
     left = {method: (perplexity - dense) / (made["wanda"] - dense) for method, perplexity in made.items()}

@@ -106,7 +106,7 @@ def test_fewer_sequences_are_the_first_of_more_and_seeds_are_spread(tiny, tmp_pa
     ("settings", "says"),
     [
         ({"methods": ["best"], "patterns": ["2:4"]}, "--methods best"),
-        ({"methods": ["wanda+best"], "patterns": ["2:4"]}, "there is no best"),
+        ({"methods": ["wanda+best"], "patterns": ["2:4"]}, "best is none of swaps and lsq"),
         ({"methods": ["wanda-variant"], "patterns": ["2:4"]}, "--methods wanda-variant: is of a share"),
         ({"methods": ["wanda"], "patterns": ["2:4"], "groups": ["column"]}, "--groups column"),
         ({"methods": ["wanda"], "patterns": ["half"]}, "half"),

@@ -166,6 +166,8 @@ def test_inputs_that_are_always_zero_lose_their_weights():
     inputs[:, 5] = 0
     made, _ = pruned("sparsegpt", weight_of(), gram_of(inputs), "2:4")
     assert not made[:, 5].any()
+    for scale in (1, 1e-3):  # of inputs that are not zero
+        assert not pruned("alps", weight_of(), gram_of(inputs * scale), "50%")[0][:, 5].any()
     for name in ("alps", "wanda+lsq", "wanda+swaps"):
         assert bool(torch.isfinite(pruned(name, weight_of(), gram_of(inputs), "2:4")[0]).all())
 
@@ -182,7 +184,7 @@ def test_damping_is_raised_and_said_and_at_last_refused(monkeypatch):
     monkeypatch.setattr(module.torch.linalg, "cholesky_ex", failing)
     made, notes = pruned("sparsegpt", weight_of(), gram, "2:4")
     assert notes == {"damping": pytest.approx(0.1)} and bool(torch.isfinite(made).all())
-    monkeypatch.setattr(module.torch.linalg, "cholesky_ex", lambda matrix, out=None: out[1].fill_(1) if out else (0, 1))
+    monkeypatch.setattr(module.torch.linalg, "cholesky_ex", lambda matrix, out: (out[0], out[1].fill_(1)))
     with pytest.raises(NumberError, match="no Cholesky factorization"):
         pruned("sparsegpt", weight_of(), gram_of(inputs_of(COLUMNS)), "2:4")
     with pytest.raises(NumberError, match="no Cholesky factorization"):
@@ -209,7 +211,7 @@ def test_a_mask_of_scores_is_that_of_the_pruning(pattern):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("wanda+best",), "there is no best; give swaps or lsq"),
+        (("wanda+best",), "best is none of swaps and lsq; leave it out"),
         (("alps", "swaps"), "--refine swaps: alps updates the weights"),
         (("wanda+lsq", "none", "lsq"), "--update lsq: wanda[+]lsq has its own update"),
         (("best",), "--method best: there is no such method"),
@@ -223,7 +225,7 @@ def test_what_does_not_go_together_is_refused(words, says):
 def test_methods_count_their_memory_and_operations():
     wanda, alps = METHODS["wanda"], METHODS["alps"]
     assert wanda.workspace(100, 50, 2) == wanda.flops(100, 50) == 0
-    assert alps.workspace(100, 50, 2) == 100 * 50 * (32 + 2) + 50 * 50 * 16 and alps.flops(100, 50) > 100 * 50**2
+    assert alps.workspace(100, 50, 2) == 100 * 50 * (28 + 2) + 50 * 50 * 12 and alps.flops(100, 50) > 100 * 50**2
     fitted = find_method("wanda", update="lsq")
     assert fitted.workspace(100, 50, 2) == 100 * 50 * (32 + 2)
     assert fitted.workspace(10**6, 1000, 2) == CHUNK * 32 + 10**9 * 2
@@ -264,4 +266,4 @@ for words in ("sparsegpt",), ("alps",), ("wanda", "none", "lsq"), ("wanda", "swa
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     figures = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(figures) == 4 and all(0.4 * counted < taken < counted + 2e6 for taken, counted in figures), figures
+    assert len(figures) == 4 and all(0.4 * counted < taken < counted + 3e6 for taken, counted in figures), figures

@@ -15,7 +15,7 @@ PENALTY = 0.1  # at first
 EVERY = 3  # rounds with one penalty
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # where more than a share of the kept weights changed: times so much
 MOST, USUAL = 100, 15  # rounds with a penalty each, at most and for estimates (two real models: 7 to 11, noise: 15)
-TILE = 512  # rows and columns that are inverted at a time
+TILE = 256  # rows and columns that are inverted at a time
 STABLE = 0.001  # a smaller share of the kept weights changes: the support stays (the paper waits for 0)
 
 
@@ -25,23 +25,28 @@ def alps(weight: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
 
     min tr((W - W0) X^T X (W - W0)^T) is split into W, which fits, and D, which holds the pattern; V pulls them
     together with a penalty that grows until the support of D stays, but for a thousandth. Then the kept weights are
-    fitted by `fit`. All is done on inputs that are scaled to length 1 each. The notes hold the number of `rounds`.
+    fitted by `fit`. All is done on inputs that are scaled to length 1 each; those that are always zero lose their
+    weights. The notes hold the number of `rounds`.
     """
-    products, scale = inputs.made("alps", lambda: _scaled(inputs))
-    dense = weight.float() * scale
+    products, lengths = inputs.made("alps", lambda: _scaled(inputs))
+    dense = weight.float() * lengths  # the weights of inputs that are always zero are 0, so they go first
     found, rounds = _split(dense, products, pattern)
     for rows in row_chunks(len(weight), weight.shape[1], CHUNK):
-        weight[rows] = fit(found[rows], dense[rows], products).div_(scale)
+        weight[rows] = fit(found[rows], dense[rows], products).div_(_or_ones(lengths))
     return {"rounds": rounds}
 
 
 def _scaled(inputs: Gram) -> tuple[torch.Tensor, torch.Tensor]:
     """X^T X of inputs of length 1, with damping, float32 (columns, columns), and the lengths (columns,)."""
     lengths = inputs.matrix().diagonal().sqrt()
-    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
-    products = inputs.matrix() / lengths / lengths[:, None]
+    divided = _or_ones(lengths)
+    products = inputs.matrix() / divided / divided[:, None]
     products.diagonal().add_(DAMPING)
     return products, lengths
+
+
+def _or_ones(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.where(lengths > 0, lengths, torch.ones_like(lengths))
 
 
 def _split(dense: torch.Tensor, products: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, int]:
@@ -61,7 +66,8 @@ def _split(dense: torch.Tensor, products: torch.Tensor, pattern: Pattern) -> tup
             gone = lowest_mask(torch.abs(sparse, out=spare), pattern)
             sparse.masked_fill_(gone, 0)
             pull.add_(free, alpha=penalty).sub_(sparse, alpha=penalty)
-        changed = int((gone ^ before).sum()) / 2 / max(1, gone.numel() - int(gone.sum()))
+        kept = gone.numel() - int(torch.count_nonzero(gone))  # `sum` makes integers of 8 bytes of all
+        changed = int(torch.count_nonzero(gone ^ before)) / 2 / max(1, kept)
         if changed < STABLE:
             break
         before = gone
@@ -87,8 +93,9 @@ def _invert(products: torch.Tensor, penalty: float, inverse: torch.Tensor, halfw
         corner = torch.linalg.solve_triangular(corner, torch.eye(len(corner), device=corner.device), upper=False)
         halfway[rows, start:].zero_()
         halfway[rows, rows] = corner
-        halfway[rows, :start] = corner.neg() @ (lower[rows, :start] @ halfway[:start, :start])
+        if start:
+            torch.mm(corner.neg_(), lower[rows, :start] @ halfway[:start, :start], out=halfway[rows, :start])
     for start in starts:
         rows, stop = slice(start, start + TILE), start + TILE
-        inverse[rows, :stop] = halfway[start:, rows].t() @ halfway[start:, :stop]
+        torch.mm(halfway[start:, rows].t(), halfway[start:, :stop], out=inverse[rows, :stop])
         inverse[:start, rows] = inverse[rows, :start].t()

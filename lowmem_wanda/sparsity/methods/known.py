@@ -48,7 +48,8 @@ def _with(method: Method, word: str) -> Method:
     """A method with one more part, which needs the Gram matrix of the inputs."""
     known = {**dict.fromkeys(REFINEMENTS, "refine"), **dict.fromkeys(UPDATES, "update")}
     if word not in known:
-        raise PatternError(f"{method}+{word}: there is no {word}; give {' or '.join(known)}")
+        last = " (+recover comes last)" if word == "recover" else ""
+        raise PatternError(f"{method}+{word}: {word} is none of {' and '.join(known)}{last}; leave it out")
     part = known[word]
     if part == "refine" and not method.keeps_bits:
         raise PatternError(f"--refine {word}: {method} updates the weights, so there is no mask alone to refine")
