@@ -32,3 +32,17 @@ def convert(path, model, kind, change=lambda name, weight: weight, skip=(), orde
             writer.add_tensor(names[name], data, raw_dtype=kind)
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     return model
+
+
+def convert_experts(path, model, kind):
+    """A GGUF of a tiny mixture, whose experts are stacked; routers are as they are."""
+    writer, made = gguf.GGUFWriter(model, "qwen3moe"), weights(path)
+    stacks = {}
+    for name, tensor in gguf_names(list(made), "x").items():
+        stacks.setdefault(tensor, []).append(made[name])
+    for name, parts in stacks.items():
+        own = gguf.GGMLQuantizationType.F32 if "gate_inp" in name else kind
+        data = np.stack(parts) if len(parts) > 1 else parts[0]
+        writer.add_tensor(name, gguf.quantize(data, own), raw_dtype=own)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    return model

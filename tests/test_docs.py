@@ -10,7 +10,7 @@ from pathlib import Path
 import moe_ggufs
 import pytest
 from gguf import GGMLQuantizationType
-from ggufs import convert
+from ggufs import convert, convert_experts
 from helpers import save_tiny
 from test_architecture import PACKAGE, ROOMS, THIRD
 
@@ -69,18 +69,27 @@ def test_the_commands_on_the_way_to_llama_cpp(checkout, monkeypatch, capsys):
     page = (DOCS / "llama-cpp.md").read_text("utf-8")
     monkeypatch.chdir(checkout)
     ours = re.findall(r"^python (cli.py .*)$", page, re.M)
-    assert [command.split()[1] for command in ours] == ["prune", "survive", "plan", "shrink", "check"]
+    assert [command.split()[1] for command in ours] == [
+        "prune", "survive", "plan", "shrink", "check", "shrink", "check", "eval", "survive",
+    ]  # fmt: skip
     shutil.copytree(ROOT / "lowmem_wanda/data/demo", checkout / "stories260K")
-    shutil.rmtree(checkout / "pruned", ignore_errors=True)  # of README's commands
+    for made in ("pruned", "smaller"):  # of README's commands
+        shutil.rmtree(checkout / made, ignore_errors=True)
     for made in ("pruned.imatrix.gguf", "small.gguf", "small.gguf.report.json", "small.gguf.report.html"):
         (checkout / made).unlink(missing_ok=True)
     for command in ours:
         shown = run(command, capsys)
         if " prune " in command:
             convert(checkout / "pruned", checkout / "pruned-Q4_K_M.gguf", GGMLQuantizationType.Q4_0)
+        if " shrink mixture " in command:
+            convert_experts(checkout / "smaller", checkout / "smaller-Q4_K_M.gguf", GGMLQuantizationType.F16)
         if " survive " in command:
-            assert "Every pruned weight is zero in this GGUF" in shown
-    assert "nothing else differs" in shown and (checkout / "small.imatrix.gguf").exists()
+            assert (
+                "made smaller without zeros" if "smaller" in command else "Every pruned weight is zero in this GGUF"
+            ) in shown
+        if " check " in command:
+            assert "nothing else differs" in shown
+    assert (checkout / "small.imatrix.gguf").exists() and (checkout / "smaller.imatrix.gguf").exists()
 
 
 def test_the_library_as_the_readme_shows_it(checkout, monkeypatch):

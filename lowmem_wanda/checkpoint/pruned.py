@@ -133,12 +133,18 @@ def keeps_bits(report: Mapping[str, Any]) -> bool:
     return not isinstance(summary, Mapping) or summary.get("keeps_bits", True) is not False
 
 
+def made_no_zeros(report: Mapping[str, Any]) -> bool:
+    """Whether a report is that of experts which were removed, with nothing pruned of what is left."""
+    return report.get("kind") == "shrink" and "blocks" not in report
+
+
 def pruned_matrices(checkpoint: Checkpoint, report: Mapping[str, Any]) -> dict[str, PrunedMatrix]:
-    """{name: matrix} of a pruned checkpoint: the matrices in its report, or without a report all matrices in blocks.
+    """{name: matrix} of a pruned checkpoint: the matrices in its report, or all matrices in blocks where it names none.
 
     Raises CheckpointError if there are none, or if the report belongs to another checkpoint.
     """
     tensors, found = checkpoint.tensors, {}
+    report = {} if made_no_zeros(report) else report
     for name, promise in promises_of(report).items():
         if (part := promise.part_of(tensors, name)) is None:
             raise CheckpointError(f"{checkpoint.path / REPORT}: is not what prune wrote: {name} is not a matrix here")

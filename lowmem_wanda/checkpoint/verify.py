@@ -23,6 +23,7 @@ from lowmem_wanda.checkpoint.pruned import (
     holds,
     is_matrix,
     keeps_bits,
+    made_no_zeros,
     promises_of,
     read_report,
     recovered_in,
@@ -109,7 +110,7 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
     checkpoint, findings = Checkpoint(path), Findings()
     report = read_report(path)
     shrunk = report.get("kind") == "shrink"
-    promises = promises_of({} if shrunk and "blocks" not in report else report)
+    promises = promises_of({} if made_no_zeros(report) else report)
     parted = {promise.tensor for promise in promises.values() if promise.tensor}
     for tensor in checkpoint.tensors.values():
         if tensor.name not in parted and is_matrix(as_matrix(tensor)):

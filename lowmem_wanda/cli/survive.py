@@ -39,7 +39,7 @@ def types_table(report: Mapping[str, Any]) -> Any:
         table.add_column(title, justify="left" if title == "type" else "right", no_wrap=True)
     table.add_column("pattern" if made else "")
     for one in report["types"]:
-        figures = [f"{one[key]:.2%}" if key in one else "" for key in ("zero", "leak", "error")]
+        figures = [f"{one[key]:.2%}" if _told(one, key) else "" for key in ("zero", "leak", "error")]
         kept = f"in {one['holding']} of {one['patterned']}" if one.get("patterned") else ""
         rest = [str(one["linears"]), *figures, kept] if made else [*figures, RULES[one["grid"]]]
         table.add_row(one["type"], f"{one['bits']:g}" if "bits" in one else "", *rest)
@@ -55,8 +55,14 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     """A line for each tensor of the GGUF."""
     width = max((len(tensor["tensor"]) for tensor in report.get("tensors", ())), default=0)
     return [
-        f"{one['tensor']:<{width}}  {one['type']:>7}  {one['zero']:8.2%} still zero  leak {one['leak']:7.2%}"
-        f"  error {one['error']:7.2%}"
+        f"{one['tensor']:<{width}}  {one['type']:>7}"
+        + (f"  {one['zero']:8.2%} still zero  leak {one['leak']:7.2%}" if one["pruned"] else "")
+        + f"  error {one['error']:7.2%}"
         + (f"  {one['pattern']} {'holds' if one['holds'] else 'broken'}" if one["pattern"] else "")
         for one in report.get("tensors", ())
     ]
+
+
+def _told(one: Mapping[str, Any], key: str) -> bool:
+    """Whether a figure of a type says something: of pruned weights, where there are any."""
+    return key in one and (key == "error" or bool(one.get("pruned", 1)))

@@ -44,6 +44,10 @@ ADVICE = (
 SIGNED = "convert with --outtype bf16 or f32, and quantize that."
 
 
+NO_ZEROS = "It was made smaller without zeros, so there are none to lose: the errors are those of quantization alone."
+ROUTER = "ffn_gate_inp"  # in llama.cpp's names of routers, which are not quantized
+
+
 def advice(types: Sequence[Mapping[str, Any]] = (), tiny: bool = False) -> list[str]:
     """Sentences that say how to quantize a pruned model; those about the `types` of a given GGUF come first.
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.output import FORMAT, require_finished
-from lowmem_wanda.checkpoint.pruned import PrunedMatrix, Rows, holds, pruned_matrices, read_report
+from lowmem_wanda.checkpoint.pruned import PrunedMatrix, Rows, holds, made_no_zeros, pruned_matrices, read_report
 from lowmem_wanda.errors import CheckpointError, LowmemError
 from lowmem_wanda.llamacpp.gguf_file import PART, mapped, part_name, read_gguf
 from lowmem_wanda.llamacpp.imatrix import Entry
 from lowmem_wanda.llamacpp.imatrix import read as read_imatrix
 from lowmem_wanda.llamacpp.names import GATE_UP, entries_for, expert_in, gguf_names, package, split_names
-from lowmem_wanda.llamacpp.quant_types import KEEPS, TYPES, Survival, advice
+from lowmem_wanda.llamacpp.quant_types import KEEPS, NO_ZEROS, ROUTER, TYPES, Survival, advice
 
 Importance = Callable[[str], np.ndarray]  # name of a matrix -> factor of errors in its columns, (columns,) or (1,)
 CHUNK = 1 << 18  # weights that are dequantized at a time
@@ -66,12 +66,12 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
         [1.0]
     """
     require_finished(Path(path))
-    checkpoint = Checkpoint(path)
-    matrices = pruned_matrices(checkpoint, read_report(Path(path)))
+    checkpoint, told = Checkpoint(path), read_report(Path(path))
+    matrices = pruned_matrices(checkpoint, told)
     names = gguf_names(list(matrices), "survive")
     split = split_names(names, str(checkpoint.config().get("model_type", "")))
     left_out = [*split, *(name for name, known in names.items() if model is not None and GATE_UP in known)]
-    matrices = {name: matrix for name, matrix in matrices.items() if name not in left_out}
+    matrices = {name: matrix for name, matrix in matrices.items() if name not in left_out and ROUTER not in names[name]}
     importance = _importance(imatrix, matrices, names)
     tiny = any(matrix.promise.tiny for matrix in matrices.values())
     report: SurvivalReport = {"format": FORMAT, "kind": "survive", "path": str(path), "left_out": left_out,
@@ -83,7 +83,9 @@ def survive(path: str | Path, model: str | Path | None = None, imatrix: str | Pa
         types = _by_type(tensors)
         report |= {"model": str(model), "tensors": tensors, "types": types, "advice": advice(types, tiny)}
     if not any(one.get("pruned") for one in report["types"]):
-        raise CheckpointError(f"{path}: has no pruned weights; give the folder that prune wrote")
+        if not made_no_zeros(told):
+            raise CheckpointError(f"{path}: has no pruned weights; give the folder that prune wrote")
+        report["advice"] = [NO_ZEROS]
     return report
 
 

@@ -12,10 +12,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from ggufs import convert, weights
+from families.build import build
+from ggufs import convert, convert_experts, weights
 from helpers import digests, read_tensor, save_tiny
 
-from lowmem_wanda import prune
+from lowmem_wanda import prune, shrink
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.checkpoint.verify import check
 from lowmem_wanda.cli.main import main
@@ -262,6 +263,19 @@ def test_the_report_of_a_pruning_looks_at_some_of_many_matrices(pruned, monkeypa
     monkeypatch.setattr("lowmem_wanda.llamacpp.survive.LOOKED_AT", 3)
     found = outlook(Checkpoint(pruned), json.loads((pruned / "report.json").read_text()))
     assert next(one["linears"] for one in found["types"] if one["type"] == "Q4_1") == 3
+
+
+def test_of_a_smaller_checkpoint_without_zeros_errors_are_told(tmp_path, capsys):
+    source, out = build(tmp_path / "source", "qwen3_moe", hidden_size=64), tmp_path / "out"
+    shrink(source, out, keep_experts=4, score="aimer", device="cpu")
+    convert_experts(out, tmp_path / "m.gguf", KIND.Q8_0)
+    report = survive(out, tmp_path / "m.gguf")
+    (made,) = report["types"]
+    assert made["type"] == "Q8_0" and not made["pruned"] and 0 < made["error"] < 0.01
+    assert len(report["tensors"]) == made["linears"] == 3 * (4 + 4 * 3)  # routers are not quantized
+    assert main(["survive", str(out), str(tmp_path / "m.gguf")]) == 0
+    shown = capsys.readouterr().out
+    assert "made smaller without zeros" in shown and "%still" not in shown.replace(" ", "")
 
 
 def test_the_command_shows_tensors_types_and_advice(pruned, tmp_path, capsys):
