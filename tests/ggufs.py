@@ -5,7 +5,7 @@ import numpy as np
 from helpers import read_tensor
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
-from lowmem_wanda.llamacpp.names import gguf_names
+from lowmem_wanda.llamacpp.names import expert_in, gguf_names
 
 HEADS = {"q_proj": 4, "k_proj": 2}
 
@@ -38,7 +38,7 @@ def convert_experts(path, model, kind):
     """A GGUF of a tiny mixture, whose experts are stacked; routers are as they are."""
     writer, made = gguf.GGUFWriter(model, "qwen3moe"), weights(path)
     stacks = {}
-    for name, tensor in gguf_names(list(made), "x").items():
+    for name, tensor in sorted(gguf_names(list(made), "x").items(), key=lambda one: expert_in(one[0]) or 0):
         stacks.setdefault(tensor, []).append(made[name])
     for name, parts in stacks.items():
         own = gguf.GGMLQuantizationType.F32 if "gate_inp" in name else kind
