@@ -3,8 +3,9 @@
 Makes random Llama checkpoints of one width and 8, 16, 32 and 64 blocks, prunes each in a process of its own, and reads
 that process's RssAnon and RssFile from /proc every 2 ms. Measures the workspace of masking one large matrix, too.
 Writes results/memory.json and prints a Markdown table. With `--experts 16 64 256` the checkpoints are mixtures of so
-many experts in each of two blocks, all within the first of the budgets. With `--ways "--method alps" ...` the first
-checkpoint is pruned in each of these ways, without a budget and within 80 % of the peak that was then measured.
+many experts in each of two blocks, all within the first of the budgets. With `--shrink` a quarter of the experts is
+removed instead, be it of so many experts or of 16 in each of so many blocks. With `--ways "--method alps" ...` the
+first checkpoint is pruned in each of these ways, without a budget and within 80 % of the peak that was then measured.
 """
 
 import argparse
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--no-workspace", action="store_true", help="do not mask the large matrix")
     parser.add_argument("--experts", type=int, nargs="*", default=[], help="experts of a block, instead of blocks")
     parser.add_argument("--ways", nargs="*", default=[], metavar="FLAGS", help="flags of prune, instead of blocks")
+    parser.add_argument("--shrink", action="store_true", help="remove a quarter of the experts instead of pruning")
     parser.add_argument("--statistics", default="block", help="the order in which matrices are measured")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/memory.json")
     arguments = parser.parse_args()
@@ -69,7 +71,7 @@ def main() -> None:
     deepest = rows[len(arguments.experts or arguments.blocks) - 1]
     growth = deepest["anonymous_mb"] / rows[0]["anonymous_mb"]
     print(f"\n{deepest['number']} hold {growth:.3f} times the anonymous memory of {rows[0]['number']}")
-    if not arguments.no_workspace and not arguments.experts:
+    if not arguments.no_workspace and not arguments.experts and not arguments.shrink:
         result["workspace_mb"] = workspace()
         print("workspace of masking 28672 x 8192 bfloat16, MB:", result["workspace_mb"])
     arguments.out.parent.mkdir(exist_ok=True)
@@ -94,15 +96,16 @@ def measure(
     folder: Path, number: int, budget: str, arguments: argparse.Namespace, way: Sequence[str] = ()
 ) -> dict[str, float | str]:
     """The peaks of one pruning, as the kernel counts them from outside. The checkpoint is removed again."""
-    if arguments.experts:
-        shape = {"width": arguments.width, "hidden": 3 * arguments.width // 2, "blocks": 2, "vocab": VOCABULARY}
-        source = random_experts(folder / f"{number}", experts=number, **shape)
+    if arguments.experts or arguments.shrink:
+        shape = {"width": arguments.width, "hidden": 3 * arguments.width // 2, "vocab": VOCABULARY}
+        counts = {"experts": number, "blocks": 2} if arguments.experts else {"experts": 16, "blocks": number}
+        source = random_experts(folder / f"{number}", **counts, **shape)
     else:
         source = llama(folder / f"{number}", arguments.width, number)
     tokens = random_tokens(folder / "tokens.npy", arguments.sequences, arguments.length)
-    command = [sys.executable, str(ROOT / "cli.py"), "prune", str(source), str(folder / "out"), "--json",
-               "--text", str(tokens), "--sequences", str(arguments.sequences),
-               "--statistics", arguments.statistics, *way]  # fmt: skip
+    does = ["shrink", "--drop-experts", "25%"] if arguments.shrink else ["prune", "--statistics", arguments.statistics]
+    command = [sys.executable, str(ROOT / "cli.py"), *does, str(source), str(folder / "out"), "--json",
+               "--text", str(tokens), "--sequences", str(arguments.sequences), *way]  # fmt: skip
     command += ["--max-ram", budget] if budget else []
     output, size = folder / "report.json", size_of(source)  # a pipe would fill up
     try:

@@ -5,14 +5,12 @@ Nothing here depends on a model family: the list of blocks, the matrices and the
 
 import copy
 import re
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +23,7 @@ from transformers.utils import logging
 
 from lowmem_wanda.checkpoint.directory import Checkpoint
 from lowmem_wanda.errors import ModelError, first_line
+from lowmem_wanda.streaming.building import without_memory
 from lowmem_wanda.streaming.experts import ONE_BY_ONE, is_experts
 from lowmem_wanda.streaming.layout import View
 from lowmem_wanda.streaming.matrices import Matrix, find_matrices, own_forward, unowned
@@ -35,7 +34,6 @@ GENERATES = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|ForIma
 PLAIN = (None, "eager", "sdpa")  # ways to compute attention that torch alone has
 MANY = 4096  # layers or experts that are built without a look at the tensors
 COUNTS = re.compile(r"(^|_)(n|num|encoder|decoder)_(\w+_)*(layer|block|expert)s?$")  # keys that say how many
-BUILDING = threading.Lock()  # `init_empty_weights` changes torch's modules for all threads meanwhile
 BUILD_ERRORS = (  # what transformers raises for configurations that do not describe a model
     OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError,
     AssertionError, IndexError,
@@ -208,7 +206,7 @@ def build_model(
         _require_sane(config, checkpoint)
         if getattr(config, "_attn_implementation", None) not in PLAIN:
             config._attn_implementation = None  # an optional package, or code that would be looked up on the network
-        with BUILDING, init_empty_weights():
+        with without_memory():
             model = _class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ModelError:
         raise

@@ -43,3 +43,13 @@ def test_own_code_needs_trust(tmp_path, token_file):
     trusted = subprocess.run([*command, "--trust-remote-code"], **settings)
     assert trusted.returncode == 0, trusted.stderr
     assert (tmp_path / "out" / "own.py").read_text() == CODE
+
+
+def test_what_is_larger_than_memory_is_built_without_it():
+    from lowmem_wanda.streaming.building import without_memory
+
+    with without_memory():
+        stack = torch.nn.Parameter(torch.empty(1 << 20, 1 << 10, 1 << 10))
+        linear = torch.nn.Linear(1 << 18, 1 << 18)
+        small = torch.empty(3, 4)
+    assert stack.is_meta and linear.weight.is_meta and not small.is_meta
