@@ -51,14 +51,14 @@ def heat(name: str, title: str, rows: Sequence[str], values: Sequence[Sequence[f
         shades = colors.ListedColormap([colormaps["viridis"](0.12 + 0.85 * step / 47) for step in range(48)])
         axes = figure.add_subplot()
         mesh = axes.pcolormesh([[factor * float(value) for value in line] for line in values], cmap=shades)
-        axes.set_yticks([index + 0.5 for index in range(len(rows))], [_label(row, 26) for row in rows])
+        axes.set_yticks([index + 0.5 for index in range(len(rows))], [short(row, 26) for row in rows])
         _block_axis(axes, max(map(len, values)), first=0.5)
         axes.invert_yaxis()
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02, format="{x:.4g}%" if share else "{x:.4g}")
         bar.outline.set_visible(False)
 
-    return _figure(name, title, 0.7 + 0.26 * len(rows), draw)
+    return figure_of(name, title, 0.7 + 0.26 * len(rows), draw)
 
 
 def bands(name: str, title: str, panels: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> str:
@@ -79,7 +79,7 @@ def bands(name: str, title: str, panels: Mapping[str, Sequence[tuple[float, floa
             blocks, lows, middles, highs = zip(*points, strict=True)
             axes.fill_between(blocks, lows, highs, color=COLOURS[0], alpha=0.35, linewidth=0)
             axes.plot(blocks, middles, color=COLOURS[0], linewidth=1.2, marker="o" if len(points) == 1 else None)
-            axes.set_title(_label(label, 22))
+            axes.set_title(short(label, 22))
             axes.set_yscale("log")
             axes.set_xlim(0.5, depth + 0.5)
             axes.grid(axis="y")
@@ -92,7 +92,7 @@ def bands(name: str, title: str, panels: Mapping[str, Sequence[tuple[float, floa
             axes.tick_params(labelbottom=True)
         figure.supxlabel("block", fontsize=10)
 
-    return _figure(name, title, 0.5 + 0.95 * high, draw)
+    return figure_of(name, title, 0.5 + 0.95 * high, draw)
 
 
 def lines(name: str, title: str, series: Series, x: str, y: str, level: tuple[str, float] | None = None) -> str:
@@ -103,17 +103,17 @@ def lines(name: str, title: str, series: Series, x: str, y: str, level: tuple[st
         axes = figure.add_subplot()
         for (label, (places, values)), colour, marker in zip(series.items(), cycle(COLOURS), cycle(MARKERS)):
             marks = {"marker": marker, "markersize": 4, "markevery": max(1, len(places) // 16)} if x == "block" else {}
-            axes.plot(places, values, label=_label(label), color=colour, linewidth=1.3, **marks)
+            axes.plot(places, values, label=short(label), color=colour, linewidth=1.3, **marks)
         if level is not None:
-            axes.axhline(level[1], color=INK, linestyle="--", linewidth=0.9, label=_label(level[0]))
+            axes.axhline(level[1], color=INK, linestyle="--", linewidth=0.9, label=short(level[0]))
         axes.set(xlabel=x, ylabel=y)
         axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
         if x == "block":
             _block_axis(axes, int(max(max(places) for places, _ in series.values())))
         axes.grid()
-        _legend(figure, labels)
+        legend(figure, labels)
 
-    return _figure(name, title, 2.5 + _legend_height(labels), draw)
+    return figure_of(name, title, 2.5 + legend_height(labels), draw)
 
 
 def stacks(name: str, title: str, parts: Mapping[str, Sequence[float]], y: str) -> str:
@@ -124,14 +124,14 @@ def stacks(name: str, title: str, parts: Mapping[str, Sequence[float]], y: str) 
         depth = max(map(len, parts.values()))
         below = [0.0] * depth
         for (label, values), colour in zip(parts.items(), cycle(COLOURS)):
-            axes.bar(range(1, depth + 1), values, bottom=below, label=_label(label), color=colour, width=0.85)
+            axes.bar(range(1, depth + 1), values, bottom=below, label=short(label), color=colour, width=0.85)
             below = [one + other for one, other in zip(below, values, strict=True)]
         _block_axis(axes, depth)
         axes.set_ylabel(y)
         axes.grid(axis="y")
-        _legend(figure, list(parts))
+        legend(figure, list(parts))
 
-    return _figure(name, title, 2.3 + _legend_height(list(parts)), draw)
+    return figure_of(name, title, 2.3 + legend_height(list(parts)), draw)
 
 
 def bars(name: str, title: str, values: Mapping[str, float], x: str, y: str) -> str:
@@ -141,11 +141,11 @@ def bars(name: str, title: str, values: Mapping[str, float], x: str, y: str) -> 
         axes = figure.add_subplot()
         axes.bar(range(len(values)), list(values.values()), color=COLOURS[0], width=0.85)
         step = max(1, math.ceil(len(values) / 12))
-        axes.set_xticks(range(0, len(values), step), [_label(label, 12) for label in list(values)[::step]])
+        axes.set_xticks(range(0, len(values), step), [short(label, 12) for label in list(values)[::step]])
         axes.set(xlabel=x, ylabel=y)
         axes.grid(axis="y")
 
-    return _figure(name, title, 2.3, draw)
+    return figure_of(name, title, 2.3, draw)
 
 
 def ranks(name: str, title: str, scores: Mapping[str, Sequence[float | None]], kept: int) -> str:
@@ -168,19 +168,19 @@ def ranks(name: str, title: str, scores: Mapping[str, Sequence[float | None]], k
         axes.set(xlabel="rank of the expert", ylabel="score, relative")
         axes.grid()
 
-    return _figure(name, title, 2.6, draw)
+    return figure_of(name, title, 2.6, draw)
 
 
 def ranges(name: str, title: str, values: Mapping[str, tuple[float, float]], x: str, level: tuple[str, float]) -> str:
     """A point with its error for each name, and a line at a `level`; logarithmic where values are far apart."""
-    names = [textwrap.fill(_label(label, 75), 26) for label in values]
+    names = [textwrap.fill(short(label, 75), 26) for label in values]
     height = 0.08 + 0.17 * max(label.count("\n") + 1 for label in names)
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         for place, (centre, error) in enumerate(values.values()):
             axes.errorbar(centre, place, xerr=error, fmt="o", color=COLOURS[0], markersize=5, capsize=3)
-        axes.axvline(level[1], color=INK, linestyle="--", linewidth=0.9, label=_label(level[0]))
+        axes.axvline(level[1], color=INK, linestyle="--", linewidth=0.9, label=short(level[0]))
         centres = [level[1], *(centre for centre, _ in values.values())]
         if max(centres) > 3 * min(centres) > 0:
             axes.set_xscale("log")
@@ -189,12 +189,12 @@ def ranges(name: str, title: str, values: Mapping[str, tuple[float, float]], x: 
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel(x)
         axes.grid(axis="x")
-        _legend(figure, [level[0]])
+        legend(figure, [level[0]])
 
-    return _figure(name, title, 0.7 + height * len(names), draw)
+    return figure_of(name, title, 0.7 + height * len(names), draw)
 
 
-def _figure(name: str, title: str, height: float, draw: Draw) -> str:
+def figure_of(name: str, title: str, height: float, draw: Draw) -> str:
     """A <figure> whose identifiers begin with `name`, or a line that says what to install.
 
     The identifiers are the same for the same data.
@@ -256,7 +256,7 @@ def _plain_log(axis: Any, steps: Sequence[float], most: int = 6) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _label(text: str, most: int = 56) -> str:
+def short(text: str, most: int = 56) -> str:
     """A text on one line, only its end where it is long. matplotlib leaves out labels that begin with _."""
     line = " ".join(text.split())
     line = line if len(line) <= most else f"…{line[1 - most :]}"
@@ -265,13 +265,13 @@ def _label(text: str, most: int = 56) -> str:
 
 def _columns(labels: Sequence[str]) -> int:
     """The number of columns of a legend, by its longest line: 5.3 points a letter, 50 for the rest of a column."""
-    return max(1, min(len(labels), int(72 * WIDTH / (50 + 5.3 * max(len(_label(label)) for label in labels)))))
+    return max(1, min(len(labels), int(72 * WIDTH / (50 + 5.3 * max(len(short(label)) for label in labels)))))
 
 
-def _legend_height(labels: Sequence[str]) -> float:
+def legend_height(labels: Sequence[str]) -> float:
     return LINE * (1 + math.ceil(len(labels) / _columns(labels))) if labels else 0.0
 
 
-def _legend(figure: Any, labels: Sequence[str]) -> None:
+def legend(figure: Any, labels: Sequence[str]) -> None:
     if labels:
         figure.legend(loc="outside lower center", ncols=_columns(labels))

@@ -7,10 +7,15 @@ from pathlib import Path
 from lowmem_wanda.checkpoint.writer import write_bytes
 from lowmem_wanda.cli import plots
 from lowmem_wanda.cli.markup import Record, Section, pairs, paragraphs, sections, table
+from lowmem_wanda.cli.routes import routes
 from lowmem_wanda.cli.shrink_text import imatrix_text, measuring, protected_text, refit_text, zeros_text
 from lowmem_wanda.cli.terminal import duration, ranges, size
 
 LOST = "Share of a layer's routed tokens that went to experts which are gone, in the text that they were measured on."
+ROUTES = (
+    "Share of a layer's tokens that its router gave to each expert, from the busiest expert to the least busy one, in up "
+    "to nine layers. The score decides, not this alone."
+)
 FITTED = "Share of the squares of a layer's output that is lost, on what it was measured on."
 RANKS = "Scores of each layer's experts by rank, relative to its highest; those right of the dashed line are gone."
 
@@ -60,9 +65,13 @@ def _sections(report: Record) -> Iterator[Section]:
 
 
 def _tokens(layers: Sequence[Record]) -> str:
-    """A bar for each layer that was measured."""
+    """A bar for each layer that was measured, and how its tokens were routed."""
     lost = {str(layer["layer"]): 100 * layer["tokens_lost"] for layer in layers if layer["tokens_lost"] is not None}
-    return paragraphs([LOST]) + plots.bars("lost", "tokens of dropped experts", lost, "layer", "%") if lost else ""
+    if not lost:
+        return ""
+    seen = {str(layer["layer"]): (layer["counts"], set(layer["kept"])) for layer in layers if layer["counts"]}
+    figure = plots.bars("lost", "tokens of dropped experts", lost, "layer", "%")
+    return paragraphs([LOST]) + figure + paragraphs([ROUTES]) + routes("routes", "tokens of each expert", seen)
 
 
 def _scores(layers: Sequence[Record], kept: int) -> str:

@@ -52,7 +52,7 @@ def test_shrink_says_what_it_did_what_it_costs_and_how_to_know(made, tmp_path, c
     page = Path(f"{small}.report.html").read_text("utf-8")
     for heading in ("Summary", "Warnings", "What it costs, and how to know", "Tokens", "Scores", "Layers", "Proof"):
         assert f"<h2>{heading}</h2>" in page
-    assert page.count("<svg") == 2 and "Moonlight" in page and "http" not in page and "<script" not in page
+    assert page.count("<svg") == 3 and "Moonlight" in page and "http" not in page and "<script" not in page
 
 
 def test_shrink_as_json_is_its_report(made, tmp_path, capsys):
@@ -193,7 +193,7 @@ def test_a_checkpoint_is_shrunk_and_what_it_costs_is_said(mixture, tmp_path, cap
     page = (small / "report.html").read_text("utf-8")
     for heading in ("Summary", "Warnings", "Tokens", "Scores", "Refit", "Layers", "Proof"):
         assert f"<h2>{heading}</h2>" in page
-    assert page.count("<svg") == 3 and "http" not in page and "<script" not in page
+    assert page.count("<svg") == 4 and "http" not in page and "<script" not in page
     code, out, _ = seen(capsys, "check", small, "--against", source)
     assert code == 0 and "of 16 experts" in out and "were refitted" in out and out.endswith("nothing else differs ")
     code, out, _ = seen(capsys, "eval", small, "--against", source, "--text", tokens, "--report", tmp_path / "eval")
