@@ -13,8 +13,8 @@ from lowmem_wanda.cli.terminal import duration, ranges, size
 
 LOST = "Share of a layer's routed tokens that went to experts which are gone, in the text that they were measured on."
 ROUTES = (
-    "Share of a layer's tokens that its router gave to each expert, from the busiest expert to the least busy one, in up "
-    "to nine layers. The score decides, not this alone."
+    "Share of a layer's tokens that its router gave to each expert, from the busiest expert to the least busy one, in "
+    "up to nine layers. The score decides, not this alone."
 )
 FITTED = "Share of the squares of a layer's output that is lost, on what it was measured on."
 RANKS = "Scores of each layer's experts by rank, relative to its highest; those right of the dashed line are gone."
