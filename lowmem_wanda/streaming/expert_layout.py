@@ -35,6 +35,7 @@ STACK = re.compile(r"(^|\.)experts\.")  # in the name of a parameter of all expe
 # what quantized tensors add to the names of those that they stand for
 ADDED = re.compile(r"(_scale_inv|_blocks|_scales|_packed|_scale|_shape|_zero_point|_g_idx)$")
 USED = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+INTEGERS = ("I64", "I32", "I16", "U8")
 PREDICTING = re.compile(r"nextn|mtp")  # in the name of a number of layers that predict further tokens
 
 
@@ -149,6 +150,12 @@ def expert_layout(
     predicting = tuple(sorted(layer for layer in layers if layer >= depth))
     predicted = tuple(name for name in checkpoint.tensors if predicting and files.predicts(name, depth))
     used = next((value for word in USED if type(value := getattr(config, word, None)) is int), 0)
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in INTEGERS and tensor.shape == (getattr(config, "vocab_size", None), used):
+            raise ModelError(
+                f"tensor {tensor.name}: routes tokens by their ids to numbered experts (hash routing), which would be "
+                "others afterwards; that is not supported"
+            )
     return ExpertLayout(
         checkpoint=checkpoint, count=count, used=used, groups=groups, groups_used=chosen, key=key, rows=rows,
         members=members, predicting=predicting, predicted=predicted,

@@ -449,6 +449,9 @@ def test_layers_that_predict_further_tokens_are_cut_or_dropped(tmp_path, token_f
 
 @pytest.mark.parametrize(("family", "given", "error", "says"), [
     ("llama", {"keep_experts": 4}, ModelError, "no number of experts is found"),
+    ("dbrx", {"keep_experts": 4}, ModelError, "no number of experts is found"),
+    ("deepseek_v4", {"keep_experts": 4, "score": "aimer"}, ModelError, "tid2eid: routes tokens by their ids"),
+    ("llama4_text", {"keep_experts": 4}, ModelError, "give --score aimer, or --plan"),
     ("qwen3_moe", {"keep_experts": 1}, PatternError, "the router chooses 2 for every token"),
     ("qwen3_moe", {"drop_experts": "0%"}, PatternError, "lies between 0 and 1"),
     ("deepseek_v3", {"keep_experts": 5}, PatternError, "they lie in 2 groups"),
@@ -470,6 +473,19 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(made, tiny, tmp_path, fami
     with pytest.raises(error, match=says):
         shrink(source, tmp_path / "out", device="cpu", **given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "longcat_flash", "zaya", "jetmoe", "minimax"])
+@torch.no_grad()
+def test_experts_that_are_only_watched_are_cut_by_their_weights(made, tmp_path, family):
+    report = shrink(
+        made(family), tmp_path / "out", keep_experts=4, score="aimer", write_plan=tmp_path / "p", device="cpu"
+    )
+    findings = check(tmp_path / "out", against=made(family))
+    assert report["experts"]["before"] == 8 and not findings.problems and findings.cut
+    model, unexpected = loaded(tmp_path / "out")
+    assert unexpected == loaded(made(family))[1]
+    assert torch.isfinite(model(input_ids=torch.arange(3, 27)[None]).logits).all()
 
 
 @pytest.mark.parametrize("change", ["byte", "row", "name", "config", "kept"])
