@@ -10,6 +10,7 @@ from lowmem_wanda.pruning.estimate import Rates, absent_machine, estimate, folde
 from lowmem_wanda.shrinking.job import ShrinkJob
 from lowmem_wanda.shrinking.prepare import prepare
 from lowmem_wanda.shrinking.report import started
+from lowmem_wanda.sparsity.refit import SWEEPS
 from lowmem_wanda.streaming.machine import Machine
 from lowmem_wanda.streaming.placement import choose
 from lowmem_wanda.streaming.walk import Notify, ignore, prunable
@@ -149,6 +150,7 @@ def predict(job: ShrinkJob) -> ShrinkPlan:
     after = sum(made.nbytes for _, made in layout.tensors(kept))
     tokens = work.sequences * work.length
     read = sum(source_bytes(tensor) for tensor in job.model.checkpoint.tensors.values()) if tokens else after
+    exact = _fitting(job)
     again = after if tokens and not (job.in_place and not placement.part) else 0  # what is written, from its files
     return ShrinkPlan(
         experts=layout.count,
@@ -163,14 +165,29 @@ def predict(job: ShrinkJob) -> ShrinkPlan:
         sequences=work.sequences,
         length=work.length,
         tokens_per_expert=tokens * layout.used / layout.count,
-        flops=_flops(job),
+        flops=_flops(job) + exact,
         host_peak=need.host,
         device_peak=need.device,
         disk=after + need.disk + (1 << 20),
         read=read + again,
         written=after,
         layout=placement,
+        exact=exact,
     )
+
+
+def _fitting(job: ShrinkJob) -> int:
+    """The operations, in float32, of fitting down projections to routed tokens, in all sweeps over the kept experts.
+
+    Each takes X^T X of its inputs, its product with what is missing, a solution, and what that adds for its tokens.
+    """
+    routes, total = job.workload.sequences * job.workload.length * job.layout.used, 0.0
+    for block in job.model.skeleton.matrices if job.refit else ():
+        found = [one.shape for one in block if one.parameter == "down_proj" and one.expert is not None]
+        for rows, columns in found[:1]:
+            total += routes * (2 * columns**2 + 4 * rows * columns)
+            total += job.keep * (2 / 3 * columns**3 + 2 * rows * columns**2)
+    return int(SWEEPS * total)
 
 
 def _flops(job: ShrinkJob) -> int:

@@ -149,7 +149,7 @@ def test_sums_are_those_of_hooks_on_the_whole_model(made, token_file, tmp_path, 
     assert {layer["layer"] for layer in report["layers"]} == expected.keys()
     for layer in report["layers"]:
         found = np.array([layer["sums"][name] for name in SUMS])
-        np.testing.assert_allclose(found, expected[layer["layer"]], rtol=1e-5)
+        np.testing.assert_allclose(found, expected[layer["layer"]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -161,7 +161,7 @@ def test_in_the_block_order_layers_see_the_smaller_ones_before_them(made, token_
     report = shrink(made(family), tmp_path / "out", **way)
     expected = reference(made(family), np.load(token_file), before=tmp_path / "out")
     found = np.array([report["layers"][1]["sums"][name] for name in SUMS])
-    np.testing.assert_allclose(found, expected[1], rtol=1e-5)
+    np.testing.assert_allclose(found, expected[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("statistics", ["dense", "block"])
@@ -209,7 +209,7 @@ def test_any_batch_and_groups_of_experts_give_the_same(made, token_file, tmp_pat
     for one, two, three in zip(whole["layers"], other["layers"], parts["layers"], strict=True):
         assert one["sums"] == three["sums"] and one["kept"] == two["kept"]
         for name, values in one["sums"].items():
-            np.testing.assert_allclose(values, two["sums"][name], rtol=1e-5)
+            np.testing.assert_allclose(values, two["sums"][name], rtol=1e-6)
 
 
 def tensors_of(path):
