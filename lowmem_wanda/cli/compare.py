@@ -115,11 +115,8 @@ def comparison_table(report: Mapping[str, Any]) -> Any:
     table.add_row("dense", *perplexity_cells(report["dense"]))
     for row in report["rows"]:
         share = [f"{row['size']:.1%}"] if shrunk else []
-        cost = [
-            *share,
-            short_duration(row["seconds"]),
-            *(size(row[f"{where}_bytes"]) if row[f"{where}_bytes"] else "-" for where in ("host", "device")),
-        ]
+        peaks = [size(row[key]) if row[key] else "-" for key in ("host_bytes", "device_bytes")]  # of what is computed
+        cost = [*share, short_duration(row["seconds"]), *peaks]
         table.add_row(escape(row["name"]), *perplexity_cells(row), *distance_cells(row), *cost[: len(costs)])
     for spread in report["spread"]:
         mean = f"{spread['perplexity_mean']:.2f} sd {spread['perplexity_sd']:.2f}"

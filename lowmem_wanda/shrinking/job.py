@@ -23,6 +23,8 @@ from lowmem_wanda.streaming.skeleton import Skeleton
 from lowmem_wanda.streaming.smaller import Smaller
 from lowmem_wanda.streaming.workload import Workload
 
+BUSIEST = 4  # times as many tokens as in the mean, that the busiest expert is taken to have
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShrinkJob:
@@ -102,12 +104,20 @@ class ShrinkJob:
         tokens, size = sequences * length, self.model.dtype.itemsize
         fitted = tokens * self.model.skeleton.width * (size + 4) * self.refit  # what a layer is given and puts out
         largest = max(matrix.weights for matrix in self.model.skeleton.all_matrices) * size
-        made = Workload((self.model,), sequences, length, statistics=fitted, workspace=2 * largest, whole_blocks=True)
+        workspace = 2 * largest + (self._fitting(tokens) if self.refit else 0)
+        made = Workload((self.model,), sequences, length, statistics=fitted, workspace=workspace, whole_blocks=True)
         if self.pruning is None:
             return made
         masks = self.pruning.workload
         return replace(made, statistics=fitted + masks.statistics, workspace=made.workspace + masks.workspace,
                        chunk=masks.chunk, score_bytes=masks.score_bytes)  # fmt: skip
+
+    def _fitting(self, tokens: int) -> int:
+        """The bytes of a refit: what is added to each kept down projection, and the work on one of many tokens."""
+        down = [one.shape for one in self.model.skeleton.all_matrices if one.parameter == "down_proj"]
+        rows, columns = max((one for one in down), key=lambda shape: shape[0] * shape[1], default=(0, 0))
+        busy = min(tokens, BUSIEST * tokens * max(1, self.layout.used) // self.keep)
+        return 4 * (self.keep * rows * columns + busy * (3 * columns + rows) + 3 * columns * columns)
 
     @property
     def passes_twice(self) -> bool:
