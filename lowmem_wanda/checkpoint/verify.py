@@ -30,7 +30,7 @@ from lowmem_wanda.checkpoint.pruned import (
     shards_of,
 )
 from lowmem_wanda.checkpoint.reader import FLOATS, PIECE, Tensor
-from lowmem_wanda.checkpoint.verify_cut import Removal, compare_cut
+from lowmem_wanda.checkpoint.verify_cut import Removal, compare_cut, fewer_experts
 
 PATTERNS = ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 4), (6, 8))  # (kept, of); the first that holds is shown
 TINY = {"F64": 1 << 52, "F32": 1 << 23, "F16": 1 << 10, "BF16": 1 << 7}  # bits of the smallest normal number
@@ -130,6 +130,8 @@ def check(path: str | Path, against: str | Path | None = None) -> Findings:
             findings.identical, findings.cut, findings.moved = found.identical, found.cut, found.moved
             findings.masked, findings.zeroed = found.masked, found.zeroed
             findings.problems += found.problems
+    elif against is not None and not report and (fewer := fewer_experts(checkpoint, Checkpoint(against))):
+        findings.problems.append(fewer)
     elif against is not None:
         of_tensors = {promise.tensor or name: promise for name, promise in promises.items()}
         moved = set() if keeps_bits(report) else of_tensors.keys() | recovered_in(report)

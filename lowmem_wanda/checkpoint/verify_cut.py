@@ -131,6 +131,17 @@ def _slices(tensor: Tensor, found: Tensor | None, kept: tuple[int, ...], count: 
     return cut(tensor, axis, [*rows, *range(each * count, was)])
 
 
+def fewer_experts(ours: Checkpoint, source: Checkpoint) -> str:
+    """What to say of a checkpoint that has fewer experts than its source, where no report tells which; else ""."""
+    before, after = (dict(_flat(one.config())) for one in (source, ours))
+    for key, was in before.items():
+        now = after.get(key)
+        if "expert" in key[-1] and type(was) is int and type(now) is int and now < was:
+            left = f"{'.'.join(key)} is {now}, in the source {was}"
+            return f"{left}, and there is no {REPORT} that says which experts are kept; get that of shrink, too"
+    return ""
+
+
 def _small_files(ours: Checkpoint, source: Checkpoint, removal: Removal) -> Iterator[str]:
     """Yields what differs in the small files, but for the number of experts and of layers that were left out."""
     files = [file for file in companions(source.path).files if file != Path(CONFIG)]

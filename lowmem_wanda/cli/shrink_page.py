@@ -8,7 +8,7 @@ from lowmem_wanda.checkpoint.writer import write_bytes
 from lowmem_wanda.cli import plots
 from lowmem_wanda.cli.markup import Record, Section, pairs, paragraphs, sections, table
 from lowmem_wanda.cli.routes import routes
-from lowmem_wanda.cli.shrink_text import imatrix_text, measuring, protected_text, refit_text, zeros_text
+from lowmem_wanda.cli.shrink_text import imatrix_text, kept_text, measuring, protected_text, refit_text, zeros_text
 from lowmem_wanda.cli.terminal import duration, ranges, size
 
 LOST = "Share of a layer's routed tokens that went to experts which are gone, in the text that they were measured on."
@@ -16,8 +16,13 @@ ROUTES = (
     "Share of a layer's tokens that its router gave to each expert, from the busiest expert to the least busy one, in "
     "up to nine layers. The score decides, not this alone."
 )
-FITTED = "Share of the squares of a layer's output that is lost, on what it was measured on."
-RANKS = "Scores of each layer's experts by rank, relative to its highest; those right of the dashed line are gone."
+FITTED = (
+    "Share of the squares of a layer's output that is lost, on an eighth of the calibration that nothing is fitted to."
+)
+RANKS = (
+    "Scores of each layer's experts by rank, relative to its highest; those right of the dashed line are gone, unless "
+    "groups of experts, or --protect, decide otherwise."
+)
 
 
 def save_page(path: Path, report: Record) -> None:
@@ -30,8 +35,8 @@ def _sections(report: Record) -> Iterator[Section]:
     experts, tokens, amounts = report["experts"], report["tokens"], report["bytes"]
     yield "summary", "Summary", pairs({
         "model": f"{report['source']} ({report['architecture']})",
-        "experts": f"{experts['kept']} of {experts['before']} kept in each of {experts['layers']} layers; "
-                   f"{experts['used']} at work for a token, as before",
+        "experts": f"{kept_text(experts)} of {experts['layers']} layers; {experts['used']} at work for a token, as "
+                   "before",
         "chosen by": report["how"],
         "size": f"{size(amounts['before'])} before, {size(amounts['after'])} now "
                 f"({amounts['after'] / amounts['before']:.1%})",
@@ -86,7 +91,8 @@ def _refit(layers: Sequence[Record]) -> str:
     if not fitted:
         return ""
     places = [layer["layer"] for layer in fitted]
-    series = {key: (places, [100 * layer["refit"][key] for layer in fitted]) for key in ("before", "after")}
+    held = [[100 * layer["refit"]["held_out"][place] for layer in fitted] for place in (0, 1)]
+    series = {key: (places, values) for key, values in zip(("before", "after"), held, strict=True)}
     return paragraphs([FITTED]) + plots.lines("fitted", "outputs lost before and after the refit", series, "layer", "%")
 
 

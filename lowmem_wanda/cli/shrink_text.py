@@ -61,8 +61,8 @@ def table(report: Mapping[str, Any]) -> Any:
     layers = f"{experts['layers']} layers of {report['architecture']}"
     if experts["predicting"]:
         layers += f", {experts['predicting']} of them for predicting further tokens (MTP)"
-    table.add_row("experts", f"{experts['kept']} of {experts['before']} kept in each of {layers}; {experts['used']} at "
-        "work for a token, as before")  # fmt: skip
+    kept = kept_text(experts)
+    table.add_row("experts", f"{kept} of {layers}; {experts['used']} at work for a token, as before")
     table.add_row("chosen by", printable(report["how"]))
     files = f" in {len(report['files'])} files" if len(report["files"]) > 1 else ""
     table.add_row("size", f"{size(before)} before, {size(after)} now{files} ({after / before:.1%})")
@@ -91,10 +91,24 @@ def table(report: Mapping[str, Any]) -> Any:
     return table
 
 
+def kept_text(experts: Mapping[str, Any]) -> str:
+    """How many experts are kept, in words: of each group, where routers choose among groups first."""
+    groups = experts.get("groups", 1)
+    if groups == 1:
+        return f"{experts['kept']} of {experts['before']} kept in each"
+    each, of = experts["kept"] // groups, experts["before"] // groups
+    return f"{experts['kept']} of {experts['before']} kept, {each} of {of} in each of {groups} groups, in each"
+
+
 def refit_text(refit: Mapping[str, Any]) -> str:
     """What fitting kept experts did, in words."""
-    before, after = refit["before"], refit["after"]
-    return f"layers lose {before:.1%} of the squares of their outputs before it, {after:.1%} after it, in the mean"
+    before, after = refit["held_out"]
+    text = (
+        f"layers lose {before:.2%} of the squares of their outputs before it, {after:.2%} after it, in the mean over "
+        f"an eighth of the calibration that is held out ({refit['before']:.2%} and {refit['after']:.2%} over all of it)"
+    )
+    left = refit["not_taken"]
+    return text + (f"; without use, and so not taken, in layers {ranges(left)}" if left else "")
 
 
 def zeros_text(report: Mapping[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """Texts with shares, as in `code.jsonl:4096 chats.jsonl:2048`: sequences are divided among them."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_wanda.errors import CalibrationError
+
+MOST = 1e12  # of a share
 
 
 def shares_of(texts: Sequence[str]) -> list[tuple[str, float | None]]:
@@ -23,8 +24,8 @@ def _share_of(text: str) -> tuple[str, float | None]:
         share = float(tail)
     except ValueError:
         return text, None
-    if not 0 < share < math.inf:
-        raise CalibrationError(f"--text {text}: a share is a number above 0, as in {name}:2")
+    if not 0 < share < MOST:
+        raise CalibrationError(f"--text {text}: a share is a number above 0 and below 1e12, as in {name}:2")
     return name, share
 
 

@@ -83,7 +83,8 @@ def _fitted(
     record = dict[str, Any]()
     if job.refit:
         found = refit(small, routes, layer)
-        record["refit"] = found | {"tensors": job.moved_in(block.index, kept, found["few_tokens"])}
+        moved = job.moved_in(block.index, kept, found["few_tokens"]) if found["taken"] else []
+        record["refit"] = found | {"tensors": moved}
     if moves_on and job.statistics == "block":
         advance(small, states)
     return record

@@ -117,18 +117,19 @@ def read_scores(path: Path, layout: ExpertLayout) -> dict[int, Sums]:
     found = content.get("layers")
     wanted = {str(layer) for layer in layout.running}
     if not isinstance(found, dict) or found.keys() != wanted or content.get("experts") != layout.count:
+        named = ", ".join(map(str, found))[:200] if isinstance(found, dict) else "none"
         raise CalibrationError(
-            f"{path}: is of {content.get('experts')} experts in other layers than the {len(wanted)} of this model, "
-            f"which have {layout.count}; get the scores of this very model"
+            f"{path}: is of {content.get('experts')} experts in the layers {named}, and this model has "
+            f"{layout.count} in {', '.join(map(str, layout.running))[:200]}; get the scores of this very model"
         )
     layers = {int(layer): values for layer, values in found.items()}
     for layer, values in layers.items():
         right = isinstance(values, dict) and values.keys() == set(SUMS)
-        if not right or not all(_numbers(one, layout.count) for one in values.values()):
+        if not right or not all(_numbers(one, layout.count) for one in values.values()) or not sum(values["tokens"]):
             raise CalibrationError(f"{path}: the sums of layer {layer} are damaged; make them again")
     return layers
 
 
 def _numbers(values: Any, count: int) -> bool:
     good = isinstance(values, list) and len(values) == count and all(type(one) in (int, float) for one in values)
-    return good and bool(np.isfinite(values).all())
+    return good and bool(np.isfinite(values).all()) and min(values) >= 0

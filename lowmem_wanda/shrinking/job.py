@@ -117,7 +117,8 @@ class ShrinkJob:
         down = [one.shape for one in self.model.skeleton.all_matrices if one.parameter == "down_proj"]
         rows, columns = max((one for one in down), key=lambda shape: shape[0] * shape[1], default=(0, 0))
         busy = min(tokens, BUSIEST * tokens * max(1, self.layout.used) // self.keep)
-        return 4 * (self.keep * rows * columns + busy * (3 * columns + rows) + 3 * columns * columns)
+        kept = 4 * tokens * self.model.skeleton.width + self.keep * rows * columns * self.model.dtype.itemsize
+        return kept + 4 * (self.keep * rows * columns + busy * (3 * columns + rows) + 3 * columns * columns)
 
     @property
     def passes_twice(self) -> bool:

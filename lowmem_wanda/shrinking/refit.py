@@ -12,7 +12,8 @@ from lowmem_wanda.streaming.block import Block, Stop
 from lowmem_wanda.streaming.experts import entering, inputs_of_down, is_experts, outputs_of_down, place_of
 from lowmem_wanda.streaming.walk import MicroBatches
 
-LEAST = 32  # tokens of an expert; with fewer it keeps its weights
+LEAST = 32  # tokens of an expert; with fewer, or fewer than it has inputs, it keeps its weights
+HELD_OUT = 8  # one of so many tokens is not fitted to
 
 
 class Layer:
@@ -68,29 +69,56 @@ def routes_of(smaller: Block, states: MicroBatches) -> Routes:
 
 
 def refit(smaller: Block, routes: Routes, layer: Layer) -> dict[str, Any]:
-    """Changes the kept experts' down projections in place; gives the record.
+    """Changes the kept experts' down projections in place, where that helps; gives the record.
 
-    It holds the share of the squares of the layer's output that is lost before and after, and the experts, by their ids
-    in the whole layer, that saw too few tokens and keep their weights.
+    They are fitted on all tokens but the last eighth. If the layer's error on those does not fall, all keep their
+    weights, and `taken` is False. The record holds the shares of the squares of the layer's output that are lost
+    `before` and `after`, on all tokens, and `held_out` both on the eighth; and in `few_tokens` the experts, by their
+    ids in the whole layer, that saw fewer tokens than they have inputs, or than 32, and keep their weights.
     """
     (module,), inputs, left = _experts(smaller), layer.inputs, layer.outputs
-    squares = max(float(left.square().sum()), 1e-30)
-    for expert, (tokens, weights) in routes.items():
-        made = outputs_of_down(module, expert, inputs_of_down(module, expert, inputs[tokens]))
-        left.index_add_(0, tokens, made.float() * weights.float(), alpha=-1)
-    before = float(left.square().sum())
-    enough = {expert: route for expert, route in routes.items() if len(route[0]) >= LEAST}
-    moved = fit_outputs(left, enough, lambda expert, tokens: inputs_of_down(module, expert, inputs[tokens]))
+    held = slice(len(left) - len(left) // HELD_OUT, None)
+    squares = [max(float(part.square().sum()), 1e-30) for part in (left, left[held])]
+
+    def inner(expert: int, tokens: torch.Tensor) -> torch.Tensor:
+        return inputs_of_down(module, expert, inputs[tokens])
+
+    for expert, (tokens, gates) in routes.items():
+        made = outputs_of_down(module, expert, inner(expert, tokens))
+        left.index_add_(0, tokens, made.float() * gates.float(), alpha=-1)
+    before = _lost(left, held, squares)
+    columns = module.down_proj.shape[1 if module.is_transposed else 2]
+    seen = {expert: tuple(one[route[0] < held.start] for one in route) for expert, route in routes.items()}
+    enough = {expert: route for expert, route in seen.items() if len(route[0]) >= max(LEAST, columns)}
+    kept = left[: held.start].clone()
+    moved = fit_outputs(left, enough, inner)  # type: ignore[arg-type]
+    left[: held.start] = kept
+    stored = {expert: module.down_proj[place_of(module, expert)].clone() for expert in moved}
     for expert, change in moved.items():
-        weight, (tokens, weights) = module.down_proj[place_of(module, expert)], routes[expert]
-        turned = change.t() if module.is_transposed else change
-        dense = weight.to(torch.float32, copy=True)
+        weight, (tokens, gates) = module.down_proj[place_of(module, expert)], routes[expert]
+        dense, turned = weight.to(torch.float32, copy=True), change.t() if module.is_transposed else change
         weight.copy_(dense + turned)
-        rounded = weight.float() - dense - turned
-        inner = inputs_of_down(module, expert, inputs[tokens]).float() * weights.float()
-        left.index_add_(0, tokens, inner @ (rounded if module.is_transposed else rounded.t()), alpha=-1)
+        by = weight.float() - dense  # as it is stored
+        weighted = inner(expert, tokens).float() * gates.float()
+        left.index_add_(0, tokens, weighted @ (by if module.is_transposed else by.t()), alpha=-1)
+    after, taken = _lost(left, held, squares), True
+    if not after[1] < before[1]:
+        taken, after = False, before
+        for expert, weight in stored.items():
+            module.down_proj[place_of(module, expert)].copy_(weight)
     few = [place_of(module, expert) for expert in routes if expert not in moved]
-    return {"before": before / squares, "after": float(left.square().sum()) / squares, "few_tokens": few}
+    return {
+        "before": before[0],
+        "after": after[0],
+        "held_out": [before[1], after[1]],
+        "taken": taken,
+        "few_tokens": few,
+    }
+
+
+def _lost(left: torch.Tensor, held: slice, squares: Sequence[float]) -> list[float]:
+    """The shares of the squares that are lost: of all tokens, and of those that are held out."""
+    return [float(part.square().sum()) / whole for part, whole in zip((left, left[held]), squares, strict=True)]
 
 
 def _experts(block: Block) -> Sequence[Any]:

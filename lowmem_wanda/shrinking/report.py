@@ -205,14 +205,18 @@ def _tokens(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _refit(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What fitting kept experts did: the mean share of layers' outputs that is lost before and after, and who was not.
 
-    `not_fitted` are {layer: ids in the source} of the experts that saw too few tokens. None without a refit.
+    `held_out` are both on an eighth of the tokens, which nothing is fitted to; where that did not fall, the layers
+    `not_taken`, all keep their weights. `not_fitted` are {layer: ids in the source} of the experts that saw too few
+    tokens. None without a refit.
     """
     fitted = {layer["layer"]: layer["refit"] for layer in layers if "refit" in layer}
     if not fitted:
         return None
     before, after = (float(np.mean([one[key] for one in fitted.values()])) for key in ("before", "after"))
     few = {str(layer): one["few_tokens"] for layer, one in fitted.items() if one["few_tokens"]}
-    return {"before": before, "after": after, "not_fitted": few}
+    held = [float(one) for one in np.mean([one["held_out"] for one in fitted.values()], axis=0)]
+    left = [layer for layer, one in fitted.items() if not one["taken"]]
+    return {"before": before, "after": after, "held_out": held, "not_taken": left, "not_fitted": few}
 
 
 def _warnings(job: ShrinkJob, layers: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any] | None) -> list[str]:
@@ -220,13 +224,14 @@ def _warnings(job: ShrinkJob, layers: Sequence[Mapping[str, Any]], tokens: Mappi
     found = list(job.calibration.warnings) if job.calibration else []
     if tokens and job.score in MEASURED and (few := tokens["few"]):
         found.append(
-            f"{few} of {tokens['experts']} experts saw fewer than {FEW} tokens, {tokens['unseen']} of them none: "
-            "where they rank is partly chance; give more --sequences, or text of more kinds"
+            f"{few} of {tokens['experts']} experts saw fewer than {FEW} tokens"
+            + (f", {tokens['unseen']} of them none" if tokens["unseen"] else "")
+            + ": where they rank is partly chance; give more --sequences, or text of more kinds"
         )
     few = {layer["layer"]: layer["refit"]["few_tokens"] for layer in layers if layer.get("refit", {}).get("few_tokens")}
     if few:
         named = "; ".join(f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in few.items())
-        found.append(f"experts that saw fewer than {LEAST} tokens were not refitted: {named}")
+        found.append(f"experts that saw fewer tokens than {LEAST}, or than their inputs, were not refitted: {named}")
     if job.score == "random":
         found.append("chosen at random, to compare with")
     if job.score == "frequency":

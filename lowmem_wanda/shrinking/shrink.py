@@ -11,7 +11,7 @@ from lowmem_wanda.checkpoint.output import Output, begun, exclusive, finished, r
 from lowmem_wanda.checkpoint.pruned import read_report
 from lowmem_wanda.checkpoint.verify_cut import Removal
 from lowmem_wanda.checkpoint.writer import named_partial, require_new, write_json
-from lowmem_wanda.errors import PatternError
+from lowmem_wanda.errors import OutputError, PatternError
 from lowmem_wanda.llamacpp.expert_choice import LayerChoice, plan_text
 from lowmem_wanda.shrinking.choice import scores_text
 from lowmem_wanda.shrinking.imatrix import of_smaller, require_imatrix
@@ -164,6 +164,9 @@ def run(
             report = _verified(job, Output(target, job.arguments(before or 0), _label))
             _write_beside(job, report, beside)
             return report
+    for file in beside.values():
+        if not file.parent.is_dir():
+            raise OutputError(f"{file}: there is no folder {file.parent}; make it first")
     for file in beside.values() if not began else ():
         require_new(file)
     placement, need = choose(job.workload, before) if job.measures else (None, NOTHING)
@@ -218,7 +221,8 @@ def _write_beside(job: ShrinkJob, report: ShrinkReport, beside: dict[str, Path])
     texts = {}
     if "record" in beside:
         sums = {layer: one["sums"] for layer, one in layers.items() if one["sums"]}
-        about = {"source": report["source"], "calibration": report["calibration"]}
+        about = {"source": report["source"], "source_fingerprint": job.arguments(0)["source_fingerprint"],
+                 "calibration": report["calibration"]}  # fmt: skip
         texts["record"] = scores_text(job.layout, sums, about)
     if "plan" in beside:
         choices = {layer: LayerChoice(tuple(one["kept"]), one["by"], None) for layer, one in layers.items()}

@@ -173,9 +173,9 @@ def test_ranges_are_short():
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """A tiny mixture of 16 experts, and 22 sequences of 16 token ids."""
+    """A tiny mixture of 16 experts, and 22 sequences of 16 token ids, two of them again and again."""
     folder = tmp_path_factory.mktemp("mixture")
-    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, (22, 16)))
+    np.save(folder / "tokens.npy", np.tile(np.random.default_rng(0).integers(3, 96, (2, 16)), (11, 1)))
     return save_tiny(folder / "mixture", "qwen3_moe", num_experts=16), folder / "tokens.npy"
 
 

@@ -46,6 +46,14 @@ def token_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory):
+    """Eight times the same six sequences, so that what is held out is known."""
+    path = tmp_path_factory.mktemp("repeated") / "tokens.npy"
+    np.save(path, np.tile(np.random.default_rng(0).integers(3, 96, (6, 16)), (8, 1)))
+    return path
+
+
 def plan_of(path, family, keep=KEPT):
     """A plan for the layers of a checkpoint that have experts, which differs from layer to layer."""
     names = Checkpoint(path).tensors
@@ -167,8 +175,8 @@ def test_in_the_block_order_layers_see_the_smaller_ones_before_them(made, token_
 @pytest.mark.parametrize("statistics", ["dense", "block"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 @torch.no_grad()
-def test_a_refit_brings_the_layer_closer_by_what_the_report_says(made, token_file, tmp_path, family, statistics):
-    way = {"keep_experts": 4, "statistics": statistics, "text": [token_file], **FEW}
+def test_a_refit_brings_the_layer_closer_by_what_the_report_says(made, repeated, tmp_path, family, statistics):
+    way = {"keep_experts": 4, "statistics": statistics, "text": [repeated], **FEW, "sequences": 48}
     plain = shrink(made(family), tmp_path / "plain", **way)
     report = shrink(made(family), tmp_path / "refit", refit=True, **way)
     first, models = report["layers"][0], [loaded(path)[0] for path in (made(family), tmp_path / "plain",
@@ -178,16 +186,42 @@ def test_a_refit_brings_the_layer_closer_by_what_the_report_says(made, token_fil
     for model in models:
         module = next(iter(experts_in(model).values()))
         module.register_forward_hook(lambda module, args, output: seen.append(output.double()))
-        model(input_ids=torch.from_numpy(np.load(token_file)), use_cache=False)
+        model(input_ids=torch.from_numpy(np.load(repeated)), use_cache=False)
     whole, cut, fitted = seen
     lost = [float((one - whole).square().sum() / whole.square().sum()) for one in (cut, fitted)]
     assert first["refit"]["before"] == pytest.approx(lost[0], rel=1e-4)
     assert first["refit"]["after"] == pytest.approx(lost[1], rel=1e-4) and lost[1] < lost[0]
+    eighth = slice(-len(whole.view(-1, whole.shape[-1])) // 8, None)
+    held = [one.view(-1, one.shape[-1])[eighth] for one in (whole, cut, fitted)]
+    shares = [float((one - held[0]).square().sum() / held[0].square().sum()) for one in held[1:]]
+    assert first["refit"]["held_out"] == pytest.approx(shares, rel=1e-4) and first["refit"]["taken"]
     findings = check(tmp_path / "refit", against=made(family))
     assert not findings.problems and findings.moved and findings.kept == check(tmp_path / "refit").kept
     few = {expert for layer in report["layers"] for expert in layer["refit"]["few_tokens"]}
     counts = {kept: layer["counts"][kept] for layer in report["layers"] for kept in layer["kept"]}
     assert all(expert in counts for expert in few)
+
+
+def test_a_refit_that_does_not_help_leaves_the_source_s_weights(made, token_file, tmp_path, monkeypatch):
+    from lowmem_wanda.shrinking import refit as module
+
+    monkeypatch.setattr(module, "fit_outputs", lambda left, routes, inner: {
+        expert: torch.ones(64, inner(expert, route[0][:1]).shape[1]) for expert, route in routes.items()
+    })  # fmt: skip
+    way = {"keep_experts": 4, "text": [token_file], **FEW}
+    report = shrink(made("qwen3_moe"), tmp_path / "out", refit=True, **way)
+    assert report["refit"]["not_taken"] == [layer["layer"] for layer in report["layers"]]
+    assert all(layer["refit"]["before"] == layer["refit"]["after"] for layer in report["layers"])
+    shrink(made("qwen3_moe"), tmp_path / "plain", **way)
+    assert shards(tmp_path / "out") == shards(tmp_path / "plain")
+    assert not check(tmp_path / "out", against=made("qwen3_moe")).moved
+
+
+def test_without_a_report_it_is_said_that_one_is_missing(made, tmp_path):
+    shrink(made("qwen3_moe"), tmp_path / "out", keep_experts=4, score="aimer", device="cpu")
+    (tmp_path / "out/report.json").unlink()
+    problems = check(tmp_path / "out", against=made("qwen3_moe")).problems
+    assert len(problems) == 1 and "is 4, in the source 8, and there is no report.json" in problems[0]
 
 
 def test_any_batch_and_groups_of_experts_give_the_same(made, token_file, tmp_path, monkeypatch):
@@ -332,7 +366,7 @@ def test_the_importance_matrix_is_that_of_the_smaller_model(made, token_file, tm
 def test_other_scores_are_refused_in_words(made, token_file, tmp_path):
     recorded = tmp_path / "scores.json"
     shrink(made("qwen3_moe"), tmp_path / "1", record=recorded, keep_experts=4, text=[token_file], **FEW)
-    with pytest.raises(LowmemError, match="is of 8 experts in other layers"):
+    with pytest.raises(LowmemError, match="is of 8 experts in the layers 0, 1, .*, and this model has 8 in"):
         shrink(made("deepseek_v3"), tmp_path / "2", scores_from=recorded, keep_experts=4, device="cpu")
     content = json.loads(recorded.read_text())
     content["layers"]["0"]["norms"][0] = "many"
