@@ -34,7 +34,7 @@ def remove_experts(
                 advance(block, states)
         return record | {"parts": clock.seconds()}
     sums = ExpertSums(job.layout.count, block.device)
-    layer = Layer(sum(len(one) * one.shape[1] for one in states))
+    layer = Layer(sum(map(len, states)), states[0].shape[1])
     with clock.part("measure"), ExitStack() as stack:
         stack.enter_context(outputs_heard(block, lambda _, *heard: sums.add(*heard)))
         if job.refit:

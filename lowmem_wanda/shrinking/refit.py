@@ -13,15 +13,24 @@ from lowmem_wanda.streaming.experts import entering, inputs_of_down, is_experts,
 from lowmem_wanda.streaming.walk import MicroBatches
 
 LEAST = 32  # tokens of an expert; with fewer, or fewer than it has inputs, it keeps its weights
-HELD_OUT = 8  # one of so many tokens is not fitted to
+HELD_OUT = 8  # one of so many sequences is not fitted to
 
 
 class Layer:
-    """What the experts of a layer are given, and what they put out together in float32, each (tokens, width)."""
+    """What the experts of a layer are given, and what they put out together in float32, each (tokens, width).
 
-    def __init__(self, tokens: int) -> None:
-        self._tokens, self._done = tokens, 0
+    The tokens are those of `sequences` of `length` each, one after the other.
+    """
+
+    def __init__(self, sequences: int, length: int) -> None:
+        self.sequences, self.length = sequences, length
+        self._tokens, self._done = sequences * length, 0
         self.inputs, self.outputs = torch.empty(0), torch.empty(0)
+
+    def held_out(self) -> torch.Tensor:
+        """The mask of the tokens that nothing is fitted to, bool (tokens,): of every eighth sequence, or the last."""
+        sequence = torch.arange(self._tokens, device=self.outputs.device) // max(1, self.length)
+        return sequence % HELD_OUT == min(HELD_OUT, self.sequences) - 1
 
     @contextmanager
     def heard(self, block: Block) -> Iterator[None]:
@@ -71,13 +80,13 @@ def routes_of(smaller: Block, states: MicroBatches) -> Routes:
 def refit(smaller: Block, routes: Routes, layer: Layer) -> dict[str, Any]:
     """Changes the kept experts' down projections in place, where that helps; gives the record.
 
-    They are fitted on all tokens but the last eighth. If the layer's error on those does not fall, all keep their
+    They are fitted on all sequences but every eighth. If the layer's error on those does not fall, all keep their
     weights, and `taken` is False. The record holds the shares of the squares of the layer's output that are lost
-    `before` and `after`, on all tokens, and `held_out` both on the eighth; and in `few_tokens` the experts, by their
-    ids in the whole layer, that saw fewer tokens than they have inputs, or than 32, and keep their weights.
+    `before` and `after`, on all tokens, and `held_out` both on what is held out; and in `few_tokens` the experts, by
+    their ids in the whole layer, that saw fewer tokens than they have inputs, or than 32, and keep their weights.
     """
     (module,), inputs, left = _experts(smaller), layer.inputs, layer.outputs
-    held = slice(len(left) - len(left) // HELD_OUT, None)
+    held = layer.held_out()
     squares = [max(float(part.square().sum()), 1e-30) for part in (left, left[held])]
 
     def inner(expert: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -88,11 +97,11 @@ def refit(smaller: Block, routes: Routes, layer: Layer) -> dict[str, Any]:
         left.index_add_(0, tokens, made.float() * gates.float(), alpha=-1)
     before = _lost(left, held, squares)
     columns = module.down_proj.shape[1 if module.is_transposed else 2]
-    seen = {expert: tuple(one[route[0] < held.start] for one in route) for expert, route in routes.items()}
+    seen = {expert: tuple(one[~held[route[0]]] for one in route) for expert, route in routes.items()}
     enough = {expert: route for expert, route in seen.items() if len(route[0]) >= max(LEAST, columns)}
-    kept = left[: held.start].clone()
+    kept = left.clone()
     moved = fit_outputs(left, enough, inner)  # type: ignore[arg-type]
-    left[: held.start] = kept
+    left.copy_(kept)
     stored = {expert: module.down_proj[place_of(module, expert)].clone() for expert in moved}
     for expert, change in moved.items():
         weight, (tokens, gates) = module.down_proj[place_of(module, expert)], routes[expert]
@@ -116,7 +125,7 @@ def refit(smaller: Block, routes: Routes, layer: Layer) -> dict[str, Any]:
     }
 
 
-def _lost(left: torch.Tensor, held: slice, squares: Sequence[float]) -> list[float]:
+def _lost(left: torch.Tensor, held: torch.Tensor, squares: Sequence[float]) -> list[float]:
     """The shares of the squares that are lost: of all tokens, and of those that are held out."""
     return [float(part.square().sum()) / whole for part, whole in zip((left, left[held]), squares, strict=True)]
 
