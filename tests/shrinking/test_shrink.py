@@ -18,7 +18,7 @@ from lowmem_wanda.errors import CheckpointError, LowmemError, ModelError, Output
 KEPT = (0, 2, 3, 6)  # of 8 experts, in the first layer; others rotate it
 FAMILIES = (
     "qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "minimax_m2", "lfm2_moe",
-    "granitemoe", "olmoe", "phimoe", "qwen3_next", "jamba", "gemma4_text",
+    "granitemoe", "olmoe", "phimoe", "qwen3_next", "jamba", "gemma4_text", "longcat_flash", "zaya",
 )  # fmt: skip
 FEW = {"sequences": 22, "length": 16, "batch": 4, "device": "cpu"}
 
@@ -98,7 +98,8 @@ def test_what_is_left_computes_as_the_whole_model_routed_alike(made, tmp_path, f
     def compare(name, module, args, output):
         layer = int(name.split("layers.")[1].split(".")[0])
         hidden, index, weights = args
-        seen.append(torch.equal(output, dense[name](hidden, torch.tensor(plan[layer])[index], weights)))
+        places = torch.tensor([*plan[layer], *range(8, 16)])  # behind the experts are those that compute nothing
+        seen.append(torch.equal(output, dense[name](hidden, places[index], weights)))
 
     for name, module in experts_in(small).items():
         module.register_forward_hook(lambda *given, name=name: compare(name, *given))
@@ -111,6 +112,16 @@ def test_what_is_left_computes_as_the_whole_model_routed_alike(made, tmp_path, f
     changed = {key for key in before if before[key] != after[key]}
     assert len(changed) == 1 and before.keys() == after.keys()
     assert list(Checkpoint(out).tensors) and {t.dtype for t in Checkpoint(out).tensors.values()} == {"F32"}
+
+
+def test_as_many_experts_as_they_are_wide_are_told_apart(tmp_path):
+    sizes = {"num_experts": 32, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    source = build(tmp_path / "source", "qwen3_next", **sizes)
+    shrink(source, tmp_path / "out", keep_experts=24, score="aimer", device="cpu")
+    assert not check(tmp_path / "out", against=source).problems
+    assert loaded(tmp_path / "out")[0].config.num_experts == 24
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "out"))
+    assert [key for key in before if before[key] != after[key]] == ["num_experts"]
 
 
 def reference(path, tokens, before=None):
