@@ -298,7 +298,7 @@ def test_the_report_holds_what_was_done(source, token_file, tmp_path):
     report = prune(source, tmp_path / "out", text=[str(token_file)])
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["summary"]["sparsity"] == 0.5 and report["summary"]["linears"] == 21
-    file = {"name": "tokens.npy", "how": "rows of token ids", "documents": 6, "read": 6, "tokens": 96}
+    file = {"name": "tokens.npy", "how": "rows of token ids", "documents": 6, "read": 6, "tokens": 96, "share": 1.0}
     assert report["calibration"] == {
         "text": ["tokens.npy"], "sequences": 6, "length": 16, "tokens": 96, "norms": None, "files": [file], "warnings": [],
     }  # fmt: skip
