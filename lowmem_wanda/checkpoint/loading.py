@@ -115,6 +115,8 @@ def _copy_mapped(file: BinaryIO, tensor: Tensor, start: int, out: np.ndarray) ->
     if os.fstat(file.fileno()).st_size < at + len(out):
         raise changed(tensor)
     with mmap.mmap(file.fileno(), skip + len(out), offset=at - skip, access=mmap.ACCESS_READ) as mapped:
+        if hasattr(mmap, "MADV_SEQUENTIAL"):  # else a fault reads what lies before it, too: 7 % of matrices of 1 MB
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
         if not _copy(mapped, skip, out):
             raise changed(tensor)
 
