@@ -169,6 +169,21 @@ def is_matrix(tensor: Tensor) -> bool:
     return tensor.dtype in FLOATS and len(tensor.shape) == 2 and tensor.numel > 0
 
 
+def differing_values(ours: Tensor, theirs: Tensor, tiny: int = 0) -> tuple[int, int]:
+    """(weights that are pruned in `ours` alone, other values that differ) of two tensors of one dtype and shape.
+
+    Pruned weights are +0.0, or of the bits `tiny` with either sign where those are given.
+    """
+    zeroed = changed = 0
+    for mine, its in zip(ours.pieces(), theirs.pieces(), strict=True):
+        if mine != its:
+            bits, before = (np.frombuffer(piece, f"<u{FLOATS.get(ours.dtype, 1)}") for piece in (mine, its))
+            differs, gone = bits != before, bits << 1 == tiny << 1 if tiny else bits == 0
+            zeroed += int((differs & gone).sum())
+            changed += int((differs & ~gone).sum())
+    return zeroed, changed
+
+
 def holds(zero: np.ndarray, kept: int, of: int, axis: int = 1) -> bool:
     """Whether at most `kept` of each `of` consecutive values are not zero, along an axis (1: within rows).
 

@@ -20,6 +20,7 @@ from lowmem_wanda.checkpoint.pruned import (
     NO_PROMISE,
     Promise,
     as_matrix,
+    differing_values,
     holds,
     is_matrix,
     keeps_bits,
@@ -228,15 +229,7 @@ def _compare_tensor(ours: Tensor, theirs: Tensor, filled: bool, moves: bool, fin
         is_, was = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (ours, theirs))
         findings.problems.append(f"{ours.name}: is {is_}, the source's {was}")
         return
-    zeroed = changed = 0
-    for mine, source in zip(ours.pieces(), theirs.pieces(), strict=True):
-        if mine != source:
-            kind = f"<u{FLOATS.get(ours.dtype, 1)}"
-            mine_bits, source_bits = np.frombuffer(mine, kind), np.frombuffer(source, kind)
-            differs = mine_bits != source_bits
-            gone = mine_bits << 1 == TINY[ours.dtype] << 1 if filled else mine_bits == 0
-            zeroed += int((differs & gone).sum())
-            changed += int((differs & ~gone).sum())
+    zeroed, changed = differing_values(ours, theirs, TINY[ours.dtype] if filled else 0)
     prunable = is_matrix(as_matrix(ours)) and IN_BLOCK.search(ours.name)
     if changed and not moves:
         pruned = "the smallest number" if filled else "zero"

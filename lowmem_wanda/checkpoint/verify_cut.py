@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lowmem_wanda.checkpoint.companions import REPORT, companions, differing
 from lowmem_wanda.checkpoint.cut import MEMBER, cut, renamed, stem_of
 from lowmem_wanda.checkpoint.directory import CONFIG, Checkpoint
-from lowmem_wanda.checkpoint.reader import FLOATS, Tensor, nonfinite
+from lowmem_wanda.checkpoint.pruned import differing_values
+from lowmem_wanda.checkpoint.reader import Tensor, nonfinite
 from lowmem_wanda.errors import CheckpointError
 
 OF_EXPERTS = re.compile(r"\bexperts\.|block_sparse_moe\.")  # in the names of what a refit may change
@@ -86,12 +85,7 @@ def compare_cut(ours: Checkpoint, source: Checkpoint, removal: Removal, pruned: 
 
 def _compare(found: Tensor, expected: Tensor, name: str, pruned: bool, findings: CutFindings) -> None:
     """Compares the bytes of a tensor with what is left of the source's tensor `name`."""
-    zeroed = changed = 0
-    for mine, its in zip(found.pieces(), expected.pieces(), strict=True):
-        if mine != its:
-            bits, before = (np.frombuffer(piece, f"<u{FLOATS.get(found.dtype, 1)}") for piece in (mine, its))
-            zeroed += int(((bits != before) & (bits == 0)).sum())
-            changed += int(((bits != before) & (bits != 0)).sum())
+    zeroed, changed = differing_values(found, expected)
     if changed or (zeroed and not pruned):
         findings.problems.append(f"{found.name}: its bytes are not those of the source's {name}")
     elif zeroed:

@@ -28,6 +28,7 @@ from lowmem_wanda.cli.options import (
 from lowmem_wanda.cli.shrink import add_numbers, show_plan
 from lowmem_wanda.cli.terminal import (
     Bar,
+    add_needs,
     add_peaks,
     calibration_text,
     duration,
@@ -36,7 +37,6 @@ from lowmem_wanda.cli.terminal import (
     pairs,
     shown,
     size,
-    time_text,
 )
 from lowmem_wanda.errors import OutputError, PatternError
 
@@ -284,10 +284,5 @@ def plan_table(plan: Any, facts: Mapping[str, Any]) -> Any:
     table.add_row("layout", str(plan.layout))
     if plan.layout.held:
         table.add_row("held", f"{plan.layout.held} micro-batches may wait for a linear")
-    table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
-    table.add_row("time", time_text(plan))
-    table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
-    if plan.device_peak:
-        table.add_row("device memory", f"{size(plan.device_peak)} predicted at most")
-    table.add_row("disk", f"{size(plan.disk)}: {size(plan.read)} are read, {size(plan.written)} written")
+    add_needs(table, plan)
     return table

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowmem_wanda.cli.terminal import (
+    add_needs,
     add_peaks,
     calibration_text,
     duration,
@@ -13,7 +14,6 @@ from lowmem_wanda.cli.terminal import (
     ranges,
     short_duration,
     size,
-    time_text,
 )
 
 
@@ -165,10 +165,5 @@ def plan_table(source: str, plan: Any) -> Any:
     table.add_row("calibration", f"{plan.sequences} sequences of {plan.length}: {number(plan.tokens)} tokens, "
         f"{number(plan.tokens_per_expert)} for an expert in the mean")  # fmt: skip
     table.add_row("layout", str(plan.layout))
-    table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
-    table.add_row("time", time_text(plan))
-    table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
-    if plan.device_peak:
-        table.add_row("device memory", f"{size(plan.device_peak)} predicted at most")
-    table.add_row("disk", f"{size(plan.disk)}: {size(plan.read)} are read, {size(plan.written)} written")
+    add_needs(table, plan)
     return table

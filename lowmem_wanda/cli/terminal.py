@@ -213,6 +213,16 @@ def calibration_text(calibration: Mapping[str, Any]) -> str:
     return escape(f"{shape} from {', '.join(named if several else calibration['text'])}")
 
 
+def add_needs(table: Any, plan: Any) -> None:
+    """Adds rows of what a plan predicts: operations, time, memory, disk."""
+    table.add_row("computing", f"{plan.flops / 1e12:.3g} TFLOP")
+    table.add_row("time", time_text(plan))
+    table.add_row("host memory", f"{size(plan.host_peak)} predicted at most")
+    if plan.device_peak:
+        table.add_row("device memory", f"{size(plan.device_peak)} predicted at most")
+    table.add_row("disk", f"{size(plan.disk)}: {size(plan.read)} are read, {size(plan.written)} written")
+
+
 def add_peaks(table: Any, memory: Mapping[str, Any]) -> None:
     """Adds rows of the peaks beside their predictions; a row of the GPU only where one was used."""
     for where in ("host", "device") if memory["device_measured"] else ("host",):

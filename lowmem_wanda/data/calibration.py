@@ -41,6 +41,13 @@ class Calibration:
     warnings: tuple[str, ...] = ()
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What is said of it before the work."""
+        sequences, length = self.tokens.shape
+        found = {"text": list(self.sources), "files": list(self.files), "warnings": list(self.warnings)}
+        return found | {"sequences": sequences, "length": length}
+
+    @property
     def sha256(self) -> str:
         """The SHA-256 in hex of the token ids."""
         return hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes()).hexdigest()

@@ -34,13 +34,6 @@ GIVES_NOT = (
 
 def started(job: PruneJob) -> dict[str, Any]:
     """A record of what will be done, for `on_start`."""
-    calibration = job.calibration and {
-        "text": list(job.calibration.sources),
-        "files": list(job.calibration.files),
-        "warnings": list(job.calibration.warnings),
-        "sequences": job.calibration.tokens.shape[0],
-        "length": job.calibration.tokens.shape[1],
-    }
     return {
         "source": str(job.model.checkpoint.path),
         "blocks": job.model.depth,
@@ -48,7 +41,7 @@ def started(job: PruneJob) -> dict[str, Any]:
         "method": str(job.method),
         "pattern": str(job.pattern),
         "also": described(job),
-        "calibration": calibration,
+        "calibration": job.calibration and job.calibration.facts,
         "norms": str(job.norms) if job.norms else None,
         **left(job),  # type: ignore[typeddict-item]
     }

@@ -1,6 +1,7 @@
 """ONE block: what its experts put out is measured, the highest scores are kept, and the hidden states move on."""
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from lowmem_wanda.errors import NumberError
@@ -33,26 +34,22 @@ def remove_experts(
             if moves_on:
                 advance(block, states)
         return record | {"parts": clock.seconds()}
-    sums = ExpertSums(job.layout.count, block.device)
     layer = Layer(sum(map(len, states)), states[0].shape[1])
-    with clock.part("measure"), ExitStack() as stack:
-        stack.enter_context(outputs_heard(block, lambda _, *heard: sums.add(*heard)))
-        if job.refit:
-            stack.enter_context(layer.heard(block))
-        if smaller is None:
-            advance(block, states)
-        else:
-            for micro_batch in states:
-                block(micro_batch)
-    block.groups.finish()
+
+    def forward() -> None:
+        with layer.heard(block) if job.refit else nullcontext():
+            if smaller is None:
+                advance(block, states)
+            else:
+                for micro_batch in states:
+                    block(micro_batch)
+
+    sums = _sums(job, block, clock, forward)
     with clock.part("choose"):
-        try:
-            record |= layer_record(job, block.index, sums.record())
-        except NumberError as error:
-            raise NumberError(f"block {block.index}: {error}") from None
+        record |= layer_record(job, block.index, sums)
     if smaller is not None and job.pruning is not None:
         with smaller.block(block, record["kept"]) as small:
-            record |= prune_kept(job, block, small, states, record["kept"], moves_on, placement.chunk)
+            record |= prune_kept(job, job.pruning, block, small, states, record["kept"], moves_on, placement.chunk)
     elif smaller is not None:
         with clock.part("refit" if job.refit else "onward"), smaller.block(block, record["kept"]) as small:
             record |= _fitted(job, block, small, states, layer, record["kept"], moves_on)
@@ -63,12 +60,19 @@ def remove_experts(
 
 def measured_sums(job: ShrinkJob, block: Block, states: MicroBatches) -> tuple[Sums | None, dict[str, float]]:
     """What the experts of a block put out, if it has any, and the seconds; the hidden states move on."""
-    clock, sums = Clock(block.device), ExpertSums(job.layout.count, block.device)
+    clock = Clock(block.device)
+    sums = _sums(job, block, clock, lambda: advance(block, states))
+    return (sums if block.index in job.layers else None), clock.seconds()
+
+
+def _sums(job: ShrinkJob, block: Block, clock: Clock, forward: Callable[[], None]) -> dict[str, list[float]]:
+    """What the experts of a block put out in a `forward` of all hidden states. Raises NumberError."""
+    sums = ExpertSums(job.layout.count, block.device)
     with clock.part("measure"), outputs_heard(block, lambda _, *heard: sums.add(*heard)):
-        advance(block, states)
+        forward()
     block.groups.finish()
     try:
-        return (sums.record() if block.index in job.layers else None), clock.seconds()
+        return sums.record()
     except NumberError as error:
         raise NumberError(f"block {block.index}: {error}") from None
 

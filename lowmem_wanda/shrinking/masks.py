@@ -9,6 +9,7 @@ from lowmem_wanda.pruning.block import prune_block, prune_matrix
 from lowmem_wanda.pruning.job import PruneJob
 from lowmem_wanda.pruning.passes import Passes
 from lowmem_wanda.shrinking.job import ShrinkJob
+from lowmem_wanda.sparsity.statistics import SquaredNorm
 from lowmem_wanda.streaming.block import Block
 from lowmem_wanda.streaming.matrices import Matrix
 from lowmem_wanda.streaming.walk import MicroBatches
@@ -24,6 +25,7 @@ def prune_without_experts(
 
 def prune_kept(
     job: ShrinkJob,
+    pruning: PruneJob,
     block: Block,
     small: Block,
     states: MicroBatches,
@@ -36,8 +38,6 @@ def prune_kept(
     They are measured on the `small` block, whose weights lie in those of the whole one, and the hidden states are
     replaced by its output if it `moves_on`. Linears are named as in the result.
     """
-    pruning = job.pruning
-    assert pruning is not None and pruning.method.statistic is not None
     whole = {one.name: one for one in pruning.selected_of(block.matrices, block.index)}
     linears: dict[str, Any] = {}
 
@@ -47,7 +47,7 @@ def prune_kept(
         linears[name] = record | place
 
     left = list(_left(whole.values(), kept))
-    passes = Passes(small, states, pruning.method.statistic, left, prune, InputSums(small, on=False),
+    passes = Passes(small, states, SquaredNorm, left, prune, InputSums(small, on=False),
                     experts=pruning.experts)  # fmt: skip
     passes.run("block", moves_on, 0)
     return {"linears": linears, "passes": passes.count, "parts": passes.clock.seconds()}

@@ -1,13 +1,13 @@
 """The down projections of a layer's kept experts are fitted to what the whole layer put out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowmem_wanda.sparsity.refit import Routes, fit_outputs
+from lowmem_wanda.sparsity.refit import Inner, Routes, fit_outputs
 from lowmem_wanda.streaming.block import Block, Stop
 from lowmem_wanda.streaming.experts import entering, inputs_of_down, is_experts, outputs_of_down, place_of
 from lowmem_wanda.streaming.walk import MicroBatches
@@ -103,13 +103,7 @@ def refit(smaller: Block, routes: Routes, layer: Layer) -> dict[str, Any]:
     moved = fit_outputs(left, enough, inner)  # type: ignore[arg-type]
     left.copy_(kept)
     stored = {expert: module.down_proj[place_of(module, expert)].clone() for expert in moved}
-    for expert, change in moved.items():
-        weight, (tokens, gates) = module.down_proj[place_of(module, expert)], routes[expert]
-        dense, turned = weight.to(torch.float32, copy=True), change.t() if module.is_transposed else change
-        weight.copy_(dense + turned)
-        by = weight.float() - dense  # as it is stored
-        weighted = inner(expert, tokens).float() * gates.float()
-        left.index_add_(0, tokens, weighted @ (by if module.is_transposed else by.t()), alpha=-1)
+    _move(module, moved, routes, inner, left)
     after, taken = _lost(left, held, squares), True
     if not after[1] < before[1]:
         taken, after = False, before
@@ -123,6 +117,17 @@ def refit(smaller: Block, routes: Routes, layer: Layer) -> dict[str, Any]:
         "taken": taken,
         "few_tokens": few,
     }
+
+
+def _move(module: Any, moved: Mapping[int, torch.Tensor], routes: Routes, inner: Inner, left: torch.Tensor) -> None:
+    """Adds to each down projection what it is `moved` by, and takes what that puts out from what is `left`."""
+    for expert, change in moved.items():
+        weight, (tokens, gates) = module.down_proj[place_of(module, expert)], routes[expert]
+        dense, turned = weight.to(torch.float32, copy=True), change.t() if module.is_transposed else change
+        weight.copy_(dense + turned)
+        by = weight.float() - dense  # as it is stored
+        weighted = inner(expert, tokens).float() * gates.float()
+        left.index_add_(0, tokens, weighted @ (by if module.is_transposed else by.t()), alpha=-1)
 
 
 def _lost(left: torch.Tensor, held: torch.Tensor, squares: Sequence[float]) -> list[float]:

@@ -65,13 +65,6 @@ class ShrinkReport(TypedDict, total=False):
 
 def started(job: ShrinkJob) -> dict[str, Any]:
     """A record of what will be done, for `on_start`."""
-    calibration = job.calibration and {
-        "text": list(job.calibration.sources),
-        "files": list(job.calibration.files),
-        "warnings": list(job.calibration.warnings),
-        "sequences": job.calibration.tokens.shape[0],
-        "length": job.calibration.tokens.shape[1],
-    }
     return {
         "source": str(job.source.path),
         "blocks": job.model.depth,
@@ -80,7 +73,7 @@ def started(job: ShrinkJob) -> dict[str, Any]:
         "kept": job.keep,
         "score": job.score,
         "device": job.model.place,
-        "calibration": calibration,
+        "calibration": job.calibration and job.calibration.facts,
         "left_out_files": job.companions.left_out,
         "source_seen": 1.0 if job.verify_source else seen_share(job.source),
     }

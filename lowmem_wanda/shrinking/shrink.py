@@ -138,11 +138,10 @@ def shrink(
     if record is not None and job.calibration is None:
         raise PatternError("--record: nothing is measured here; leave it out")
     beside = {name: Path(file) for name, file in (("record", record), ("plan", write_plan)) if file is not None}
-    if imatrix is not None:
-        require_imatrix(job, Path(imatrix), Path(target))
+    sample = None if imatrix is None else require_imatrix(job, Path(imatrix), Path(target))
     report = run(job, Path(target), beside, on_start, on_block, on_report)
-    if imatrix is not None and not Path(imatrix).exists():
-        report["imatrix"] = of_smaller(job, Path(imatrix), Path(target), machine)
+    if imatrix is not None and sample is not None and not Path(imatrix).exists():
+        report["imatrix"] = of_smaller(sample, Path(imatrix), Path(target), machine)
         on_report(report)  # type: ignore[arg-type]
         write_json(Path(target) / REPORT, report)
     return report
@@ -189,7 +188,7 @@ def _walk(
     job: ShrinkJob, output: Output, placement: Placement | None, need: Need, on_block: Notify
 ) -> tuple[dict[str, Any], dict[str, int] | None]:
     """Writes all shards; gives the seconds, and the peaks of memory beside what was predicted, where it computed."""
-    walk = ShrinkWalk(job, output, placement, on_block)
+    walk = ShrinkWalk(job, output, placement.batch if placement else 0, on_block)
     if placement is None:
         walk.without_computing()
         return {}, None
@@ -197,10 +196,10 @@ def _walk(
         if job.protect:
             walk.measure(stream)
         else:
-            walk.through(stream)
+            walk.through(stream, placement)
         found = stream.timing(), stream.peak.beside(need.host, need.device)
     if job.protect:  # all layers are known now
-        ShrinkWalk(replace(job, known=walk.measured), output, placement, on_block).without_computing()
+        ShrinkWalk(replace(job, known=walk.measured), output, placement.batch, on_block).without_computing()
     return found
 
 
@@ -221,7 +220,7 @@ def _write_beside(job: ShrinkJob, report: ShrinkReport, beside: dict[str, Path])
     texts = {}
     if "record" in beside:
         sums = {layer: one["sums"] for layer, one in layers.items() if one["sums"]}
-        about = {"source": report["source"], "source_fingerprint": job.arguments(0)["source_fingerprint"],
+        about = {"source": report["source"], "source_fingerprint": report["arguments"]["source_fingerprint"],
                  "calibration": report["calibration"]}  # fmt: skip
         texts["record"] = scores_text(job.layout, sums, about)
     if "plan" in beside:

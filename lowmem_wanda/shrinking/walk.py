@@ -31,25 +31,24 @@ class ShrinkWalk:
     computed, and shards are written one after the other.
     """
 
-    def __init__(self, job: ShrinkJob, output: Output, placement: Placement | None, on_block: Notify) -> None:
-        self.job, self.output, self.placement, self.on_block = job, output, placement, on_block
+    def __init__(self, job: ShrinkJob, output: Output, batch: int, on_block: Notify) -> None:
+        self.job, self.output, self.on_block = job, output, on_block
         self.shared, *self.shards = shard_names(job.model.depth)
         self.unfinished = [index for index, shard in enumerate(self.shards) if shard not in output.finished]
         self.walked = list(range(max(self.unfinished, default=-1) + 1)) if job.measures else []
-        computes = job.calibration is not None and placement is not None
-        self.batches = in_batches(job.calibration.tokens, placement.batch) if computes else []  # type: ignore[union-attr]
+        self.batches = in_batches(job.calibration.tokens, batch) if job.calibration else []
         self.smaller = job.smaller()
         self.measured: dict[int, Sums] = {}
         self.spent: dict[str, float] = {}
         self.last = time.perf_counter()  # when the last shard was written
 
-    def through(self, stream: Stream) -> None:
+    def through(self, stream: Stream, placement: Placement) -> None:
         """Writes all shards that are missing, while the model is computed."""
         self.spent = stream.spent
         if self.shared not in self.output.finished:
             stream.submit(self.write_shared)
         if self.walked:
-            stream.walk(self.step, indices=self.walked)
+            stream.walk(partial(self.step, placement), indices=self.walked)
 
     def measure(self, stream: Stream) -> None:
         """Measures the experts of all blocks; nothing is chosen or written."""
@@ -74,14 +73,13 @@ class ShrinkWalk:
         for index in self.unfinished:
             self.write_block(self._record(index, self.job.known.get(index)), {})
 
-    def step(self, block: Block, states: MicroBatches) -> Write | None:
+    def step(self, placement: Placement, block: Block, states: MicroBatches) -> Write | None:
         """Moves the hidden states on by the dense block, then chooses its experts; gives what writes the shard."""
         if block.index not in self.unfinished:
             self._replay(block, states)
             return None
-        assert self.placement is not None
         moves_on = block.index != self.walked[-1]
-        record = remove_experts(self.job, block, states, self.smaller, moves_on, self.placement)
+        record = remove_experts(self.job, block, states, self.smaller, moves_on, placement)
         add_seconds(self.spent, record["parts"])
         return partial(self._write_from, record)
 

@@ -625,7 +625,7 @@ def test_removals_are_compared_in_one_table(made, token_file, tmp_path, monkeypa
     }
     walked = []
     through = walk.ShrinkWalk.through
-    monkeypatch.setattr(walk.ShrinkWalk, "through", lambda self, stream: (walked.append(1), through(self, stream)))
+    monkeypatch.setattr(walk.ShrinkWalk, "through", lambda self, *given: (walked.append(1), through(self, *given)))
     scores, shares = ["reap", "squares", "aimer"], ["25%", "4"]
     report = compare_shrink(made("qwen3_moe"), tmp_path / "out", drop_experts=shares, scores=scores, refit=True, **way)
     names = [row["name"] for row in report["rows"]]

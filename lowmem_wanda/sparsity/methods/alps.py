@@ -31,8 +31,9 @@ def alps(weight: torch.Tensor, inputs: Gram, pattern: Pattern) -> Notes:
     products, lengths = inputs.made("alps", lambda: _scaled(inputs))
     dense = weight.float() * lengths  # the weights of inputs that are always zero are 0, so they go first
     found, rounds = _split(dense, products, pattern)
+    divided = _or_ones(lengths)
     for rows in row_chunks(len(weight), weight.shape[1], CHUNK):
-        weight[rows] = fit(found[rows], dense[rows], products).div_(_or_ones(lengths))
+        weight[rows] = fit(found[rows], dense[rows], products).div_(divided)
     return {"rounds": rounds}
 
 
